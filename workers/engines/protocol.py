@@ -1,0 +1,77 @@
+"""What an engine is: it fills regions, and nothing else."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import Interrupted
+from shared.params import Params
+from shared.regions import Box
+
+Pixels = NDArray[np.uint8]
+
+
+class Interruption:
+    """Tells running work to stop at its next step, and why. Set once, read by any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._reason: Interrupted | None = None
+
+    def set(self, reason: Interrupted) -> None:
+        """The first reason stands; later ones are ignored."""
+        with self._lock:
+            self._reason = self._reason or reason
+
+    def check(self) -> None:
+        """Raises the reason (LeaseLost, Cancelled or Released) once one is set."""
+        if self._reason is not None:
+            raise self._reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionWork:
+    """One region, cut out and scaled to the engine's pixels.
+
+    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 or 255, 255 = repaint.
+    windows: (left, top, right, bottom) in this image's pixels, half open; together they
+    cover every masked pixel. seed: 0 to 2**64 - 1, already distinct per region.
+    """
+
+    image: Pixels
+    mask: Pixels
+    windows: tuple[Box, ...]
+    params: Params
+    seed: int
+    interruption: Interruption = field(default_factory=Interruption)
+
+
+class Engine(Protocol):
+    """Fills regions on one device."""
+
+    @property
+    def name(self) -> str:
+        """As given to ``--engine``: ``opencv``, ``sd2`` or ``diffusers:...``."""
+
+    @property
+    def revision(self) -> str:
+        """What exactly runs: a library's version, or a model's commit or content hash."""
+
+    @property
+    def device(self) -> str:
+        """``cpu``, or ``cuda:0 NVIDIA H200``."""
+
+    def submit(self, work: RegionWork) -> Future[Pixels]:
+        """Starts one region; the future holds (H, W, 3) uint8 RGB of the work's size.
+
+        The future raises EngineError or OutOfMemory, or the interruption's reason.
+        """
+
+    def close(self) -> None:
+        """Stops the device thread; work not yet finished raises Released."""
