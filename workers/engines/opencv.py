@@ -1,0 +1,80 @@
+"""Classical inpainting with OpenCV: no model, no prompt, right for thin marks on plain ground."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import cv2
+import numpy as np
+
+from shared.errors import EngineError, InpaintError, MaskError, OutOfMemory, Released
+from shared.params import OpenCVMethod
+from workers.engines.protocol import Pixels, RegionWork
+
+METHODS: Mapping[OpenCVMethod, int] = {
+    "telea": cv2.INPAINT_TELEA,
+    "navier-stokes": cv2.INPAINT_NS,
+}
+NO_MEMORY = -4  # cv::Error::StsNoMem, which the Python bindings do not name
+
+
+class OpenCVEngine:
+    """Telea's fast marching method (2004) or Navier-Stokes (Bertalmio et al. 2001).
+
+    Works in the caller's thread: the future that ``submit`` returns is finished. A region
+    is filled in one piece; its windows do not matter.
+    """
+
+    def __init__(self) -> None:
+        # The job threads already use every core, and cv2.inpaint itself is serial.
+        cv2.setNumThreads(1)
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        return "opencv"
+
+    @property
+    def revision(self) -> str:
+        """``opencv 5.0.0``."""
+        return f"opencv {cv2.__version__}"
+
+    @property
+    def device(self) -> str:
+        return "cpu"
+
+    def submit(self, work: RegionWork) -> Future[Pixels]:
+        """Fills the region; the future raises MaskError, EngineError or an interruption."""
+        future: Future[Pixels] = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            if self._closed:
+                raise Released("the engine is closed")
+            work.interruption.check()
+            future.set_result(fill(work))
+        except InpaintError as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None:
+        """Later work raises Released."""
+        self._closed = True
+
+
+def fill(work: RegionWork) -> Pixels:
+    """The region with its masked pixels replaced, (H, W, 3) uint8 RGB; the others stay as they are.
+
+    Raises MaskError where no pixel is left to draw from, EngineError, OutOfMemory.
+    """
+    image, mask = np.ascontiguousarray(work.image), np.ascontiguousarray(work.mask)
+    if mask.all():
+        # cv2.inpaint would return the picture as it was, mark and all.
+        raise MaskError("the mask covers the whole region; OpenCV needs pixels around it")
+    method = METHODS[work.params.opencv_method]
+    try:
+        filled = cv2.inpaint(image, mask, float(work.params.opencv_radius), method)
+    except cv2.error as error:
+        kind = OutOfMemory if error.code == NO_MEMORY else EngineError
+        raise kind(f"opencv: {error.err} ({error.func})") from error
+    return np.asarray(filled, dtype=np.uint8)
