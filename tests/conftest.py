@@ -1,0 +1,102 @@
+"""Fixtures that hand each test a real and empty Redis, database or bucket.
+
+The servers start at the first test that wants them and live as long as the session.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+import pytest
+import redis
+
+from tests import servers
+
+
+@contextmanager
+def _short_folder() -> Iterator[Path]:
+    """A folder right under the temporary one: unix socket paths end at 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared_redis() -> Iterator[servers.Redis]:
+    with _short_folder() as folder, servers.redis_server(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(shared_redis: servers.Redis) -> str:
+    """URL of a Redis that is empty when the test starts."""
+    with redis.Redis.from_url(shared_redis.url) as client:
+        client.flushall()
+    return shared_redis.url
+
+
+@pytest.fixture
+def own_redis() -> Iterator[servers.Redis]:
+    """A Redis of the test's own, to kill and start again."""
+    with _short_folder() as folder, servers.redis_server(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator[str]:
+    """URL of the cluster's ``postgres`` database, to hand to ``servers.create_database``."""
+    with _short_folder() as folder, servers.postgres_server(folder) as url:
+        yield url
+
+
+@pytest.fixture
+def postgres_url(postgres_cluster: str) -> Iterator[str]:
+    """SQLAlchemy URL of an empty PostgreSQL database, dropped after the test."""
+    url = servers.create_database(postgres_cluster)
+    yield url
+    servers.drop_database(url)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """SQLAlchemy URL of an empty database; the test runs once on each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'inpaint.db'}"
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """An empty bucket, a boto3 client to look into it, and ``s3://`` locations in it."""
+
+    name: str
+    client: Any
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.name}/{key}"
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    with _short_folder() as folder, servers.s3_server(folder) as environment:
+        yield environment
+
+
+@pytest.fixture
+def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """A fresh bucket; the environment leads every boto3 client in the test to its server."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    bucket = Bucket(name=f"test-{uuid4().hex[:12]}", client=client)
+    client.create_bucket(Bucket=bucket.name)
+    yield bucket
+    client.close()

