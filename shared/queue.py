@@ -1,0 +1,169 @@
+"""Redis through kombu and Celery: hints that jobs may be due."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import kombu
+import redis
+from kombu.exceptions import KombuError
+from kombu.exceptions import OperationalError as KombuOperationalError
+
+from shared.errors import BrokerUnavailable
+
+if TYPE_CHECKING:
+    import celery
+
+TASK = "inpaint.run_job"
+
+# Highest first. Each class has a Redis list of its own, so that an urgent job does not
+# wait behind the messages already published; inside a class dispatch order decides.
+PRIORITY_CLASSES = (range(1, 1001), range(1), range(-1000, 0))
+_BROKER_PRIORITIES = (0, 3, 6)
+
+TRANSPORT_OPTIONS = {
+    # A lost worker is noticed by its lease; Redis must never hand out a job that still runs.
+    "visibility_timeout": 365 * 24 * 3600,
+    "socket_timeout": 30,
+    "socket_connect_timeout": 5,
+    "socket_keepalive": True,
+    "health_check_interval": 25,
+    "priority_steps": list(_BROKER_PRIORITIES),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """``attempt`` is the job's when the message was made; it is stale once that has grown."""
+
+    job: int
+    attempt: int
+    engine: str
+    priority: int = 0
+
+    @property
+    def id(self) -> str:
+        return f"{self.job}-{self.attempt}"
+
+
+def queue_name(engine: str) -> str:
+    """The Celery queue of an engine."""
+    return f"inpaint.{engine}"
+
+
+class Queue:
+    """Publishes messages, and says which ones Redis still has.
+
+    All methods raise BrokerUnavailable where Redis does not answer.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._connection = kombu.Connection(url, transport_options=TRANSPORT_OPTIONS)
+
+    def publish(self, messages: Sequence[Message]) -> None:
+        """Writes Celery protocol-2 messages, pipelined."""
+        if not messages:
+            return
+        with self._translated():
+            producer = kombu.Producer(self._connection.default_channel, serializer="json")
+            with producer.batch():
+                for message in messages:
+                    _publish(producer, message)
+
+    def delivered(self, engine: str) -> set[tuple[int, int]]:
+        """(job, attempt) of every message that waits in Redis or is in a worker's hands."""
+        with self._translated():
+            channel = self._connection.default_channel
+            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
+            waiting = [raw for name in names for raw in channel.client.lrange(name, 0, -1)]
+            reserved = [json.loads(raw)[0] for raw in channel.client.hvals(channel.unacked_key)]
+        found = [json.loads(raw) for raw in waiting] + reserved
+        return {_parse_id(message["headers"]["id"]) for message in found if _is_ours(message)}
+
+    def length(self, engine: str) -> int:
+        """Messages that wait for a worker."""
+        with self._translated():
+            channel = self._connection.default_channel
+            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
+            return sum(int(channel.client.llen(name)) for name in names)
+
+    def ping(self) -> str:
+        """Redis's version."""
+        with self._translated():
+            return str(self._connection.default_channel.client.info("server")["redis_version"])
+
+    def close(self) -> None:
+        self._connection.release()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (redis.RedisError, KombuError, KombuOperationalError, OSError) as error:
+            # The channel may be half-way through a reply; a fresh one is the only safe one.
+            self._connection.collapse()
+            raise BrokerUnavailable(f"broker {self}: {error}") from error
+
+    def __str__(self) -> str:
+        return str(self._connection.as_uri())
+
+
+def _publish(producer: Any, message: Message) -> None:
+    priority = next(
+        level
+        for level, of_class in zip(_BROKER_PRIORITIES, PRIORITY_CLASSES, strict=True)
+        if message.priority in of_class
+    )
+    producer.publish(
+        ([message.job, message.attempt], {}, {}),
+        exchange="",
+        routing_key=queue_name(message.engine),
+        priority=priority,
+        correlation_id=message.id,
+        headers={"lang": "py", "task": TASK, "id": message.id, "root_id": message.id},
+    )
+
+
+def _is_ours(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("headers", {}).get("task") == TASK
+
+
+def _parse_id(message_id: str) -> tuple[int, int]:
+    job, _, attempt = message_id.partition("-")
+    return int(job), int(attempt)
+
+
+def celery_app(url: str, engines: Iterable[str] = ()) -> celery.Celery:
+    """The Celery application: JSON only, no results, acknowledged late."""
+    from celery import Celery
+
+    app = Celery("inpaint", broker=url, set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        broker_connection_max_retries=None,
+        broker_connection_retry_on_startup=True,
+        broker_transport_options=TRANSPORT_OPTIONS,
+        enable_utc=True,
+        task_acks_late=True,
+        task_acks_on_failure_or_timeout=True,
+        task_default_exchange="",
+        task_ignore_result=True,
+        task_queues=[_queue(engine) for engine in engines] or None,
+        task_reject_on_worker_lost=False,
+        task_serializer="json",
+        worker_hijack_root_logger=False,
+        worker_prefetch_multiplier=1,
+        worker_redirect_stdouts=False,
+        worker_send_task_events=False,
+    )
+    return app
+
+
+def _queue(engine: str) -> kombu.Queue:
+    name = queue_name(engine)
+    return kombu.Queue(name, exchange=kombu.Exchange(""), routing_key=name)

@@ -1,0 +1,166 @@
+"""The environment, read once into one frozen Settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic import model_validator as validates
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from shared.errors import SettingsError
+from shared.params import did_you_mean
+
+PREFIX = "INPAINT_"
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.realpath(path.expanduser()))
+
+
+def _absolutes(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(_absolute(path) for path in paths)
+
+
+def _database(value: SecretStr | None) -> SecretStr | None:
+    if value is None:
+        return None
+    try:
+        url = make_url(value.get_secret_value())
+    except ArgumentError:
+        raise ValueError("use postgresql+psycopg://user:password@host/name or sqlite:///file") from None
+    if url.drivername in ("postgres", "postgresql"):
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername not in ("sqlite", "postgresql+psycopg"):
+        raise ValueError(f"{url.drivername!r} is not supported; use postgresql+psycopg or sqlite")
+    return SecretStr(url.render_as_string(hide_password=False))
+
+
+def _broker(value: SecretStr | None) -> SecretStr | None:
+    schemes = ("redis://", "rediss://", "redis+socket://")
+    if value is not None and not value.get_secret_value().startswith(schemes):
+        raise ValueError("use redis://host:6379/0, rediss:// or redis+socket:///path")
+    return value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split), AfterValidator(_absolutes)]
+
+
+class Settings(BaseSettings):
+    """Every ``INPAINT_*`` variable; ``.env`` in the current folder is read as well."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, validate_default=True
+    )
+
+    home: Annotated[Path, AfterValidator(_absolute)] = Field(
+        default=Path(".inpaint"), description="Folder of the SQLite database and the embedded Redis."
+    )
+    database_url: Annotated[SecretStr | None, AfterValidator(_database)] = Field(
+        default=None,
+        description="The job table: `postgresql+psycopg://...` or `sqlite:///...`. "
+        "Unset: SQLite in `INPAINT_HOME`.",
+    )
+    broker_url: Annotated[SecretStr | None, AfterValidator(_broker)] = Field(
+        default=None,
+        description="Redis for Celery: `redis://...`. Unset: one that the product starts itself.",
+    )
+    engine: str = Field(
+        default="sd2", description="`sd2`, `opencv` or `diffusers:FOLDER_OR_HUB_ID[@REVISION]`."
+    )
+    buckets: Names = Field(
+        default=(),
+        description="S3 buckets that may be used, comma separated. Unset: all the credentials reach.",
+    )
+    roots: Folders = Field(
+        default=(Path(),),
+        description="Folders that local files must lie under, comma separated. "
+        "Unset: the current folder.",
+    )
+    lease_seconds: float = Field(
+        default=60, gt=0, le=3600, description="A running job without a heartbeat is lost after this."
+    )
+    heartbeat_seconds: float = Field(
+        default=15, gt=0, description="How often a worker renews its leases."
+    )
+    upkeep_seconds: float = Field(
+        default=2, gt=0, le=60, description="How often a worker dispatches and reaps."
+    )
+    queue_bound: int = Field(
+        default=1000, ge=1, le=100_000, description="Most messages per engine and priority in Redis."
+    )
+    concurrency: int = Field(
+        default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
+    )
+    max_batch: int = Field(
+        default=8, ge=1, le=256, description="Most windows that share a forward pass."
+    )
+    max_object_bytes: int = Field(
+        default=512 * 2**20, ge=1024, description="Largest image or mask that is read, in bytes."
+    )
+    max_pixels: int = Field(
+        default=250_000_000, ge=1, description="Largest image or mask that is decoded, in pixels."
+    )
+    max_failures: int = Field(
+        default=5, ge=1, le=100, description="A job that failed this often is not retried again."
+    )
+    retry_base_seconds: float = Field(
+        default=30, ge=0, description="Longest wait before the first retry; it doubles each time."
+    )
+    retry_cap_seconds: float = Field(
+        default=900, ge=0, description="Longest wait before any retry."
+    )
+    log_level: str = Field(
+        default="INFO",
+        pattern="^(DEBUG|INFO|WARNING|ERROR)$",
+        description="`DEBUG`, `INFO`, `WARNING` or `ERROR`.",
+    )
+
+    @validates(mode="after")
+    def _heartbeats_fit_into_a_lease(self) -> Self:
+        if self.heartbeat_seconds * 2 > self.lease_seconds:
+            raise ValueError("INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS")
+        return self
+
+    @property
+    def database(self) -> URL:
+        if self.database_url is None:
+            return URL.create("sqlite", database=str(self.home / "inpaint.db"))
+        return make_url(self.database_url.get_secret_value())
+
+
+def load(**overrides: Any) -> Settings:
+    """Reads the environment and ``.env``; raises SettingsError that lists everything wrong."""
+    problems = _unknown_variables()
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        problems += [_describe(dict(one)) for one in error.errors()]
+    if problems:
+        raise SettingsError("settings: " + "; ".join(problems))
+    return settings
+
+
+def _unknown_variables() -> list[str]:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n not in known)
+    return [f"{name} is not a setting{did_you_mean(name, known)}" for name in unknown]
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    """Names the variable and the rule, never the value: it may hold a password."""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    return f"{PREFIX}{str(problem['loc'][0]).upper()}: {message}"

@@ -1,0 +1,137 @@
+"""Recording a manifest: submissions, and their rows as pending jobs, in bulk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import Connection, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from shared.db import Database, clock
+from shared.models import Job, Submission
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewJob:
+    """One row, resolved: locations absolute, ``params`` canonical JSON without the seed."""
+
+    line: int
+    key: str | None
+    content_key: bytes
+    engine: str
+    image: str
+    mask: str
+    output: str
+    params: str
+    seed: int
+    priority: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSubmission:
+    """``resumed``: the same manifest with the same options was here before."""
+
+    id: int
+    resumed: bool
+
+
+def open_submission(
+    db: Database, *, manifest: str, digest: str, options: str, rows: int, invalid: int
+) -> OpenSubmission:
+    """Finds or makes the submission of this digest; safe for two producers at once."""
+    same = select(Submission.id).where(Submission.digest == digest)
+    try:
+        with db.write() as connection:
+            if (found := connection.execute(same).scalar()) is not None:
+                return OpenSubmission(id=found, resumed=True)
+            made = connection.execute(
+                insert(Submission)
+                .values(created_at=clock())
+                .returning(Submission.id),
+                {
+                    "manifest": manifest,
+                    "digest": digest,
+                    "options": options,
+                    "rows": rows,
+                    "invalid": invalid,
+                },
+            ).scalar_one()
+            return OpenSubmission(id=made, resumed=False)
+    except IntegrityError:
+        with db.read() as connection:
+            return OpenSubmission(id=connection.execute(same).scalar_one(), resumed=True)
+
+
+def record(db: Database, submission: int, rows: Sequence[NewJob]) -> list[NewJob]:
+    """Inserts rows as pending jobs in one transaction; returns those that existed already.
+
+    A row exists already where a job with its content key does, in any submission.
+    """
+    with db.write() as connection:
+        insert_rows = _insert_sqlite if db.is_sqlite else _insert_postgresql
+        lines = insert_rows(connection, submission, rows)
+    if len(lines) == len(rows):
+        return []
+    return [row for row in rows if row.line not in lines]
+
+
+def close_submission(db: Database, submission: int) -> None:
+    """Marks every row as recorded."""
+    with db.write() as connection:
+        connection.execute(
+            update(Submission)
+            .where(Submission.id == submission, Submission.recorded_at.is_(None))
+            .values(recorded_at=clock())
+        )
+
+
+_FIELDS = tuple(field.name for field in fields(NewJob))
+_values = attrgetter(*_FIELDS)
+_COLUMNS = ", ".join(("submission_id", *_FIELDS))
+_REST = "state, attempt, failures, losses, run_after, created_at"
+
+
+def _insert_sqlite(connection: Connection, submission: int, rows: Sequence[NewJob]) -> set[int]:
+    now = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
+    marks = ", ".join("?" * (len(_FIELDS) + 1))
+    newest = connection.exec_driver_sql("SELECT coalesce(max(id), 0) FROM jobs").scalar_one()
+    cursor = _driver(connection).cursor()
+    cursor.executemany(
+        f"INSERT INTO jobs ({_COLUMNS}, {_REST}) "  # noqa: S608 - constant names
+        f"VALUES ({marks}, 'pending', 0, 0, 0, {now}, {now}) ON CONFLICT DO NOTHING",
+        [(submission, *_values(row)) for row in rows],
+    )
+    if cursor.rowcount == len(rows):
+        return {row.line for row in rows}
+    # Exact, because the write lock is ours: nobody else can have added a row since.
+    return set(connection.execute(select(Job.line).where(Job.id > newest)).scalars())
+
+
+def _insert_postgresql(
+    connection: Connection, submission: int, rows: Sequence[NewJob]
+) -> set[int]:
+    """COPY into a temporary table, then one INSERT that skips what exists."""
+    with _driver(connection).cursor() as cursor:
+        cursor.execute(
+            "CREATE TEMP TABLE IF NOT EXISTS incoming (line integer, key text, content_key bytea, "
+            "engine text, image text, mask text, output text, params text, seed bigint, "
+            "priority integer) ON COMMIT DELETE ROWS"
+        )
+        with cursor.copy(f"COPY incoming ({', '.join(_FIELDS)}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(_values(row))
+        now = "statement_timestamp()"
+        cursor.execute(
+            f"INSERT INTO jobs ({_COLUMNS}, {_REST}) "  # noqa: S608 - constant names
+            f"SELECT %s, {', '.join(_FIELDS)}, 'pending', 0, 0, 0, {now}, {now} "
+            "FROM incoming ORDER BY line ON CONFLICT DO NOTHING RETURNING line",
+            (submission,),
+        )
+        return {line for (line,) in cursor.fetchall()}
+
+
+def _driver(connection: Connection) -> Any:
+    return connection.connection.driver_connection
