@@ -1,0 +1,73 @@
+"""The pictures that the demo and other tests use are what they say."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import pictures
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.copy()
+
+
+WRITERS = [pictures.write_catalog, pictures.write_archive]
+writers = pytest.mark.parametrize("write", WRITERS, ids=["catalog", "archive"])
+
+
+def _files(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
+
+
+@writers
+def test_the_same_files_are_written_every_time(
+    write: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    write(tmp_path / "one")
+    write(tmp_path / "two")
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+@writers
+def test_all_damage_lies_inside_the_mask(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    with manifest.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        image, mask = _open(tmp_path / row["image"]), _open(tmp_path / row["mask"])
+        original = _open(tmp_path / "originals" / Path(row["image"]).name)
+        share = np.mean(np.asarray(mask) == 255)
+        assert 0.01 < share < 0.25, row
+        if not row["image"].endswith(".jpg"):
+            differs = np.asarray(pictures.changed(original, image)) == 255
+            assert differs.any()
+            assert not (differs & (np.asarray(mask) == 0)).any(), row
+
+
+def test_a_contact_sheet_has_a_line_for_each_picture(tmp_path: Path) -> None:
+    picture, mask = Image.new("L", (300, 200), 90), Image.new("L", (300, 200))
+    mask.paste(255, (10, 10, 40, 40))
+    row = pictures.Row(name="a.png", note="", before=picture, mask=mask, after=picture)
+    pictures.contact_sheet([row], tmp_path / "one.png")
+    pictures.contact_sheet([row, row], tmp_path / "two.png")
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        assert one.width == two.width <= 1600
+        assert two.height > one.height
+        assert _magenta(two) == 2 * _magenta(one) > 0
+
+
+def _magenta(sheet: Image.Image) -> int:
+    red, green, _ = np.asarray(sheet.convert("RGB"), dtype=int).transpose(2, 0, 1)
+    return int(np.sum(red - green > 150))
