@@ -93,8 +93,8 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 def _load_diffusion(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
     try:
-        from workers.engines.diffusion import DiffusionEngine
         from workers.engines.diffusers_loading import load_components
+        from workers.engines.diffusion import DiffusionEngine
     except ImportError as error:
         raise _not_installed(error, extra="worker") from error
     components = load_components(model, revision, options)

@@ -1,0 +1,150 @@
+"""From a model's name to its components on the device, ready for the step loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from shared.errors import EngineUnavailable
+from workers.engines.memory import is_out_of_memory
+from workers.engines.model_files import ModelFiles, find_model, read_json
+from workers.engines.registry import Attention, Dtype, EngineOptions
+
+NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """A model on its device; sizes are the model's own.
+
+    vae_factor: image pixels to a latent's side. latent_channels: C. scaling_factor: of the
+    latents. scheduler_config: the model's, from which every scheduler is built.
+    """
+
+    vae: Any
+    unet: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler_config: Mapping[str, Any]
+    revision: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def vae_factor(self) -> int:
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+
+def load_components(model: str, revision: str | None, options: EngineOptions) -> Components:
+    """Finds the model, reads its weights and places them on the device, once.
+
+    Raises EngineUnavailable with one line that names the remedy.
+    """
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    files = find_model(model, revision)
+    try:
+        components = _read(files, device, dtype)
+        choose_attention(components, options.attention)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise EngineUnavailable(
+                f"{model} does not fit on {device}; use a larger one"
+            ) from error
+        text = " ".join(str(error).split())[:300]
+        raise EngineUnavailable(f"{model}: {text}; fetch the model again") from error
+    return components
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises EngineUnavailable where a CUDA device was asked for and is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineUnavailable(f"device {name!r} is not known; use auto, cpu or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise EngineUnavailable(f"device {name!r} is not supported; use auto, cpu or cuda:N")
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise EngineUnavailable(
+            f"device {name!r}: torch {torch.__version__} sees {count} CUDA devices; "
+            "check the driver and CUDA_VISIBLE_DEVICES, or use device cpu"
+        )
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
+    """float16 on CUDA, float32 on the CPU, unless one is named.
+
+    SD2 was published in float16, and its 11-bit significand keeps results eight times
+    closer to float32 than bfloat16's at the same speed; the latents stay float32 anyway.
+    """
+    if name != "auto":
+        return NAMED_DTYPES[name]
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def choose_attention(components: Components, attention: Attention | None) -> None:
+    """Raises EngineUnavailable where xformers is asked for and cannot run."""
+    if attention == "sliced":
+        components.unet.set_attention_slice("auto")
+    if attention == "xformers":
+        if components.device.type != "cuda":
+            raise EngineUnavailable("attention xformers needs a CUDA device; leave it out")
+        if find_spec("xformers") is None:
+            raise EngineUnavailable(
+                "xformers is not installed; pip install 'inpaint-batch[xformers]'"
+            )
+        components.unet.enable_xformers_memory_efficient_attention()
+
+
+def _read(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Components:
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    diffusers_logging.disable_progress_bar()
+    return Components(
+        vae=_weights(AutoencoderKL, files, "vae", dtype).to(device),
+        unet=_weights(UNet2DConditionModel, files, "unet", dtype).to(device),
+        text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype).to(device),
+        tokenizer=CLIPTokenizer.from_pretrained(files.path / "tokenizer"),
+        scheduler_config=read_json(files.path / "scheduler" / "scheduler_config.json"),
+        revision=files.revision,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
+    model = kind.from_pretrained(
+        Path(files.path) / part,
+        dtype=dtype,
+        variant=files.variant,
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,216 @@
+"""The files of a model: found in a folder or on the hub, and checked before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import EngineUnavailable
+
+CLASSES: Mapping[str, frozenset[tuple[str, str]]] = {
+    "vae": frozenset({("diffusers", "AutoencoderKL")}),
+    "unet": frozenset({("diffusers", "UNet2DConditionModel")}),
+    "text_encoder": frozenset({("transformers", "CLIPTextModel")}),
+    "tokenizer": frozenset(
+        {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}
+    ),
+}
+WEIGHTS = {
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+SMALL_FILES = (
+    "*.py",  # fetched so that custom code is seen and refused, never run
+    "model_index.json",
+    *(f"{part}/config.json" for part in WEIGHTS),
+    "scheduler/scheduler_config.json",
+    "tokenizer/*",
+)
+FULL = tuple(f"{part}/{stem}*.safetensors*" for part, stem in WEIGHTS.items())
+OTHER_VARIANTS = ("*.fp16*", "*non_ema*", "*.bf16*")
+HALF = tuple(f"{part}/{stem}*.fp16*.safetensors*" for part, stem in WEIGHTS.items())
+UNSUPPORTED = (
+    "time_cond_proj_dim",
+    "addition_embed_type",
+    "class_embed_type",
+    "encoder_hid_dim_type",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """A checked pipeline folder.
+
+    revision: the hub's commit, or ``sha256:`` and 16 digits over the folder's content.
+    variant: ``fp16`` where the folder has no other weights.
+    """
+
+    path: Path
+    revision: str
+    variant: str | None
+
+
+def find_model(model: str, revision: str | None) -> ModelFiles:
+    """The folder of that name, else the hub's model of that id, fetched where not yet cached.
+
+    Raises EngineUnavailable with one line that names the remedy.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise EngineUnavailable(f"{model} is a folder; it has no revision {revision!r}")
+        check_pipeline(folder)
+        variant = find_variant(folder)
+        return ModelFiles(path=folder, revision=hash_content(folder), variant=variant)
+    if not is_hub_id(model):
+        raise EngineUnavailable(f"{model}: no such folder; name one that holds model_index.json")
+    return _find_on_hub(model, revision)
+
+
+def is_hub_id(model: str) -> bool:
+    """``owner/name``: two plain parts, so neither absolute nor relative to ``.`` or ``~``."""
+    owner, _, name = model.partition("/")
+    return bool(owner and name) and owner not in {".", "..", "~"} and "/" not in name
+
+
+def _find_on_hub(model: str, revision: str | None) -> ModelFiles:
+    path = _fetch(model, revision, (*SMALL_FILES, *FULL), ignored=OTHER_VARIANTS)
+    check_pipeline(path)
+    if _missing_weights(path, variant=None):
+        path = _fetch(model, revision, (*SMALL_FILES, *HALF), ignored=("*non_ema*",))
+    # The hub's cache names each snapshot's folder after its commit.
+    return ModelFiles(path=path, revision=path.name, variant=find_variant(path))
+
+
+def _fetch(
+    model: str, revision: str | None, patterns: Iterable[str], *, ignored: Iterable[str]
+) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise EngineUnavailable(_hub_answer(model, revision, error)) from error
+    return Path(found)
+
+
+def _hub_answer(model: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return f"{model}: the hub asks for an accepted licence; accept it there and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{model}: neither a folder here nor a model on the hub; check the id or the path"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{model}: the hub has no revision {revision!r}; check what follows the '@'"
+    return (
+        f"{model}: not in the hub's cache, and the hub does not answer ({type(error).__name__}); "
+        "connect once, or use diffusers:FOLDER with a local copy"
+    )
+
+
+def check_pipeline(folder: Path) -> None:
+    """Raises EngineUnavailable unless the folder is an SD inpainting pipeline without own code."""
+    if not (folder / "model_index.json").is_file():
+        raise EngineUnavailable(
+            f"{folder}: no model_index.json; name the folder that save_pretrained wrote"
+        )
+    _check_own_code(folder)
+    _check_classes(folder)
+    _check_unet(folder)
+
+
+def _check_own_code(folder: Path) -> None:
+    scripts = sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
+    if scripts:
+        raise EngineUnavailable(
+            f"{folder}: custom pipeline code ({scripts[0].relative_to(folder)}) is never run; "
+            "use a model without it"
+        )
+
+
+def _check_classes(folder: Path) -> None:
+    index = read_json(folder / "model_index.json")
+    for part, allowed in CLASSES.items():
+        found = index.get(part)
+        if not isinstance(found, list) or tuple(found) not in allowed:
+            wanted = min(name for _, name in allowed)
+            raise EngineUnavailable(f"{folder}: {part} is {found}, not {wanted}; use an SD2 model")
+
+
+def _check_unet(folder: Path) -> None:
+    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+    latent = vae.get("latent_channels", 4)
+    wanted = 2 * latent + 1  # the noisy latents, the mask, the masked image's latents
+    if unet.get("in_channels", 4) != wanted:
+        raise EngineUnavailable(
+            f"{folder}: the UNet has {unet.get('in_channels', 4)} input channels, not {wanted}; "
+            "use an inpainting model"
+        )
+    extra = [name for name in UNSUPPORTED if unet.get(name) is not None]
+    if extra:
+        raise EngineUnavailable(f"{folder}: the UNet needs {extra[0]}; use an SD2 inpainting model")
+
+
+def find_variant(folder: Path) -> str | None:
+    """None for the plain weights, ``fp16`` where only those exist.
+
+    Raises EngineUnavailable where a component has no safetensors.
+    """
+    missing = _missing_weights(folder, variant=None)
+    if not missing:
+        return None
+    if not _missing_weights(folder, variant="fp16"):
+        return "fp16"
+    part = folder / missing[0]
+    if any(part.glob("*.bin")) or any(part.glob("*.ckpt")):
+        raise EngineUnavailable(
+            f"{part}: only pickled weights, which can run code; convert them to safetensors "
+            "(load where you trust them, then save_pretrained(..., safe_serialization=True))"
+        )
+    raise EngineUnavailable(f"{part}: no .safetensors weights; fetch the model again")
+
+
+def _missing_weights(folder: Path, *, variant: str | None) -> list[str]:
+    infix = f".{variant}" if variant else ""
+    return [
+        part
+        for part, stem in WEIGHTS.items()
+        if not (folder / part / f"{stem}{infix}.safetensors").is_file()
+        and not (folder / part / f"{stem}.safetensors.index{infix}.json").is_file()
+    ]
+
+
+def hash_content(folder: Path) -> str:
+    """``sha256:`` and 16 digits over the names and bytes of everything that is loaded."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.glob("**/*") if p.suffix in {".json", ".safetensors", ".txt"}
+    ):
+        with path.open("rb") as file:
+            part = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {part}\n".encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises EngineUnavailable where the file is missing or not a JSON object."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineUnavailable(f"{path}: {error}; fetch the model again") from error
+    if not isinstance(values, dict):
+        raise EngineUnavailable(f"{path}: not a JSON object; fetch the model again")
+    return values
