@@ -1,0 +1,45 @@
+# inpaint-worker with its engines, for NVIDIA GPUs.
+#   docker build -f docker/worker.Dockerfile -t inpaint-worker .
+#
+# torch's wheel brings cuDNN and its own CUDA libraries, so the base is NVIDIA's smallest: it
+# adds the forward-compatible driver libraries and refuses a driver that is too old. Change
+# CUDA and TORCH together, for instance for a driver older than 580:
+#   --build-arg CUDA=12.8.1 --build-arg TORCH=2.10.0 \
+#   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+ARG CUDA=13.0.3
+
+FROM nvidia/cuda:${CUDA}-base-ubuntu24.04 AS build
+ARG TORCH=2.13.0
+ARG TORCH_INDEX=https://pypi.org/simple
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3.12-venv \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3.12 -m venv /opt/inpaint
+RUN /opt/inpaint/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch==$TORCH"
+WORKDIR /source
+COPY README.md pyproject.toml ./
+COPY producer producer
+COPY workers workers
+COPY shared shared
+COPY migrations migrations
+RUN /opt/inpaint/bin/pip install --no-cache-dir ".[worker,xformers]" "torch==$TORCH"
+
+FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3.12 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --create-home inpaint \
+    && install -d -o inpaint -g inpaint /data /var/cache/huggingface
+COPY --from=build /opt/inpaint /opt/inpaint
+ENV PATH=/opt/inpaint/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HOME=/var/cache/huggingface \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER inpaint
+WORKDIR /data
+# Weights are 5 GB: without a volume every new container would fetch them again.
+VOLUME /var/cache/huggingface
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=60s --timeout=20s --start-period=300s --retries=3 \
+    CMD ["inpaint-jobs", "doctor"]
+CMD ["inpaint-worker"]

@@ -1,0 +1,200 @@
+"""The images, the compose file and the service agree with the product and with each other."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shared import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKER = ROOT / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+EXAMPLE = dict(
+    line.split("=", 1)
+    for line in (DOCKER / ".env.example").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+SCRIPTS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
+OTHERS = {
+    "redis": "valkey-server",
+    "s3": "server",
+    "buckets": "python",
+    "flower": "celery",
+}
+"""The first word of each service's command that is not one of our scripts."""
+
+REFERENCE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+SECRET = re.compile("PASSWORD|SECRET|ACCESS_KEY|AUTH$")
+
+dockerfiles = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+services = pytest.mark.parametrize("name", SERVICES)
+
+
+def instructions(path: Path) -> Iterator[tuple[str, str]]:
+    """Instruction and arguments, continued lines joined."""
+    text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.M).replace("\\\n", " ")
+    for line in filter(None, map(str.strip, text.splitlines())):
+        word, _, rest = line.partition(" ")
+        yield word, rest
+
+
+def references() -> Iterator[tuple[str, str, str]]:
+    """Each ``${NAME:-default}`` of the compose file: name, ``-`` or ``?`` or empty, the rest."""
+    yield from REFERENCE.findall((DOCKER / "compose.yaml").read_text())
+
+
+def substituted(value: object, known: dict[str, str]) -> str:
+    def one(match: re.Match[str]) -> str:
+        name, kind, rest = match.groups()
+        return known.get(name) or (rest if kind == "-" else pytest.fail(f"{name} is not set"))
+
+    return REFERENCE.sub(one, str(value))
+
+
+def is_pinned(image: str) -> bool:
+    """By a tag that begins with a version."""
+    tag = image.rpartition("/")[2].partition(":")[2]
+    return bool(re.match(r"\d+\.\d+", tag))
+
+
+def test_there_is_an_image_for_each_side() -> None:
+    assert [path.name for path in DOCKERFILES] == ["producer.Dockerfile", "worker.Dockerfile"]
+
+
+@dockerfiles
+def test_every_copied_path_exists_and_reaches_the_build(path: Path) -> None:
+    allowed = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
+    copied = [
+        source
+        for word, rest in instructions(path)
+        if word == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
+    ]
+    assert copied
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    assert set(copied) <= allowed
+
+
+@dockerfiles
+def test_every_base_image_is_pinned(path: Path) -> None:
+    arguments = dict(
+        rest.split("=", 1) for word, rest in instructions(path) if word == "ARG" and "=" in rest
+    )
+    named = [rest.partition(" ")[0] for word, rest in instructions(path) if word == "FROM"]
+    bases = [substituted(base, arguments) for base in named]
+    assert bases
+    assert [base for base in bases if not is_pinned(base)] == []
+
+
+@dockerfiles
+def test_the_container_does_not_run_as_root(path: Path) -> None:
+    users = [rest for word, rest in instructions(path) if word == "USER"]
+    assert users[-1:] == ["inpaint"]
+
+
+@dockerfiles
+def test_an_image_runs_a_command_of_ours(path: Path) -> None:
+    commands = [rest for word, rest in instructions(path) if word in ("CMD", "HEALTHCHECK")]
+    named = [re.findall(r'\["([^"]+)"', command) for command in commands]
+    assert named
+    assert {name for names in named for name in names} <= SCRIPTS
+
+
+def test_the_worker_is_stopped_by_the_signal_it_handles() -> None:
+    words = dict(instructions(DOCKER / "worker.Dockerfile"))
+    assert words["STOPSIGNAL"] == "SIGTERM"
+    assert "KillMode=mixed" in (DOCKER / "inpaint-worker.service").read_text()
+
+
+@services
+def test_every_image_is_ours_or_pinned(name: str) -> None:
+    service = SERVICES[name]
+    assert is_pinned(service["image"]), service["image"]
+    if "build" in service:
+        assert (DOCKER / service["build"]["context"]).resolve() == ROOT
+        assert (ROOT / service["build"]["dockerfile"]).exists()
+
+
+@services
+def test_every_command_is_known(name: str) -> None:
+    command = SERVICES[name].get("command", [OTHERS.get(name)])
+    assert command[0] in SCRIPTS or name == "postgres" or command[0] == OTHERS.get(name)
+
+
+@services
+def test_every_service_waits_for_what_can_be_waited_for(name: str) -> None:
+    for other, rule in SERVICES[name].get("depends_on", {}).items():
+        assert other in SERVICES
+        if rule["condition"] == "service_healthy":
+            assert "healthcheck" in SERVICES[other]
+        else:
+            assert rule["condition"] == "service_completed_successfully"
+            assert SERVICES[other].get("restart") in (None, "on-failure:5")
+
+
+@services
+def test_every_named_volume_and_config_is_declared(name: str) -> None:
+    sources = [volume.split(":")[0] for volume in SERVICES[name].get("volumes", [])]
+    assert {source for source in sources if source.isalnum()} <= set(COMPOSE["volumes"])
+    assert {one["source"] for one in SERVICES[name].get("configs", [])} <= set(COMPOSE["configs"])
+
+
+def test_redis_keeps_messages_on_disk_and_drops_none() -> None:
+    configuration = COMPOSE["configs"]["redis"]["content"]
+    assert "appendonly yes\n" in configuration
+    assert "maxmemory-policy noeviction\n" in configuration
+
+
+def test_every_variable_of_ours_is_a_setting() -> None:
+    known = {settings.PREFIX + name.upper() for name in settings.Settings.model_fields}
+    named = {name for name, _, _ in references()} | set(EXAMPLE)
+    for service in SERVICES.values():
+        named |= set(service.get("environment", {}))
+    ours = {name for name in named if name.startswith(settings.PREFIX)}
+    assert "INPAINT_DATABASE_URL" in ours
+    assert ours <= known
+
+
+def test_the_example_names_every_variable_and_no_other() -> None:
+    assert {name for name, _, _ in references()} == set(EXAMPLE)
+
+
+def test_no_secret_has_a_default() -> None:
+    secrets = {name for name in EXAMPLE if SECRET.search(name)}
+    assert len(secrets) == 5
+    assert {EXAMPLE[name] for name in secrets} == {""}
+    assert {kind for name, kind, _ in references() if name in secrets} == {"?"}
+
+
+def test_defaults_are_the_same_in_the_example_and_in_the_compose_file() -> None:
+    for name, kind, rest in references():
+        if kind == "-":
+            assert EXAMPLE[name] == rest, name
+
+
+def test_the_product_accepts_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known = {name: value or "secret" for name, value in EXAMPLE.items()}
+    monkeypatch.chdir(tmp_path)
+    for name, value in SERVICES["worker"]["environment"].items():
+        monkeypatch.setenv(name, substituted(value, known))
+    loaded = settings.load()
+    assert loaded.database.host == "postgres"
+    assert loaded.buckets == ("inpaint",)
+
+
+def test_numbers_are_the_product_s_own_defaults() -> None:
+    for name, field in settings.Settings.model_fields.items():
+        if isinstance(field.default, int | float):
+            shown = EXAMPLE.get(settings.PREFIX + name.upper(), field.default)
+            assert float(shown) == field.default, name
