@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,11 @@ _MODE_NAMES = {
     "RGBA": "colour with transparency",
     "CMYK": "CMYK",
     "I;16": "16-bit grey",
+}
+_SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".dib": "BMP"},
 }
 # What Pillow's decoders raise on damaged data, besides OSError.
 _DAMAGE = (
@@ -166,6 +172,11 @@ def from_rgb(rgb: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
         return np.concatenate([ink, np.zeros_like(ink[..., :1])], axis=-1)
     grey = rgb @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601
     return grey * np.float32({"I;16": 257, "1": 1 / 255}.get(mode, 1))
+
+
+def format_of(location: str) -> str | None:
+    """The format that a file's name asks for, one of ``FORMATS``; None where it names none."""
+    return _SUFFIXES.get(PurePosixPath(location).suffix.lower())
 
 
 def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:

@@ -1,6 +1,8 @@
-"""Masks and where they come from: a picture, a picture's own alpha, or a box in the manifest."""
+"""Masks: read from a picture, its own alpha or a box in the manifest; thresholded and grown."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +12,17 @@ from shared.images import Picture, as_rgb, decode
 from shared.regions import Box
 
 Grey = NDArray[np.uint8]  # (H, W), 255 = repaint
+Mask = NDArray[np.bool_]  # (H, W), True = repaint
+
+TILE_PX = 512
 
 _COLOURFUL = 64  # between the strongest and the weakest channel
 _COLOURFUL_SHARE = 0.001
+
+
+def is_file(text: str) -> bool:
+    """Whether a manifest's mask names a file, and not ``alpha`` or ``box:...``."""
+    return text != "alpha" and not text.startswith("box:")
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
@@ -94,3 +104,72 @@ def check_size(mask: Grey, size: tuple[int, int]) -> None:
             f"the mask is {found[0]}x{found[1]}, the picture {size[0]}x{size[1]}; "
             "make the mask the picture's size"
         )
+
+
+def binary(mask_grey: Grey, *, threshold: int) -> Mask:
+    """(H, W) True where the grey is at the threshold or above."""
+    return mask_grey >= threshold
+
+
+def dilate(mask: Mask, px: int) -> Mask:
+    """The mask grown by a disc of that radius, exactly; only tiles near an edge are worked on."""
+    if px == 0:
+        return mask
+    grown = mask.copy()
+    for tile in tiles(Box(0, 0, mask.shape[1], mask.shape[0])):
+        where = slices(tile)
+        if not mask[where].all():
+            grown[where] = squared_distances(mask, tile, px) <= px * px
+    return grown
+
+
+def tiles(box: Box) -> Iterator[Box]:
+    for top in range(box.top, box.bottom, TILE_PX):
+        for left in range(box.left, box.right, TILE_PX):
+            right, bottom = min(left + TILE_PX, box.right), min(top + TILE_PX, box.bottom)
+            yield Box(left, top, right, bottom)
+
+
+def slices(box: Box) -> tuple[slice, slice]:
+    return slice(box.top, box.bottom), slice(box.left, box.right)
+
+
+def squared_distances(mask: Mask, tile: Box, reach: int) -> NDArray[np.int32]:
+    """(h, w) squared distance from each pixel of the tile to the mask; huge past the reach.
+
+    Exact and separable: distance along the column first, then the lowest parabola along the
+    row (Saito and Toriwaki, 1994), stopping as soon as no farther column can be nearer.
+    """
+    far = 2 * (reach + 1) ** 2
+    height, width = mask.shape
+    halo = Box(
+        max(tile.left - reach, 0),
+        max(tile.top - reach, 0),
+        min(tile.right + reach, width),
+        min(tile.bottom + reach, height),
+    )
+    near = mask[slices(halo)]
+    if not near.any():
+        return np.full((tile.height, tile.width), far, np.int32)
+    down = _column_distances(near)[tile.top - halo.top :][: tile.height]
+    squares = np.full((tile.height, tile.width + 2 * reach), far, np.int32)
+    first = halo.left - (tile.left - reach)
+    squares[:, first : first + halo.width] = np.minimum(down, reach + 1) ** 2
+    best = squares[:, reach : reach + tile.width].copy()
+    for step in range(1, reach + 1):
+        if best.max() <= step * step:
+            break
+        left, right = squares[:, reach - step :], squares[:, reach + step :]
+        nearer = np.minimum(left[:, : tile.width], right[:, : tile.width])
+        np.minimum(best, nearer + np.int32(step * step), out=best)
+    return best
+
+
+def _column_distances(mask: Mask) -> NDArray[np.int32]:
+    """(h, w) rows to the nearest masked pixel in the same column."""
+    height = mask.shape[0]
+    rows = np.arange(height, dtype=np.int32)[:, None]
+    far = np.int32(1 << 14)
+    above = np.maximum.accumulate(np.where(mask, rows, -far), axis=0)
+    below = np.minimum.accumulate(np.where(mask, rows, height + far)[::-1], axis=0)[::-1]
+    return np.minimum(rows - above, below - rows)

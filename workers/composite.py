@@ -1,12 +1,12 @@
 """Masks, colour and pasting: what an engine painted goes back into the picture, and only that.
 
-A job's order: ``repaint`` the grey mask, plan its regions, ``cut`` each for the engine,
-``composite`` the results. Memory: float arrays exist for one tile at a time.
+``cut`` gives the engine its regions, ``composite`` takes its results. Float arrays exist for
+one tile at a time, so a large picture costs two copies of its pixels and little more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,42 +15,19 @@ from PIL import Image
 
 from shared.errors import FidelityError
 from shared.images import Array, Picture, as_rgb, from_rgb
+from shared.masks import Mask, dilate, slices, squared_distances, tiles
 from shared.params import Params
 from shared.regions import NATIVE_CONTEXT_PX, Box, Region
 
 Pixels = NDArray[np.uint8]
-Mask = NDArray[np.bool_]  # (H, W), True = repaint
 Weight = NDArray[np.float32]  # (H, W), 1 = the engine's pixel, 0 = the picture's
 
-TILE_PX = 512
 RING_PX = 16
 RING_PIXELS = 256
 RING_SAMPLES = 200_000
 AGREEMENT = 0.5
 GAINS = (0.8, 1.25)
 OFFSETS = (-24.0, 24.0)
-
-
-def repaint(mask_grey: Pixels, params: Params) -> Mask:
-    """The pixels to repaint: the grey mask at its threshold, grown by the dilation."""
-    return dilate(binary(mask_grey, threshold=params.mask_threshold), params.mask_dilation)
-
-
-def binary(mask_grey: Pixels, *, threshold: int) -> Mask:
-    """(H, W) True where the grey is at the threshold or above."""
-    return mask_grey >= threshold
-
-
-def dilate(mask: Mask, px: int) -> Mask:
-    """The mask grown by a disc of that radius, exactly; only tiles near an edge are worked on."""
-    if px == 0:
-        return mask
-    grown = mask.copy()
-    for tile in _tiles(Box(0, 0, mask.shape[1], mask.shape[0])):
-        where = _slices(tile)
-        if not mask[where].all():
-            grown[where] = _distances(mask, tile, px) <= px * px
-    return grown
 
 
 def feather(mask: Mask, px: int) -> Weight:
@@ -84,12 +61,14 @@ def composite(
 ) -> Picture:
     """The picture with each result pasted into its region, in the picture's own mode.
 
-    mask: what ``repaint`` gave. results: (h, w, 3) uint8, one of each region's size.
+    mask: (H, W) True = repaint; the dilation happens here, as it did before planning.
+    results: (h, w, 3) uint8, one of each region's size.
     fill_alpha: repainted pixels become opaque, for masks that are the picture's own holes;
     otherwise alpha stays as it is. Raises FidelityError if a pixel outside the feather
     would change.
     """
     pixels = picture.pixels.copy()
+    mask = dilate(mask, params.mask_dilation) if regions else mask
     for region, result in zip(regions, results, strict=True):
         paste(
             pixels,
@@ -123,14 +102,14 @@ def paste(
     """
     box = region.box.clipped(picture.size)
     scaled = _resized(result, region.box.size, _SMOOTH)[: box.height, : box.width]
-    known = as_rgb(picture.pixels[_slices(box)], picture.mode)
-    fit = fit_colour(scaled, known, mask[_slices(box)])
-    for tile in _tiles(box):
+    known = as_rgb(picture.pixels[slices(box)], picture.mode)
+    fit = fit_colour(scaled, known, mask[slices(box)])
+    for tile in tiles(box):
         weight = _ramp(mask, tile, feather_px, within=box)
         if weight.any():
             local = tile.moved(-box.left, -box.top)
-            painted = fit.apply(scaled[_slices(local)])
-            _blend(pixels[_slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
+            painted = fit.apply(scaled[slices(local)])
+            _blend(pixels[slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,12 +176,12 @@ def _blend(
 def _touched(picture: Picture, pixels: Array, mask: Mask, feather_px: int) -> Mask:
     """(H, W) which pixels differ; raises FidelityError if one is farther from the mask."""
     touched = np.zeros(mask.shape, np.bool_)
-    for tile in _tiles(Box(0, 0, *picture.size)):
-        where = _slices(tile)
+    for tile in tiles(Box(0, 0, *picture.size)):
+        where = slices(tile)
         if np.array_equal(pixels[where], picture.pixels[where]):
             continue
         touched[where] = _differs(pixels[where], picture.pixels[where])
-        allowed = _distances(mask, tile, feather_px) <= feather_px * feather_px
+        allowed = squared_distances(mask, tile, feather_px) <= feather_px * feather_px
         wrong = int(np.count_nonzero(touched[where] & ~allowed))
         if wrong:
             raise FidelityError(f"{wrong} pixels outside the mask would have changed; report this")
@@ -223,9 +202,9 @@ def _ramp(mask: Mask, tile: Box, px: int, *, within: Box | None = None) -> Weigh
     within: a box at whose edges, unless they are the picture's, the ramp is to end.
     """
     if px == 0:
-        return mask[_slices(tile)].astype(np.float32)
-    squares = _distances(mask, tile, px)
-    weight: Weight = 1 - np.sqrt(squares.astype(np.float32)) / np.float32(px + 1)
+        return mask[slices(tile)].astype(np.float32)
+    squares = squared_distances(mask, tile, px)
+    weight: Weight = np.subtract(1, np.sqrt(squares) / (px + 1), dtype=np.float32)
     weight[squares > px * px] = 0
     if within is not None:
         edge = min(px, NATIVE_CONTEXT_PX)
@@ -233,7 +212,7 @@ def _ramp(mask: Mask, tile: Box, px: int, *, within: Box | None = None) -> Weigh
         rows = _edge_ramp((tile.top, tile.bottom), (within.top, within.bottom), height, edge)
         columns = _edge_ramp((tile.left, tile.right), (within.left, within.right), width, edge)
         cap = np.minimum(rows[:, None], columns)
-        np.minimum(weight, np.maximum(cap, mask[_slices(tile)]), out=weight)
+        np.minimum(weight, np.maximum(cap, mask[slices(tile)]), out=weight)
     return weight
 
 
@@ -246,53 +225,12 @@ def _edge_ramp(span: tuple[int, int], within: tuple[int, int], length: int, px: 
     return ramp
 
 
-def _distances(mask: Mask, tile: Box, reach: int) -> NDArray[np.int32]:
-    """(h, w) squared distance from each pixel of the tile to the mask; huge past the reach.
-
-    Exact and separable: distance along the column first, then the lowest parabola along the
-    row (Saito and Toriwaki, 1994), stopping as soon as no farther column can be nearer.
-    """
-    far = 2 * (reach + 1) ** 2
-    height, width = mask.shape
-    halo = Box(
-        max(tile.left - reach, 0),
-        max(tile.top - reach, 0),
-        min(tile.right + reach, width),
-        min(tile.bottom + reach, height),
-    )
-    near = mask[_slices(halo)]
-    if not near.any():
-        return np.full((tile.height, tile.width), far, np.int32)
-    down = _column_distances(near)[tile.top - halo.top :][: tile.height]
-    squares = np.full((tile.height, tile.width + 2 * reach), far, np.int32)
-    first = halo.left - (tile.left - reach)
-    squares[:, first : first + halo.width] = np.minimum(down, reach + 1) ** 2
-    best = squares[:, reach : reach + tile.width].copy()
-    for step in range(1, reach + 1):
-        if best.max() <= step * step:
-            break
-        left, right = squares[:, reach - step :], squares[:, reach + step :]
-        nearer = np.minimum(left[:, : tile.width], right[:, : tile.width])
-        np.minimum(best, nearer + np.int32(step * step), out=best)
-    return best
-
-
-def _column_distances(mask: Mask) -> NDArray[np.int32]:
-    """(h, w) rows to the nearest masked pixel in the same column."""
-    height = mask.shape[0]
-    rows = np.arange(height, dtype=np.int32)[:, None]
-    far = np.int32(1 << 14)
-    above = np.maximum.accumulate(np.where(mask, rows, -far), axis=0)
-    below = np.minimum.accumulate(np.where(mask, rows, height + far)[::-1], axis=0)[::-1]
-    return np.minimum(rows - above, below - rows)
-
-
 def _reach(array: Array, box: Box) -> Array:
     """The box of an (H, W) or (H, W, C) array, repeating its last row and column past the edge."""
     rows = np.minimum(np.arange(box.top, box.bottom), array.shape[0] - 1)
     columns = np.minimum(np.arange(box.left, box.right), array.shape[1] - 1)
     if rows[-1] == box.bottom - 1 and columns[-1] == box.right - 1:
-        return array[_slices(box)]
+        return array[slices(box)]
     reached: Array = array[rows[:, None], columns]
     return reached
 
@@ -310,17 +248,6 @@ def _resized(rgb: Pixels, size: tuple[int, int], filter: Image.Resampling) -> Pi
     if (rgb.shape[1], rgb.shape[0]) == size:
         return rgb
     return np.asarray(Image.fromarray(np.ascontiguousarray(rgb)).resize(size, filter))
-
-
-def _tiles(box: Box) -> Iterator[Box]:
-    for top in range(box.top, box.bottom, TILE_PX):
-        for left in range(box.left, box.right, TILE_PX):
-            right, bottom = min(left + TILE_PX, box.right), min(top + TILE_PX, box.bottom)
-            yield Box(left, top, right, bottom)
-
-
-def _slices(box: Box) -> tuple[slice, slice]:
-    return slice(box.top, box.bottom), slice(box.left, box.right)
 
 
 _SMOOTH = Image.Resampling.LANCZOS
