@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from shared import processes
 from shared.errors import BrokerUnavailable
@@ -64,7 +66,9 @@ def _socket(home: Path) -> Path:
 
 
 def _answers(home: Path) -> bool:
-    client = redis.Redis(unix_socket_path=str(_socket(home)), socket_timeout=2)
+    client = redis.Redis(
+        unix_socket_path=str(_socket(home)), socket_timeout=2, retry=Retry(NoBackoff(), 0)
+    )
     try:
         return bool(client.ping())
     except redis.ConnectionError:

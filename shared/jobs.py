@@ -493,10 +493,18 @@ _REOPENED: Mapping[str, Any] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """How many jobs wait again, and the engines they wait for."""
+
+    count: int
+    engines: set[str]
+
+
 def retry(
     db: Database, selection: Selection, *, changes: Mapping[str, Any] | None = None
-) -> set[str]:
-    """Reopens final jobs, with changed parameters if given; returns their engines.
+) -> Reopened:
+    """Reopens final jobs, with changed parameters if given.
 
     changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
     Raises InputError where a changed job would ask for what another job already does.
@@ -508,7 +516,7 @@ def retry(
         rows = connection.execute(
             update(Job).where(*where).values(**_REOPENED).returning(Job.engine)
         ).all()
-    return {row.engine for row in rows}
+    return Reopened(count=len(rows), engines={row.engine for row in rows})
 
 
 def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:

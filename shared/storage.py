@@ -136,11 +136,11 @@ class Storage:
     def stat(self, uri: str) -> Stat | None:
         """None where nothing is there."""
         self.check(uri)
-        with _translated(uri):
-            try:
+        try:
+            with _translated(uri):
                 return self._stat_s3(uri) if is_s3(uri) else _stat_file(uri)
-            except ObjectMissing:
-                return None
+        except ObjectMissing:
+            return None
 
     def get(self, uri: str, *, max_bytes: int) -> Object:
         """Raises ObjectTooLarge over ``max_bytes``, before the body is read."""
@@ -186,6 +186,11 @@ class Storage:
             if is_s3(uri):
                 return self._put_s3(uri, data, if_version)
             return _put_file(uri, data, if_version, token)
+
+    def list_one(self, bucket: str) -> None:
+        """Asks for one key of a bucket, to see that it answers."""
+        with _translated(f"s3://{bucket}"):
+            self._s3().list_objects_v2(Bucket=bucket, MaxKeys=1)
 
     def _s3(self) -> Any:
         with self._client_lock:

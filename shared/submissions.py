@@ -32,37 +32,39 @@ class NewJob:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenSubmission:
-    """``resumed``: the same manifest with the same options was here before."""
+    """``resumed``: the same rows were submitted before; ``cut_off``: and not to the end."""
 
     id: int
-    resumed: bool
+    resumed: bool = False
+    cut_off: bool = False
 
 
 def open_submission(
     db: Database, *, manifest: str, digest: str, options: str, rows: int, invalid: int
 ) -> OpenSubmission:
     """Finds or makes the submission of this digest; safe for two producers at once."""
-    same = select(Submission.id).where(Submission.digest == digest)
+    same = select(Submission.id, Submission.recorded_at).where(Submission.digest == digest)
+    made = (
+        insert(Submission)
+        .values(
+            manifest=manifest,
+            digest=digest,
+            options=options,
+            rows=rows,
+            invalid=invalid,
+            created_at=clock(),
+        )
+        .returning(Submission.id)
+    )
     try:
         with db.write() as connection:
-            if (found := connection.execute(same).scalar()) is not None:
-                return OpenSubmission(id=found, resumed=True)
-            made = connection.execute(
-                insert(Submission)
-                .values(created_at=clock())
-                .returning(Submission.id),
-                {
-                    "manifest": manifest,
-                    "digest": digest,
-                    "options": options,
-                    "rows": rows,
-                    "invalid": invalid,
-                },
-            ).scalar_one()
-            return OpenSubmission(id=made, resumed=False)
+            found = connection.execute(same).first()
+            if found is None:
+                return OpenSubmission(id=connection.execute(made).scalar_one())
     except IntegrityError:
         with db.read() as connection:
-            return OpenSubmission(id=connection.execute(same).scalar_one(), resumed=True)
+            found = connection.execute(same).one()
+    return OpenSubmission(id=found.id, resumed=True, cut_off=found.recorded_at is None)
 
 
 def record(db: Database, submission: int, rows: Sequence[NewJob]) -> list[NewJob]:

@@ -1,0 +1,188 @@
+"""What the tables tell: counts, lists, one job's whole story, the export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import RowMapping, Select, and_, desc, func, outerjoin, select
+
+from shared.db import Database, clock
+from shared.jobs import Selection
+from shared.models import STATES, Attempt, Job, Submission
+
+RATE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """One submission's, or everything's. ``rate``: finished per second over the last minute."""
+
+    counts: dict[str, int]
+    rate: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def left(self) -> int:
+        return sum(self.counts[state] for state in ("pending", "queued", "running"))
+
+    @property
+    def seconds_left(self) -> float | None:
+        return self.left / self.rate if self.left and self.rate else None
+
+
+def progress(db: Database, submission: int | None) -> Progress:
+    chosen = Selection(submission=submission).conditions()
+    with db.read() as connection:
+        rows = connection.execute(
+            select(Job.state, func.count()).where(*chosen).group_by(Job.state)
+        ).all()
+        recent = connection.execute(
+            select(func.count(), func.min(Job.finished_at), clock()).where(
+                *chosen, Job.finished_at > clock(-RATE_SECONDS)
+            )
+        ).one()
+    counts = {state: 0 for state in STATES} | {row[0]: row[1] for row in rows}
+    return Progress(counts=counts, rate=_rate(*recent))
+
+
+def _rate(finished: int, first: datetime | None, now: datetime) -> float:
+    if not finished or first is None:
+        return 0.0
+    return finished / max((now - first).total_seconds(), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """A submission and how far it is."""
+
+    id: int
+    manifest: str
+    created_at: datetime
+    rows: int
+    counts: dict[str, int]
+
+
+def submissions(db: Database, *, limit: int = 20) -> list[Listed]:
+    """The newest submissions first."""
+    newest = select(Submission).order_by(desc(Submission.id)).limit(limit)
+    with db.read() as connection:
+        found = connection.execute(newest).all()
+        counted = connection.execute(
+            select(Job.submission_id, Job.state, func.count())
+            .where(Job.submission_id.in_([row.id for row in found]))
+            .group_by(Job.submission_id, Job.state)
+        ).all()
+    counts: dict[int, dict[str, int]] = {row.id: {} for row in found}
+    for submission, state, count in counted:
+        counts[submission][state] = count
+    return [
+        Listed(
+            id=row.id,
+            manifest=row.manifest,
+            created_at=row.created_at,
+            rows=row.rows,
+            counts=counts[row.id],
+        )
+        for row in found
+    ]
+
+
+def submission_exists(db: Database, submission: int) -> bool:
+    with db.read() as connection:
+        found = connection.execute(select(Submission.id).where(Submission.id == submission))
+        return found.first() is not None
+
+
+def list_jobs(db: Database, selection: Selection, *, limit: int | None) -> list[RowMapping]:
+    query = select(Job.__table__).where(*selection.conditions()).order_by(Job.id).limit(limit)
+    with db.read() as connection:
+        return list(connection.execute(query).mappings())
+
+
+def errors(db: Database, submission: int | None) -> list[tuple[str, int, str]]:
+    """(code, count, one message) of the failed jobs, most frequent first."""
+    chosen = Selection(submission=submission, states=("failed",)).conditions()
+    with db.read() as connection:
+        rows = connection.execute(
+            select(Job.error_code, func.count(), func.min(Job.error_message))
+            .where(*chosen)
+            .group_by(Job.error_code)
+            .order_by(desc(func.count()))
+        ).all()
+    return [(str(code), count, str(message)) for code, count, message in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """One job and all its attempts, oldest first, as columns to values."""
+
+    job: RowMapping
+    attempts: list[RowMapping]
+
+
+def story(db: Database, job: int) -> Story | None:
+    with db.read() as connection:
+        found = connection.execute(select(Job.__table__).where(Job.id == job)).mappings().first()
+        if found is None:
+            return None
+        attempts = connection.execute(
+            select(Attempt.__table__).where(Attempt.job_id == job).order_by(Attempt.attempt)
+        ).mappings()
+        return Story(job=found, attempts=list(attempts))
+
+
+EXPORTED = (
+    *("submission", "job", "line", "id", "state", "attempts", "image", "mask", "output"),
+    *("engine", "engine_revision", "seed", "params", "priority", "error_code", "error_message"),
+    *("image_sha256", "mask_sha256", "result_sha256", "width", "height", "regions", "windows"),
+    *("worker", "device", "timings", "created_at", "started_at", "finished_at"),
+)
+
+
+def export(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
+    """The audit: a record per job with its last attempt; streamed in pages of constant size."""
+    last = 0
+    while True:
+        with db.read() as connection:
+            rows = connection.execute(_page(selection, after=last)).mappings().all()
+        if not rows:
+            return
+        for row in rows:
+            yield _record(row)
+        last = rows[-1]["job"]
+
+
+def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[Any]:
+    joined = outerjoin(
+        Job.__table__,
+        Attempt.__table__,
+        and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt),
+    )
+    columns = (
+        *(Job.submission_id.label("submission"), Job.id.label("job"), Job.line),
+        *(Job.key.label("id"), Job.state, Job.attempt.label("attempts")),
+        *(Job.image, Job.mask, Job.output, Job.engine, Attempt.engine_revision),
+        *(Job.seed, Job.params, Job.priority, Job.error_code, Job.error_message),
+        *(Attempt.image_sha256, Attempt.mask_sha256, Job.result_sha256),
+        *(Attempt.width, Attempt.height, Attempt.regions, Attempt.windows),
+        *(Attempt.worker, Attempt.device, Attempt.timings),
+        *(Job.created_at, Attempt.started_at, Job.finished_at),
+    )
+    chosen = (*selection.conditions(), Job.id > after)
+    return select(*columns).select_from(joined).where(*chosen).order_by(Job.id).limit(size)
+
+
+def _record(row: RowMapping) -> dict[str, Any]:
+    record = {name: row[name] for name in EXPORTED}
+    for name in ("params", "timings"):
+        record[name] = json.loads(record[name]) if record[name] else None
+    for name in ("created_at", "started_at", "finished_at"):
+        record[name] = record[name].isoformat() if record[name] else None
+    return record

@@ -1,0 +1,284 @@
+"""The command inpaint-submit: parse, construct, call, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.markup import escape
+
+from producer import dryrun, terminal
+from producer.audit import Progress, errors, progress
+from producer.local import LocalWorkers, running_redis, running_workers
+from producer.manifest import Problem, stem
+from producer.rows import Options, normalised_engine
+from producer.submit import Again, Checked, Summary, check
+from producer.submit import submit as submit_rows
+from shared import embedded, schema, settings
+from shared.db import Database
+from shared.errors import InpaintError, ParameterError
+from shared.params import PRIORITY, find_parameter, find_presets, placeholders
+from shared.queue import Queue
+from shared.settings import Settings
+from shared.storage import Storage, absolute, is_s3, parent
+
+POLL_SECONDS = 0.5
+NO_WORKER_SECONDS = 10.0
+
+
+@contextmanager
+def friendly(command: str) -> Iterator[None]:
+    """A user's mistake, or a service that is down, is one line on stderr and exit 2."""
+    try:
+        yield
+    except InpaintError as error:
+        click.echo(f"{command}: {error}", err=True)
+        sys.exit(2)
+
+
+def parse_sets(pairs: tuple[str, ...]) -> dict[str, object]:
+    """``NAME=VALUE`` options as checked values. Raises ParameterError."""
+    values = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ParameterError(f"--set {pair!r}: write NAME=VALUE")
+        values[name.strip()] = find_parameter(name.strip()).read(value)
+    return values
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("manifest")
+@click.option("--output", metavar="URI", help="Folder or s3://bucket/prefix for the results.")
+@click.option("--mask", help="One mask for all rows: a file, alpha, or box:left,top,right,bottom.")
+@click.option("--engine", help="sd2, opencv or diffusers:FOLDER_OR_HUB_ID[@REVISION].")
+@click.option("--preset", help="See inpaint-jobs presets; combine as ecommerce+preview.")
+@click.option("--prompt", help="Prompt template; {placeholders} are filled from columns.")
+@click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")
+@click.option("--priority", default="0", help="-1000 to 1000; higher runs first.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would run, record nothing.")
+@click.option("--skip-invalid", is_flag=True, help="Submit the good rows of a manifest with bad ones.")
+@click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False),
+              help="Folder that local files may lie under. Repeatable.")  # fmt: skip
+@click.option("--wait", is_flag=True, help="Until every job is final; exit 1 if one failed.")
+@click.option("--local", is_flag=True, help="Start what is missing here, workers too, and wait.")
+@click.option("--devices", default="all", show_default=True, help="For --local: all, cpu or 0,1,...")
+@click.option("--force", is_flag=True, help="Run every row again, whatever is recorded.")
+@click.option("--changed", is_flag=True, help="Run rows again whose image or mask has changed.")
+@click.option("--json", "as_json", is_flag=True, help="One summary object on stdout.")
+def submit(manifest: str, wait: bool, local: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+    """Record every row of MANIFEST as a job and enqueue it.
+
+    MANIFEST is a path or s3://bucket/key: CSV, TSV or JSONL, optionally gzipped.
+    """
+    with friendly("inpaint-submit"), ExitStack() as stack:
+        configured = settings.load()
+        options = _options(configured, manifest, given)
+        roots = _roots(configured, options, given)
+        storage = Storage(roots=roots, buckets=configured.buckets)
+        checked = check(options, storage, report=_report)
+        stack.callback(checked.spool.close)
+        if dry_run:
+            sys.exit(_rehearse(checked, storage, configured, as_json))
+        _refuse_invalid(checked, skip=given["skip_invalid"])
+        if local:
+            stack.enter_context(running_redis(configured))
+        db = Database(configured.database)
+        stack.callback(db.close)
+        schema.ensure(db)
+        started = time.monotonic()
+        summary = _record(checked, options, configured, db, storage, given)
+        _print_summary(summary, checked, options, as_json=as_json, waits=wait or local)
+        if not (wait or local):
+            return
+        workers = _local_workers(stack, configured, checked, roots, given) if local else None
+        ended = _wait(db, summary.submission, workers, checked)
+        _print_end(db, summary, ended, time.monotonic() - started, options, as_json)
+        sys.exit(1 if ended.counts["failed"] else 0)
+
+
+def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Options:
+    uri = absolute(manifest, base=str(Path.cwd()))
+    here = str(Path.cwd())
+    output = given["output"] and absolute(given["output"].rstrip("/") or "/", base=here)
+    mask = given["mask"]
+    if mask and mask != "alpha" and not mask.startswith("box:"):
+        mask = absolute(mask, base=here)
+    if given["preset"]:
+        find_presets(given["preset"])
+    if given["prompt"]:
+        placeholders(given["prompt"])
+    return Options(
+        manifest=uri,
+        output=output or f"{parent(uri).rstrip('/')}/{stem(uri)}-out",
+        has_output=bool(output),
+        engine=normalised_engine(given["engine"] or configured.engine),
+        mask=mask,
+        preset=given["preset"],
+        prompt=given["prompt"],
+        values=parse_sets(given["sets"]),
+        priority=PRIORITY.read(given["priority"]),
+    )
+
+
+def _roots(configured: Settings, options: Options, given: dict[str, Any]) -> list[Path]:
+    """What this manifest may name: its folder, the output's, --root, INPAINT_ROOTS."""
+    named = [parent(options.manifest), options.output, *given["roots"]]
+    if options.mask and options.mask.startswith("/"):
+        named.append(options.mask)
+    local = [Path(os.path.realpath(place)) for place in named if not is_s3(place)]
+    return local + (list(configured.roots) if "roots" in configured.model_fields_set else [])
+
+
+def _report(problem: Problem) -> None:
+    click.echo(str(problem), err=True)
+
+
+def _refuse_invalid(checked: Checked, *, skip: bool) -> None:
+    if not checked.invalid or (skip and checked.invalid < checked.rows):
+        return
+    click.echo(
+        f"inpaint-submit: {checked.invalid:,} of {checked.rows:,} rows are not valid; nothing was "
+        f"enqueued. Mend them{'' if skip else ', or submit the others with --skip-invalid'}.",
+        err=True,
+    )
+    sys.exit(2)
+
+
+def _rehearse(checked: Checked, storage: Storage, configured: Settings, as_json: bool) -> int:
+    found = dryrun.rehearse(checked, storage, configured, report=_report)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        click.echo(
+            f"dry run: {found.rows:,} rows, {found.invalid:,} invalid; would run "
+            f"{found.regions:,} regions in {found.windows:,} windows; {found.empty:,} rows have "
+            f"an empty mask; {found.overwritten:,} results would be overwritten"
+        )
+    return 2 if found.invalid else 0
+
+
+def _record(
+    checked: Checked,
+    options: Options,
+    configured: Settings,
+    db: Database,
+    storage: Storage,
+    given: dict[str, Any],
+) -> Summary:
+    queue = Queue(embedded.broker_url(configured))
+    console = terminal.err()
+    with terminal.job_progress(console) as bar:
+        rows = checked.rows - checked.invalid
+        task = bar.add_task("recording", total=rows, note="rows", visible=rows > 5000)
+        try:
+            return submit_rows(
+                checked,
+                options,
+                db=db,
+                queue=queue,
+                storage=storage,
+                bound=configured.queue_bound,
+                again=Again(everything=given["force"], changed=given["changed"]),
+                progress=lambda count: bar.advance(task, count),
+            )
+        finally:
+            queue.close()
+
+
+def _print_summary(
+    summary: Summary, checked: Checked, options: Options, *, as_json: bool, waits: bool
+) -> None:
+    if as_json:
+        if not waits:
+            click.echo(json.dumps(summary.to_json()))
+        return
+    click.echo(_describe(summary))
+    if summary.broker_error and not waits:
+        click.echo(f"{summary.broker_error}: workers will dispatch the jobs when it is back", err=True)
+    if not waits:
+        engines = " and ".join(f"inpaint-worker --engine {name}" for name in sorted(checked.engines))
+        click.echo(f"results: {options.output}\nwork: {engines}")
+        click.echo(f"watch: inpaint-jobs status {summary.submission} --watch")
+
+
+def _describe(summary: Summary) -> str:
+    line = f"submission {summary.submission}: {summary.rows:,} rows, {summary.accepted:,} accepted"
+    if summary.duplicates:
+        line += f", {summary.duplicates:,} already there"
+    if summary.invalid:
+        line += f", {summary.invalid:,} invalid and skipped"
+    if summary.cut_off:
+        line += "; it had been cut off and is complete now"
+    elif summary.resumed and not summary.accepted:
+        line += "; nothing added (--force or --changed run rows again)"
+    return line
+
+
+def _local_workers(
+    stack: ExitStack,
+    configured: Settings,
+    checked: Checked,
+    roots: list[Path],
+    given: dict[str, Any],
+) -> LocalWorkers:
+    running = running_workers(
+        configured, engines=checked.engines, devices=given["devices"], roots=roots
+    )
+    return stack.enter_context(running)
+
+
+def _wait(
+    db: Database, submission: int, workers: LocalWorkers | None, checked: Checked
+) -> Progress:
+    """Until nothing is left; says once where no worker seems to be there."""
+    console = terminal.err()
+    started = time.monotonic()
+    said = workers is not None
+    with terminal.job_progress(console) as bar:
+        task = bar.add_task("inpainting", total=None, note="")
+        while True:
+            found = progress(db, submission)
+            note = f"{found.counts['failed']} failed" if found.counts["failed"] else ""
+            bar.update(task, total=found.total, completed=found.total - found.left, note=note)
+            if not found.left:
+                return found
+            if workers is not None:
+                workers.check()
+            idle = found.left == found.total and not found.counts["running"]
+            if idle and not said and time.monotonic() - started > NO_WORKER_SECONDS:
+                engine = sorted(checked.engines)[0]
+                console.print(f"no worker has taken a job yet; start: inpaint-worker --engine {engine}")
+                said = True
+            time.sleep(POLL_SECONDS if workers is None else 0.1)
+
+
+def _print_end(
+    db: Database,
+    summary: Summary,
+    ended: Progress,
+    seconds: float,
+    options: Options,
+    as_json: bool,
+) -> None:
+    succeeded, failed = ended.counts["succeeded"], ended.counts["failed"]
+    if as_json:
+        end = {"succeeded": succeeded, "failed": failed, "seconds": round(seconds, 3)}
+        click.echo(json.dumps(summary.to_json() | end))
+        return
+    cancelled = f", {ended.counts['cancelled']:,} cancelled" if ended.counts["cancelled"] else ""
+    click.echo(f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {terminal.duration(seconds)}")
+    for code, count, message in errors(db, summary.submission):
+        terminal.out().print(f"  [red]{code}[/red] {count:,}: {escape(message)}")
+    if failed:
+        click.echo(f"again: inpaint-jobs retry --submission {summary.submission}")
+    click.echo(f"results: {options.output}")
+
+

@@ -1,0 +1,131 @@
+"""``--dry-run``: what a submission would do, found out without recording anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from producer.manifest import Problem
+from producer.submit import Checked
+from shared import images, masks, regions
+from shared.errors import ImageError, InpaintError, ObjectMissing
+from shared.params import Params, is_native
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.submissions import NewJob
+
+THREADS = 8
+IN_FLIGHT = 64
+HEADER_BYTES = 128 * 1024
+KEPT_MASKS = 4
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """Totals over the rows that would run. ``empty``: rows whose mask repaints nothing."""
+
+    rows: int = 0
+    invalid: int = 0
+    regions: int = 0
+    windows: int = 0
+    empty: int = 0
+    overwritten: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+def rehearse(
+    checked: Checked, storage: Storage, settings: Settings, *, report: Callable[[Problem], None]
+) -> Rehearsal:
+    """Looks at every image and mask; reports what would fail, and counts what would run."""
+    total = Rehearsal(rows=checked.rows, invalid=checked.invalid)
+    stage = _Stage(storage, settings)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for batch in _batches(checked.jobs()):
+            for job, found in zip(batch, pool.map(stage.look, batch), strict=True):
+                if isinstance(found, Problem):
+                    total.invalid += 1
+                    report(found)
+                else:
+                    _add(total, found, stage.is_there(job))
+    return total
+
+
+def _batches(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, IN_FLIGHT)):
+        yield batch
+
+
+def _add(total: Rehearsal, plan: tuple[regions.Region, ...], is_there: bool) -> None:
+    total.regions += len(plan)
+    total.windows += sum(len(region.windows) for region in plan)
+    total.empty += not plan
+    total.overwritten += is_there
+
+
+class _Stage:
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self._storage = storage
+        self._settings = settings
+        # One mask for all rows is common; it is read and decoded once.
+        self._mask_file = lru_cache(KEPT_MASKS)(self._read_mask)
+
+    def look(self, job: NewJob) -> tuple[regions.Region, ...] | Problem:
+        try:
+            return self._plan(job)
+        except InpaintError as error:
+            return Problem(line=job.line, text=f"{error.code}: {error}")
+
+    def is_there(self, job: NewJob) -> bool:
+        return self._storage.stat(job.output) is not None
+
+    def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
+        params = Params(**json.loads(job.params))
+        mask = self._mask(job)
+        if not masks.is_file(job.mask):
+            size = (mask.shape[1], mask.shape[0])
+        else:
+            size = self._size(job.image)
+        masks.check_size(mask, size)
+        repainted = masks.dilate(
+            masks.binary(mask, threshold=params.mask_threshold), params.mask_dilation
+        )
+        return regions.plan(
+            repainted,
+            mode=params.mode,
+            window=(params.width, params.height),
+            native=is_native(job.engine),
+        )
+
+    def _mask(self, job: NewJob) -> masks.Grey:
+        if masks.is_file(job.mask):
+            return self._mask_file(job.mask)
+        if job.mask == "alpha":
+            return masks.alpha_mask(self._picture(job.image))
+        return masks.box_mask(masks.parse_box(job.mask), self._size(job.image))
+
+    def _read_mask(self, uri: str) -> masks.Grey:
+        data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
+        return masks.decode_mask(data, max_pixels=self._settings.max_pixels)
+
+    def _picture(self, uri: str) -> images.Picture:
+        data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
+        return images.decode(data, max_pixels=self._settings.max_pixels)
+
+    def _size(self, uri: str) -> tuple[int, int]:
+        """From the first bytes where they are enough, else from the whole file."""
+        if self._storage.stat(uri) is None:
+            raise ObjectMissing(f"{uri!r} does not exist")
+        try:
+            head = self._storage.head(uri, max_bytes=HEADER_BYTES)
+            return images.probe(head, max_pixels=self._settings.max_pixels)
+        except ImageError as error:
+            if error.code != "image_truncated":
+                raise
+        return self._picture(uri).size

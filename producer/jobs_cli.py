@@ -1,0 +1,270 @@
+"""The command inpaint-jobs: look, retry, cancel, export, check."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.live import Live
+from rich.text import Text
+
+from producer import audit, doctor, terminal
+from producer.cli import friendly, parse_sets
+from shared import embedded, jobs, params, schema, settings
+from shared.db import Database
+from shared.errors import BrokerUnavailable, InputError
+from shared.jobs import Selection
+from shared.models import FINAL_STATES, STATES
+from shared.queue import Queue
+from shared.settings import Settings
+
+WATCH_SECONDS = 2.0
+# What a spreadsheet would run as a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@contextmanager
+def _opened() -> Iterator[tuple[Settings, Database]]:
+    with friendly("inpaint-jobs"):
+        configured = settings.load()
+        db = Database(configured.database)
+        try:
+            schema.ensure(db)
+            yield configured, db
+        finally:
+            db.close()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def jobs_command() -> None:
+    """Look at submissions and jobs, retry, cancel and export them."""
+
+
+@jobs_command.command()
+@click.argument("submission", type=int, required=False)
+@click.option("--watch", is_flag=True, help="Refresh until nothing is left.")
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def status(submission: int | None, watch: bool, as_json: bool) -> None:
+    """Counts, rate and time left; of one submission, or of all."""
+    with _opened() as (_, db):
+        _require_submission(db, submission)
+        if as_json:
+            found = audit.progress(db, submission)
+            rate = {"rate": round(found.rate, 3), "seconds_left": found.seconds_left}
+            click.echo(json.dumps({**found.counts, **rate}))
+            return
+        if submission is None and not watch:
+            terminal.out().print(terminal.submissions_table(audit.submissions(db)))
+        if watch:
+            _watch(db, submission)
+        else:
+            click.echo(terminal.counts_line(audit.progress(db, submission)))
+
+
+def _watch(db: Database, submission: int | None) -> None:
+    with Live(console=terminal.out(), auto_refresh=False) as live:
+        while True:
+            found = audit.progress(db, submission)
+            live.update(Text(terminal.counts_line(found)), refresh=True)
+            if not found.left:
+                return
+            time.sleep(WATCH_SECONDS)
+
+
+def _require_submission(db: Database, submission: int | None) -> None:
+    if submission is not None and not audit.submission_exists(db, submission):
+        raise InputError(f"submission {submission} does not exist; see inpaint-jobs status")
+
+
+@jobs_command.command("list")
+@click.option("--state", type=click.Choice(STATES))
+@click.option("--error", help="An error code.")
+@click.option("--submission", type=int)
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
+@click.option("--json", "as_json", is_flag=True, help="One object a line.")
+def list_command(
+    state: str | None, error: str | None, submission: int | None, limit: int, as_json: bool
+) -> None:
+    """Jobs, oldest first."""
+    chosen = _selection((), submission, error, states=(state,) if state else None)
+    with _opened() as (_, db):
+        _require_submission(db, submission)
+        rows = audit.list_jobs(db, chosen, limit=limit + 1)
+        if as_json:
+            for row in rows[:limit]:
+                click.echo(_json(_plain(row)))
+            return
+        terminal.out().print(terminal.jobs_table(rows[:limit]))
+        if len(rows) > limit:
+            click.echo(f"and more; --limit shows them, inpaint-jobs export has all", err=True)
+
+
+@jobs_command.command()
+@click.argument("job", type=int)
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def show(job: int, as_json: bool) -> None:
+    """One job: every parameter and every attempt."""
+    with _opened() as (_, db):
+        story = audit.story(db, job)
+        if story is None:
+            raise InputError(f"job {job} does not exist; see inpaint-jobs list")
+        if as_json:
+            attempts = [_plain(attempt) for attempt in story.attempts]
+            click.echo(_json(_plain(story.job) | {"attempts": attempts}))
+            return
+        for table in terminal.story_tables(story):
+            terminal.out().print(table)
+
+
+@jobs_command.command()
+@click.argument("job_ids", metavar="[JOB]...", type=int, nargs=-1)
+@click.option("--submission", type=int, help="Its failed jobs.")
+@click.option("--error", help="Failed jobs with this error code.")
+@click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Change a parameter.")
+def retry(
+    job_ids: tuple[int, ...], submission: int | None, error: str | None, sets: tuple[str, ...]
+) -> None:
+    """Run jobs again: those named in any final state, else the failed ones."""
+    with _opened() as (configured, db):
+        _require_choice(job_ids, submission, error)
+        _require_submission(db, submission)
+        states = FINAL_STATES if job_ids else ("failed",)
+        chosen = _selection(job_ids, submission, error, states=states)
+        count = len(audit.list_jobs(db, chosen, limit=None)) if job_ids else None
+        if job_ids and count != len(set(job_ids)):
+            raise InputError("not every job named is final; see inpaint-jobs show JOB")
+        reopened = jobs.retry(db, chosen, changes=parse_sets(sets))
+        click.echo(f"{reopened.count:,} jobs run again")
+        _dispatch(configured, db, reopened.engines)
+
+
+@jobs_command.command()
+@click.argument("job_ids", metavar="[JOB]...", type=int, nargs=-1)
+@click.option("--submission", type=int)
+def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
+    """Cancel jobs that are not final; running ones stop at their next step."""
+    with _opened() as (_, db):
+        _require_choice(job_ids, submission, None)
+        _require_submission(db, submission)
+        done = jobs.cancel(db, _selection(job_ids, submission, None, states=None))
+        click.echo(f"{done.cancelled:,} cancelled, {done.requested:,} running ones asked to stop")
+
+
+@jobs_command.command()
+@click.option("--format", "kind", type=click.Choice(("csv", "jsonl")), default="csv")
+@click.option("--submission", type=int)
+@click.option("--state", type=click.Choice(STATES))
+def export(kind: str, submission: int | None, state: str | None) -> None:
+    """The audit: one record per job, on stdout."""
+    with _opened() as (_, db):
+        _require_submission(db, submission)
+        chosen = _selection((), submission, None, states=(state,) if state else None)
+        records = audit.export(db, chosen)
+        if kind == "jsonl":
+            for record in records:
+                click.echo(_json(record))
+        else:
+            _write_csv(records)
+
+
+def _write_csv(records: Iterable[dict[str, Any]]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(audit.EXPORTED)
+    for record in records:
+        writer.writerow([_cell(value) for value in record.values()])
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, dict):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
+        return "'" + value
+    return value
+
+
+@jobs_command.command()
+@click.option("--json", "as_json", is_flag=True, help="Templates and placeholders too.")
+def presets(as_json: bool) -> None:
+    """The named sets of parameters."""
+    known = params.presets()
+    if as_json:
+        rows = {
+            one.name: {**one.values, "use": one.use, "prompt": one.prompt} for one in known.values()
+        }
+        click.echo(json.dumps(rows, indent=2))
+        return
+    terminal.out().print(terminal.presets_table(known.values()))
+
+
+@jobs_command.command()
+def upgrade() -> None:
+    """Create or upgrade the tables."""
+    with friendly("inpaint-jobs"):
+        db = Database(settings.load().database)
+        try:
+            schema.upgrade(db)
+            click.echo(f"{db} is at revision {schema.revision(db)}")
+        finally:
+            db.close()
+
+
+@jobs_command.command("doctor")
+@click.option("--engine", help="The engine to try; else INPAINT_ENGINE.")
+@click.option("--devices", default="all", show_default=True, help="all, cpu or 0,1,...")
+def doctor_command(engine: str | None, devices: str) -> None:
+    """Database, broker, storage, engine and device: a verdict and a remedy for each."""
+    with friendly("inpaint-jobs"):
+        configured = settings.load()
+        verdicts = list(doctor.examine(configured, engine=engine, devices=devices))
+        for verdict in verdicts:
+            click.echo(str(verdict))
+        sys.exit(1 if any(verdict.bad for verdict in verdicts) else 0)
+
+
+def _dispatch(configured: Settings, db: Database, engines: set[str]) -> None:
+    queue = Queue(embedded.broker_url(configured))
+    try:
+        for engine in sorted(engines):
+            jobs.dispatch(db, queue, engine, bound=configured.queue_bound)
+    except BrokerUnavailable as error:
+        click.echo(f"{error}: workers will dispatch the jobs when it is back", err=True)
+    finally:
+        queue.close()
+
+
+def _selection(
+    job_ids: tuple[int, ...],
+    submission: int | None,
+    error: str | None,
+    *,
+    states: tuple[str, ...] | None,
+) -> Selection:
+    return Selection(
+        jobs=job_ids or None, submission=submission, states=states, error_code=error
+    )
+
+
+def _require_choice(
+    job_ids: tuple[int, ...], submission: int | None, error: str | None
+) -> None:
+    if not job_ids and submission is None and error is None:
+        raise InputError("name jobs, --submission or --error")
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A row of the tables as JSON holds it."""
+    plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+    for name in ("params", "timings"):
+        if plain.get(name):
+            plain[name] = json.loads(plain[name])
+    return plain
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, default=lambda value: value.isoformat())

@@ -1,0 +1,194 @@
+"""A manifest as a stream of rows: CSV, TSV or JSONL, plain or gzipped, on disk or on S3."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from shared.errors import ManifestError
+from shared.params import PARAMETERS, did_you_mean
+from shared.storage import Storage, name
+
+FIELD_LIMIT = 64 * 1024
+
+LOCATION_COLUMNS = ("image", "mask", "output")
+OTHER_COLUMNS = ("id", "preset", "engine", "priority")
+PARAMETER_COLUMNS = (
+    "mode",
+    "prompt",
+    "negative_prompt",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "strength",
+    "eta",
+    "scheduler",
+    "width",
+    "height",
+)
+COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *PARAMETER_COLUMNS)
+
+assert set(PARAMETER_COLUMNS) <= set(PARAMETERS)  # noqa: S101
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """What is wrong with one line; ``text`` names the column, the value and the remedy."""
+
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.text}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One row's cells, stripped; empty ones are left out. ``line`` counts from 1."""
+
+    line: int
+    cells: Mapping[str, str]
+
+
+def stem(manifest: str) -> str:
+    """The manifest's name without ``.csv``, ``.jsonl.gz`` and the like."""
+    bare = name(manifest).removesuffix(".gz")
+    return bare.rpartition(".")[0] or bare
+
+
+def read(
+    storage: Storage, manifest: str, *, placeholders: frozenset[str], has_mask: bool
+) -> Iterator[Row | Problem]:
+    """Rows, and problems in place of those that cannot be read, in the manifest's order.
+
+    placeholders: columns allowed besides ours. has_mask: a mask is given for all rows.
+    Raises ManifestError for what spoils the whole file: no rows, a missing, unknown or
+    doubled column, not UTF-8, not gzip after all.
+    """
+    known = frozenset(COLUMNS) | placeholders
+    required = ("image",) if has_mask else ("image", "mask")
+    try:
+        with storage.open(manifest) as raw, _text(raw) as text:
+            yield from _rows(manifest, text, known, required)
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{manifest}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ManifestError(f"{manifest}: the gzip data is damaged: {error}") from error
+
+
+@contextmanager
+def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
+    peeked = raw.peek(2)[:2]  # type: ignore[attr-defined]
+    binary: IO[bytes] = gzip.GzipFile(fileobj=raw) if peeked == b"\x1f\x8b" else raw
+    with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
+        yield text
+
+
+def _rows(
+    manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str]
+) -> Iterator[Row | Problem]:
+    extension = name(manifest).removesuffix(".gz").rpartition(".")[2].lower()
+    if extension in ("jsonl", "ndjson"):
+        return _jsonl(text, known)
+    if extension in ("csv", "tsv", "txt"):
+        return _csv(manifest, text, known, required, "\t" if extension == "tsv" else ",")
+    raise ManifestError(
+        f"{manifest}: .{extension} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
+    )
+
+
+def _csv(
+    manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str], delimiter: str
+) -> Iterator[Row | Problem]:
+    csv.field_size_limit(FIELD_LIMIT)
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader, [])]
+        check_columns(manifest, header, known, required)
+        while True:
+            line = reader.line_num + 1
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if cells:
+                yield _row(line, header, cells)
+    except csv.Error as error:
+        raise ManifestError(f"{manifest}: line {reader.line_num}: {error}; mend the quoting") from error
+
+
+def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
+    if len(cells) != len(header):
+        return Problem(
+            line=line,
+            text=f"{len(cells)} cells under {len(header)} columns; "
+            "quote cells that hold the delimiter",
+        )
+    stripped = {
+        column: value for column, cell in zip(header, cells, strict=True) if (value := cell.strip())
+    }
+    return Row(line=line, cells=stripped)
+
+
+def check_columns(
+    manifest: str, header: list[str], known: frozenset[str], required: Iterable[str]
+) -> None:
+    """Raises ManifestError that lists every wrong column."""
+    if not any(header):
+        raise ManifestError(f"{manifest}: empty; the first line must name the columns")
+    problems = [f"column {column!r} is missing" for column in required if column not in header]
+    problems += [
+        f"column {column!r} stands there twice"
+        for column in sorted(set(header))
+        if header.count(column) > 1
+    ]
+    problems += [
+        f"column {column!r} is not known and fills no {{placeholder}}{did_you_mean(column, known)}"
+        for column in dict.fromkeys(header)
+        if column not in known
+    ]
+    if problems:
+        raise ManifestError(f"{manifest}: line 1: " + "; ".join(problems))
+
+
+def _jsonl(text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
+    for line, content in enumerate(text, start=1):
+        if content.strip():
+            yield _json_row(line, content, known)
+
+
+def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
+    try:
+        values = json.loads(content, object_pairs_hook=_no_doubled_key)
+    except ValueError as error:
+        return Problem(line=line, text=f"not JSON: {error}")
+    if not isinstance(values, dict):
+        return Problem(line=line, text="not a JSON object; write {\"image\": ..., \"mask\": ...}")
+    cells = {}
+    for column, value in values.items():
+        if column not in known:
+            return Problem(
+                line=line,
+                text=f"{column}: not a known column and fills no {{placeholder}}"
+                f"{did_you_mean(column, known)}",
+            )
+        if isinstance(value, dict | list | bool):
+            return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
+        if value is not None and (cell := str(value).strip()):
+            cells[column] = cell
+    return Row(line=line, cells=cells)
+
+
+def _no_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands there twice")
+    return values

@@ -1,0 +1,182 @@
+"""From a manifest's row to a job: locations made absolute, parameters resolved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Problem, Row
+from shared.errors import InputError, ParameterError
+from shared import masks
+from shared.jobs import content_key, derived_seed
+from shared.params import PARAMETERS, PRIORITY, Params, placeholders, presets, resolve
+from shared.storage import Storage, absolute, name, parent
+from shared.submissions import NewJob
+
+RESOLVED_CACHE = 10_000
+_PARAMETERS = frozenset(PARAMETER_COLUMNS) - {"seed"}
+_OURS = frozenset(COLUMNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line says about every row.
+
+    output: folder or prefix. values: parameters from ``--set``, read and checked.
+    """
+
+    manifest: str
+    output: str
+    engine: str
+    mask: str | None = None
+    preset: str | None = None
+    prompt: str | None = None
+    values: Mapping[str, object] = field(default_factory=dict)
+    priority: int = 0
+    has_output: bool = False
+
+    def known_placeholders(self) -> frozenset[str]:
+        """Every column that could fill a template: any preset's, where rows may choose one."""
+        templates = [self.prompt or ""] + [preset.prompt for preset in presets().values()]
+        names = {name for template in templates for name in placeholders(template)}
+        return frozenset(names - _OURS)
+
+
+def normalised_engine(text: str) -> str:
+    """One name per engine: a model's local folder becomes absolute. Raises ParameterError."""
+    kind, _, model = text.partition(":")
+    if text in ("sd2", "opencv"):
+        return text
+    if kind != "diffusers" or not model:
+        raise ParameterError(
+            f"engine: {text!r} is not known; use sd2, opencv or "
+            "diffusers:FOLDER_OR_HUB_ID[@REVISION]"
+        )
+    if Path(model).is_dir():
+        return f"diffusers:{os.path.realpath(model)}"
+    return text
+
+
+class Resolver:
+    """Turns rows into jobs. Resolved parameters are kept: most rows share theirs."""
+
+    def __init__(self, options: Options, storage: Storage) -> None:
+        self._options = options
+        self._storage = storage
+        self._base = parent(options.manifest)
+        self._resolved: dict[tuple[object, ...], str] = {}
+
+    def job(self, row: Row) -> NewJob | list[Problem]:
+        """The job, or everything that is wrong with the row."""
+        problems: list[Problem] = []
+        found: dict[str, object] = {}
+        for what in ("image", "mask", "output", "engine", "priority", "seed"):
+            try:
+                found[what] = getattr(self, f"_{what}")(row.cells, found)
+            except InputError as error:
+                text = str(error)
+                problems.append(_problem(row, text if text.startswith(what) else f"{what}: {text}"))
+        try:
+            params = self._params(row.cells, str(found.get("engine", self._options.engine)))
+        except InputError as error:
+            problems.append(_problem(row, str(error)))
+        if problems:
+            return problems
+        return _new_job(row, found, params)
+
+    def _image(self, cells: Mapping[str, str], _found: object) -> str:
+        if "image" not in cells:
+            raise InputError("empty; name the picture")
+        return self._location(cells["image"])
+
+    def _mask(self, cells: Mapping[str, str], _found: object) -> str:
+        text = cells.get("mask") or self._options.mask
+        if text is None:
+            raise InputError("empty; name the mask, or alpha, or box:left,top,right,bottom")
+        if text.startswith("box:"):
+            masks.parse_box(text)
+        if not masks.is_file(text):
+            return text
+        return self._location(text)
+
+    def _output(self, cells: Mapping[str, str], found: Mapping[str, object]) -> str:
+        if "output" in cells:
+            base = self._options.output if self._options.has_output else self._base
+            location = self._location(cells["output"], base=base)
+        else:
+            source = cells.get("image", "")
+            location = self._location(f"{self._options.output.rstrip('/')}/{name(source)}")
+        if location.endswith("/"):
+            raise InputError(f"{location!r} is a folder; name the file")
+        if location in (found.get("image"), found.get("mask")):
+            raise InputError(f"{location!r} is also an input; choose another output")
+        return location
+
+    def _engine(self, cells: Mapping[str, str], _found: object) -> str:
+        return normalised_engine(cells["engine"]) if "engine" in cells else self._options.engine
+
+    def _priority(self, cells: Mapping[str, str], _found: object) -> int:
+        if "priority" not in cells:
+            return self._options.priority
+        return int(PRIORITY.read(cells["priority"]))
+
+    def _seed(self, cells: Mapping[str, str], _found: object) -> int | None:
+        if "seed" in cells:
+            return int(PARAMETERS["seed"].read(cells["seed"]))
+        given = self._options.values.get("seed")
+        return None if given is None else int(str(given))
+
+    def _location(self, reference: str, *, base: str | None = None) -> str:
+        uri = absolute(reference, base=base or self._base)
+        self._storage.check(uri)
+        return uri
+
+    def _params(self, cells: Mapping[str, str], engine: str) -> str:
+        """Canonical JSON of the row's parameters without the seed."""
+        decisive = tuple(
+            item for item in cells.items() if item[0] in _PARAMETERS or item[0] not in _OURS
+        )
+        preset = cells.get("preset", self._options.preset)
+        known = (engine, preset, decisive)
+        if known not in self._resolved:
+            if len(self._resolved) >= RESOLVED_CACHE:
+                self._resolved.clear()
+            self._resolved[known] = self._resolve(cells, engine, preset).to_json()
+        return self._resolved[known]
+
+    def _resolve(self, cells: Mapping[str, str], engine: str, preset: str | None) -> Params:
+        values = {k: v for k, v in self._options.values.items() if k != "seed"}
+        values.update((k, v) for k, v in cells.items() if k in _PARAMETERS)
+        texts = {k: v for k, v in cells.items() if k not in _OURS}
+        return resolve(
+            engine=engine, preset=preset, prompt=self._options.prompt, values=values, columns=texts
+        )
+
+
+def _problem(row: Row, text: str) -> Problem:
+    return Problem(line=row.line, text=text)
+
+
+def _new_job(row: Row, found: Mapping[str, object], params: str) -> NewJob:
+    image, mask, output = (str(found[column]) for column in LOCATION_COLUMNS)
+    engine = str(found["engine"])
+    seed = found["seed"]
+    given = None if seed is None else int(str(seed))
+    key = content_key(
+        image=image, mask=mask, output=output, engine=engine, params=params, seed=given
+    )
+    return NewJob(
+        line=row.line,
+        key=row.cells.get("id"),
+        content_key=key,
+        engine=engine,
+        image=image,
+        mask=mask,
+        output=output,
+        params=params,
+        seed=derived_seed(key) if given is None else given,
+        priority=int(str(found["priority"])),
+    )
+

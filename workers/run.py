@@ -1,0 +1,304 @@
+"""One job, top to bottom: acquire, fetch, decode, plan, inpaint, composite, encode, put, finish."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from shared import images, jobs, masks, regions
+from shared.db import Database
+from shared.errors import (
+    Cancelled,
+    DatabaseUnavailable,
+    InpaintError,
+    Interrupted,
+    LeaseLost,
+    OutputConflict,
+    Released,
+)
+from shared.images import Picture
+from shared.jobs import AttemptRecord, Holder, LeasedJob
+from shared.params import MAX_SEED, is_native
+from shared.regions import Region
+from shared.retry import RetryPolicy
+from shared.settings import Settings
+from shared.storage import Storage, remove_leftovers
+from shared.masks import Mask
+from workers import composite
+from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork
+
+log = logging.getLogger(__name__)
+
+PUT_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a worker process works with."""
+
+    settings: Settings
+    db: Database
+    storage: Storage
+    engine: Engine
+    holder: Holder
+    running: Running
+    retry: RetryPolicy
+
+
+class Running:
+    """The jobs in this process's hands; shared by job threads, upkeep and shutdown."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs: dict[tuple[int, int], Interruption] = {}
+        self._stopping = False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @contextmanager
+    def holding(self, job: LeasedJob) -> Iterator[Interruption]:
+        interruption = Interruption()
+        with self._lock:
+            self._jobs[job.id, job.attempt] = interruption
+            if self._stopping:
+                interruption.set(_released())
+        try:
+            yield interruption
+        finally:
+            with self._lock:
+                del self._jobs[job.id, job.attempt]
+
+    def held(self) -> dict[tuple[int, int], Interruption]:
+        with self._lock:
+            return dict(self._jobs)
+
+    def release_all(self) -> None:
+        """Every job stops at its next step, and no new one starts. Safe in a signal handler."""
+        self._stopping = True
+        for interruption in list(self._jobs.values()):
+            interruption.set(_released())
+
+
+def _released() -> Released:
+    return Released("the worker is shutting down")
+
+
+def run_job(bench: Bench, *, job: int, seen_attempt: int) -> None:
+    """Runs the job a message names, and records what came of it.
+
+    Returns quietly where the message is stale. Raises DatabaseUnavailable where nothing
+    could be recorded: the lease then runs out and another worker takes over.
+    """
+    leased = jobs.acquire(
+        bench.db,
+        job=job,
+        seen_attempt=seen_attempt,
+        holder=bench.holder,
+        lease_seconds=bench.settings.lease_seconds,
+    )
+    if leased is None:
+        log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
+        return
+    record = AttemptRecord()
+    with bench.running.holding(leased) as interruption:
+        try:
+            _inpaint(bench, leased, record, interruption)
+            ended: InpaintError | None = None
+        except InpaintError as error:
+            ended = error
+        except MemoryError:
+            ended = InpaintError("this machine is out of memory", code="host_out_of_memory")
+            ended.retryable = True
+        except Exception as error:
+            log.exception("job %s: unexpected error", job)
+            ended = InpaintError(f"{type(error).__name__}: {error}")
+        _conclude(bench, leased, record, ended)
+
+
+def _inpaint(
+    bench: Bench, job: LeasedJob, record: AttemptRecord, interruption: Interruption
+) -> None:
+    """Everything between the lease and the result's publication."""
+    stage = _Stages(record, interruption)
+    with stage("fetch"):
+        fetched = _fetch(bench, job, record)
+    with stage("decode"):
+        picture, mask = _decode(bench.settings, job, fetched)
+        record.width, record.height = picture.size
+    with stage("plan"):
+        plan = _plan(job, mask)
+        record.regions, record.windows = len(plan), sum(len(r.windows) for r in plan)
+    with stage("inpaint"):
+        filled = _fill(bench.engine, job, picture, mask, plan, interruption)
+    with stage("composite"):
+        result = composite.composite(
+            picture, mask, plan, filled, job.params, fill_alpha=job.mask == "alpha"
+        )
+    with stage("encode"):
+        data = images.encode(result, format=images.format_of(job.output))
+        record.result_sha256 = sha256(data).hexdigest()
+    with stage("put"):
+        _put(bench, job, data, seen=fetched.output_version)
+
+
+class _Stages:
+    """Times each stage into the record; an interruption is noticed between stages."""
+
+    def __init__(self, record: AttemptRecord, interruption: Interruption) -> None:
+        self._record = record
+        self._interruption = interruption
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._interruption.check()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._record.timings[name] = time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fetched:
+    """output_version: what lay at the output before the work began; None: nothing."""
+
+    image: bytes
+    mask: bytes | None
+    output_version: str | None
+
+
+def _fetch(bench: Bench, job: LeasedJob, record: AttemptRecord) -> _Fetched:
+    cap = bench.settings.max_object_bytes
+    before = bench.storage.stat(job.output)
+    image = bench.storage.get(job.image, max_bytes=cap)
+    record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
+    mask = None
+    if masks.is_file(job.mask):
+        mask = bench.storage.get(job.mask, max_bytes=cap)
+        record.mask_sha256, record.mask_version = sha256(mask.data).hexdigest(), mask.version
+    return _Fetched(
+        image=image.data,
+        mask=mask.data if mask else None,
+        output_version=before.version if before else None,
+    )
+
+
+def _decode(settings: Settings, job: LeasedJob, fetched: _Fetched) -> tuple[Picture, Mask]:
+    """The picture, and where it is repainted: (H, W) bool."""
+    picture = images.decode(fetched.image, max_pixels=settings.max_pixels)
+    if fetched.mask is not None:
+        grey = masks.decode_mask(fetched.mask, max_pixels=settings.max_pixels)
+    elif job.mask == "alpha":
+        grey = masks.alpha_mask(picture)
+    else:
+        grey = masks.box_mask(masks.parse_box(job.mask), picture.size)
+    masks.check_size(grey, picture.size)
+    return picture, masks.repaint(grey, job.params)
+
+
+def _plan(job: LeasedJob, mask: Mask) -> tuple[Region, ...]:
+    params = job.params
+    window = (params.width, params.height)
+    return regions.plan(mask, mode=params.mode, window=window, native=is_native(job.engine))
+
+
+def _fill(
+    engine: Engine,
+    job: LeasedJob,
+    picture: Picture,
+    mask: Mask,
+    plan: tuple[Region, ...],
+    interruption: Interruption,
+) -> list[Pixels]:
+    """Submits all regions before waiting for the first, so that they can share batches."""
+    if not plan:
+        return []
+    rgb = picture.rgb()
+    futures = []
+    for index, region in enumerate(plan):
+        image, region_mask = composite.cut(rgb, mask, region)
+        work = RegionWork(
+            image=image,
+            mask=region_mask,
+            windows=region.windows,
+            params=job.params,
+            seed=(job.params.seed + index) % (MAX_SEED + 1),
+            interruption=interruption,
+        )
+        futures.append(engine.submit(work))
+    return [np.asarray(future.result()) for future in futures]
+
+
+def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> None:
+    """Writes over the version seen, and over a newer one only while the lease is ours.
+
+    A newer version comes from an attempt that lost its lease to us and wrote all the same.
+    """
+    remove_leftovers(job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)])
+    for left in reversed(range(PUT_TRIES)):
+        jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
+        try:
+            bench.storage.put(
+                job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}"
+            )
+            return
+        except OutputConflict:
+            if not left:
+                raise
+            found = bench.storage.stat(job.output)
+            seen = found.version if found else None
+
+
+def _conclude(
+    bench: Bench, job: LeasedJob, record: AttemptRecord, ended: InpaintError | None
+) -> None:
+    if isinstance(ended, LeaseLost):
+        log.warning("%s", ended)
+        return
+    try:
+        _persist(bench, lambda: _write_end(bench, job, record, ended))
+    except LeaseLost as error:
+        log.warning("%s", error)
+
+
+def _write_end(
+    bench: Bench, job: LeasedJob, record: AttemptRecord, ended: InpaintError | None
+) -> None:
+    if ended is None:
+        jobs.succeed(bench.db, job, record)
+        seconds = sum(record.timings.values())
+        log.info("job %s: succeeded in %.2f s, %s windows", job.id, seconds, record.windows)
+    elif isinstance(ended, Cancelled):
+        jobs.finish_cancelled(bench.db, job, record)
+        log.info("job %s: cancelled", job.id)
+    elif isinstance(ended, Interrupted):
+        jobs.release(bench.db, job, record)
+        log.info("job %s: released: %s", job.id, ended)
+    else:
+        wait = jobs.fail(bench.db, job, record, ended, bench.retry)
+        what = "failed" if wait is None else f"failed, again in {wait:.0f} s"
+        log.warning("job %s: %s: %s: %s", job.id, what, ended.code, ended)
+
+
+def _persist(bench: Bench, write: Callable[[], None]) -> None:
+    """Tries for as long as the lease may still be ours, then lets the reaper have the job."""
+    deadline = time.monotonic() + bench.settings.lease_seconds
+    pause = 0.1
+    while True:
+        try:
+            write()
+            return
+        except DatabaseUnavailable:
+            if time.monotonic() + pause > deadline:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 5.0)

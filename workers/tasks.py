@@ -1,0 +1,164 @@
+"""One worker process: loads its engine, then consumes the one Celery task there is.
+
+Started by ``inpaint-worker``, one per device. Exits 69 where the engine cannot be loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+from celery import Celery, signals
+from celery.exceptions import Reject
+from celery.worker import state as celery_state
+
+from shared import embedded, schema, settings
+from shared.db import Database
+from shared.errors import EngineUnavailable, InpaintError
+from shared.jobs import Holder
+from shared.params import is_native
+from shared.queue import TASK, Queue, celery_app, queue_name
+from shared.retry import RetryPolicy
+from shared.settings import Settings
+from shared.storage import Storage
+from workers.engines import load_engine
+from workers.run import Bench, Running, run_job
+from workers.upkeep import Upkeep
+
+log = logging.getLogger(__name__)
+
+EX_UNAVAILABLE = 69
+JOB_THREADS_PER_BATCH = 2
+
+
+@click.command()
+@click.option("--engine", required=True)
+@click.option("--device", required=True)
+@click.option("--name", required=True, help="Host and device.")
+@click.option("--concurrency", type=int, required=True)
+@click.option("--max-batch", type=int, required=True)
+@click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
+def main(
+    engine: str, device: str, name: str, concurrency: int, max_batch: int, check: bool
+) -> None:
+    try:
+        configured = settings.load()
+        _configure_logging(configured.log_level, name)
+        loaded = load_engine(engine, device=device, max_batch=max_batch)
+        if check:
+            click.echo(f"{loaded.name} {loaded.revision} on {loaded.device}")
+            loaded.close()
+            return
+        bench = _bench(configured, loaded, name)
+    except EngineUnavailable as error:
+        click.echo(f"inpaint-worker: {error}", err=True)
+        sys.exit(EX_UNAVAILABLE)
+    except InpaintError as error:
+        click.echo(f"inpaint-worker: {error}", err=True)
+        sys.exit(1)
+    threads = concurrency or _default_concurrency(engine, max_batch)
+    sys.exit(_consume(bench, name, threads))
+
+
+def _default_concurrency(engine: str, max_batch: int) -> int:
+    """Enough jobs in hand that fetching, decoding and encoding never keep the device waiting."""
+    return os.cpu_count() or 1 if is_native(engine) else JOB_THREADS_PER_BATCH * max_batch
+
+
+def _bench(configured: Settings, engine: Any, name: str) -> Bench:
+    db = Database(configured.database, pool_size=16)
+    schema.ensure(db)
+    worker = f"{name}-{os.getpid()}-{secrets.token_hex(2)}"
+    return Bench(
+        settings=configured,
+        db=db,
+        storage=Storage(roots=configured.roots, buckets=configured.buckets),
+        engine=engine,
+        holder=Holder(worker=worker, device=engine.device, engine_revision=engine.revision),
+        running=Running(),
+        retry=RetryPolicy(
+            max_failures=configured.max_failures,
+            base_seconds=configured.retry_base_seconds,
+            cap_seconds=configured.retry_cap_seconds,
+        ),
+    )
+
+
+def _consume(bench: Bench, name: str, threads: int) -> int:
+    """Runs Celery until a signal; returns the process's exit status."""
+    url = embedded.broker_url(bench.settings)
+    app = celery_app(url, engines=[bench.engine.name])
+    _register(app, bench)
+    _install_signals(bench)
+    upkeep = Upkeep(bench, Queue(url))
+    upkeep.start()
+    log.info("%s on %s: %s jobs at a time", bench.engine.name, bench.engine.device, threads)
+    worker = app.Worker(
+        hostname=f"inpaint@{name}",
+        pool="threads",
+        concurrency=threads,
+        queues=[queue_name(bench.engine.name)],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        loglevel=bench.settings.log_level,
+        quiet=True,
+    )
+    try:
+        worker.start()
+    finally:
+        bench.running.release_all()
+        bench.engine.close()
+        upkeep.stop()
+        bench.db.close()
+    return int(worker.exitcode or 0)
+
+
+def _register(app: Celery, bench: Bench) -> None:
+    @app.task(name=TASK)  # type: ignore[untyped-decorator]
+    def task(job: int, attempt: int) -> None:
+        if bench.running.stopping:
+            raise Reject("the worker is shutting down", requeue=True)
+        run_job(bench, job=job, seen_attempt=attempt)
+
+
+def _install_signals(bench: Bench) -> None:
+    """The first SIGTERM or SIGINT releases every job; the second exits at once."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if bench.running.stopping:
+            os._exit(1)
+        bench.running.release_all()
+        celery_state.should_stop = 0
+
+    def install(**_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    # Celery installs its own handlers while it starts; ours come after them.
+    signals.worker_ready.connect(install, weak=False)
+    install()
+
+
+def _configure_logging(level: str, name: str) -> None:
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s %(levelname)s {name} %(message)s", stream=sys.stderr
+    )
+    for noisy in ("celery", "kombu", "botocore", "PIL"):
+        logging.getLogger(noisy).setLevel("WARNING")
+    signals.setup_logging.connect(lambda **_: None, weak=False)
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+if __name__ == "__main__":
+    main()
