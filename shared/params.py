@@ -8,7 +8,7 @@ import math
 import string
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ Scheduler = Literal["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "uni
 OpenCVMethod = Literal["telea", "navier-stokes"]
 
 MAX_SEED = 2**63 - 1
+NATIVE_ENGINE = "opencv"
 PROMPT_LIMIT = 4000
 
 
@@ -246,7 +247,7 @@ def resolve(
     Raises ParameterError.
     """
     chosen = find_presets(preset) if preset else ()
-    merged: dict[str, Any] = {"mask_feather": 0 if engine == "opencv" else 4}
+    merged: dict[str, Any] = {"mask_feather": 0 if is_native(engine) else 4}
     defaults: dict[str, str] = {}
     template = prompt or ""
     for one in chosen:
@@ -265,6 +266,11 @@ def resolve(
     return params
 
 
+def is_native(engine: str) -> bool:
+    """Whether the engine takes regions of any size as they are, without a model's window."""
+    return engine == NATIVE_ENGINE
+
+
 def _fill(template: str, texts: Mapping[str, str]) -> str:
     missing = [name for name in placeholders(template) if not texts.get(name)]
     if missing:
@@ -272,6 +278,3 @@ def _fill(template: str, texts: Mapping[str, str]) -> str:
             f"prompt: nothing fills {{{missing[0]}}}; add a column {missing[0]!r} or another --prompt"
         )
     return template.format_map(texts)
-
-
-PARAM_NAMES = frozenset(field.name for field in fields(Params))

@@ -202,7 +202,8 @@ def _decode(settings: Settings, job: LeasedJob, fetched: _Fetched) -> tuple[Pict
     else:
         grey = masks.box_mask(masks.parse_box(job.mask), picture.size)
     masks.check_size(grey, picture.size)
-    return picture, masks.repaint(grey, job.params)
+    repainted = masks.binary(grey, threshold=job.params.mask_threshold)
+    return picture, masks.dilate(repainted, job.params.mask_dilation)
 
 
 def _plan(job: LeasedJob, mask: Mask) -> tuple[Region, ...]:
