@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from shared.params import Mode
 
 OVERLAP_PX = 64
-CONTEXT_PX = 64
-NATIVE_CONTEXT_PX = 32
+CONTEXT_PX = 32
 SIZE_STEP = 64
 LATENT_STEP = 8
 
@@ -135,8 +134,7 @@ def _tile_starts(length: int, window: int) -> list[int]:
 def _contexts(mask: NDArray[np.bool_]) -> list[Region]:
     """One region for each group of marks whose context boxes overlap, clipped to the image."""
     size = (mask.shape[1], mask.shape[0])
-    marks = _marks(mask, NATIVE_CONTEXT_PX)
-    return [_one_window(_box(box).clipped(size)) for box in _grown(marks, NATIVE_CONTEXT_PX)]
+    return [_one_window(_box(box).clipped(size)) for box in _grown(_marks(mask), CONTEXT_PX)]
 
 
 def _placed(mask: NDArray[np.bool_], window: tuple[int, int]) -> list[Region]:
@@ -146,24 +144,24 @@ def _placed(mask: NDArray[np.bool_], window: tuple[int, int]) -> list[Region]:
     def place(boxes: Boxes) -> Boxes:
         return _placements(boxes, size, window)
 
-    marks = _share_windows(_marks(mask, CONTEXT_PX), size, window)
+    marks = _share_windows(_marks(mask), size, window)
     # A mark that lies in two regions would be painted twice, differently.
     marks = _merged(marks, reach=place)
     return [_dirty_canvas(mask, _box(box), window) for box in place(marks)]
 
 
-def _marks(mask: NDArray[np.bool_], context_px: int) -> Boxes:
+def _marks(mask: NDArray[np.bool_]) -> Boxes:
     """Tight boxes of the connected components, joined where their context boxes overlap.
 
     Two pixels in touching cells of a grid as fine as the context always have overlapping
     contexts. So components of cells stand in for components of pixels: the same groups,
     found in a grid a thousand times smaller.
     """
-    boxes, occupied = _cell_boxes(mask, context_px)
+    boxes, occupied = _cell_boxes(mask, CONTEXT_PX)
     number = np.full(occupied.shape, -1, np.int64)
     number[occupied] = np.arange(len(boxes))
     labels = _connected(len(boxes), *_neighbours(number))
-    return _merged(_bounds(boxes, labels), reach=lambda found: _grown(found, 2 * context_px))
+    return _merged(_bounds(boxes, labels), reach=lambda found: _grown(found, 2 * CONTEXT_PX))
 
 
 def _cell_boxes(mask: NDArray[np.bool_], cell: int) -> tuple[Boxes, NDArray[np.bool_]]:

@@ -17,7 +17,7 @@ from shared.errors import FidelityError
 from shared.images import Array, Picture, as_rgb, from_rgb
 from shared.masks import Mask, dilate, slices, squared_distances, tiles
 from shared.params import Params
-from shared.regions import NATIVE_CONTEXT_PX, Box, Region
+from shared.regions import CONTEXT_PX, Box, Region
 
 Pixels = NDArray[np.uint8]
 Weight = NDArray[np.float32]  # (H, W), 1 = the engine's pixel, 0 = the picture's
@@ -207,7 +207,7 @@ def _ramp(mask: Mask, tile: Box, px: int, *, within: Box | None = None) -> Weigh
     weight: Weight = np.subtract(1, np.sqrt(squares) / (px + 1), dtype=np.float32)
     weight[squares > px * px] = 0
     if within is not None:
-        edge = min(px, NATIVE_CONTEXT_PX)
+        edge = min(px, CONTEXT_PX)
         height, width = mask.shape
         rows = _edge_ramp((tile.top, tile.bottom), (within.top, within.bottom), height, edge)
         columns = _edge_ramp((tile.left, tile.right), (within.left, within.right), width, edge)
