@@ -18,12 +18,12 @@ def build(folder: Path) -> Path:
     projections and a head count per level, as the real model has; a window of 64 pixels is
     8 latents wide.
     """
+    import diffusers
     import torch
-    from diffusers import StableDiffusionInpaintPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(20221124)
-        pipeline = StableDiffusionInpaintPipeline(
+        pipeline = _untyped(diffusers.StableDiffusionInpaintPipeline)(
             vae=_vae(),
             text_encoder=_text_encoder(),
             tokenizer=_tokenizer(),
@@ -43,10 +43,15 @@ def change_config(folder: Path, name: str, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def _unet() -> Any:
-    from diffusers import UNet2DConditionModel
+def _untyped(found: Any) -> Any:
+    """The libraries' constructors carry no types, or wrong ones."""
+    return found
 
-    return UNet2DConditionModel(
+
+def _unet() -> Any:
+    import diffusers
+
+    return _untyped(diffusers.UNet2DConditionModel)(
         sample_size=8,
         in_channels=9,
         out_channels=4,
@@ -62,9 +67,9 @@ def _unet() -> Any:
 
 
 def _vae() -> Any:
-    from diffusers import AutoencoderKL
+    import diffusers
 
-    return AutoencoderKL(
+    return _untyped(diffusers.AutoencoderKL)(
         block_out_channels=(4, 4, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -98,7 +103,7 @@ def _text_encoder() -> Any:
 def _tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(
+    return _untyped(CLIPTokenizer)(
         vocab=_vocabulary(), merges=_merges(), pad_token="!", model_max_length=PROMPT_TOKENS
     )
 
@@ -123,9 +128,9 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def _scheduler() -> Any:
-    from diffusers import PNDMScheduler
+    import diffusers
 
-    return PNDMScheduler.from_config(
+    return _untyped(diffusers.PNDMScheduler).from_config(
         {
             "num_train_timesteps": 1000,
             "beta_start": 0.00085,

@@ -20,20 +20,21 @@ class Denoiser:
     a scheduler's many small steps lose nothing.
     """
 
-    def __init__(self, components: Components, *, max_rows: int) -> None:
+    def __init__(self, components: Components, *, max_rows: int, vae_rows: int) -> None:
         self._components = components
         self._prompts = PromptEncoder(components)
         self._max_rows = max_rows
+        self._vae_rows = vae_rows
         self._limits: dict[tuple[str, Size], RowLimit] = {}
 
     def max_rows(self, size: Size) -> int:
         """The most rows of one UNet forward at this window size."""
-        return self._limit("the UNet", size).rows
+        return self._limit("the UNet", size, self._max_rows).rows
 
     def begin(self, drafts: list[Draft]) -> list[Sequence]:
         """The drafts' first latents. Raises OutOfMemory where one window does not fit."""
         pictures = [picture for draft in drafts for picture in draft.pictures]
-        limit = self._limit("the VAE's encoder", drafts[0].window_size)
+        limit = self._limit("the VAE's encoder", drafts[0].window_size, self._vae_rows)
         moments = run_in_chunks(self._encode, torch.stack(pictures), limit)
         shares = torch.split(moments, [len(draft.pictures) for draft in drafts])
         return [
@@ -53,7 +54,8 @@ class Denoiser:
         """
         predictions = attempt(self._predict, rows)
         if predictions is None:
-            self._limit("the UNet", rows[0].sequence.draft.window_size).halve(len(rows))
+            size = rows[0].sequence.draft.window_size
+            self._limit("the UNet", size, self._max_rows).halve(len(rows))
             return
         for row, prediction in zip(rows, predictions, strict=True):
             row.sequence.absorb(row, prediction)
@@ -64,7 +66,7 @@ class Denoiser:
         latents = [
             crop(one.latents[0], box) for one in sequences for box in one.draft.canvas.windows
         ]
-        limit = self._limit("the VAE's decoder", drafts[0].window_size)
+        limit = self._limit("the VAE's decoder", drafts[0].window_size, self._vae_rows)
         windows = run_in_chunks(self._decode, torch.stack(latents), limit)
         shares = torch.split(windows, [len(draft.canvas.windows) for draft in drafts])
         return [
@@ -72,13 +74,14 @@ class Denoiser:
             for draft, share in zip(drafts, shares, strict=True)
         ]
 
-    def _limit(self, stage: str, size: Size) -> RowLimit:
-        key = stage, size
-        return self._limits.setdefault(key, RowLimit(self._max_rows, stage=stage))
+    def _limit(self, stage: str, size: Size, rows: int) -> RowLimit:
+        return self._limits.setdefault((stage, size), RowLimit(rows, stage=stage))
 
     def _encode(self, pictures: Tensor) -> Tensor:
         """(N, 3, H, W) float32 on the CPU to (N, 2C, h, w) float32: mean and deviation."""
-        pictures = pictures.to(self._components.device, self._components.dtype)
+        pictures = pictures.to(
+            self._components.device, self._components.dtype, memory_format=torch.channels_last
+        )
         posterior = self._components.vae.encode(pictures).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 

@@ -73,8 +73,10 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
             raise EngineUnavailable(
                 f"{model} does not fit on {device}; use a larger one"
             ) from error
-        text = " ".join(str(error).split())[:300]
-        raise EngineUnavailable(f"{model}: {text}; fetch the model again") from error
+        text = " ".join(str(error).split())[:160]
+        raise EngineUnavailable(
+            f"{model}: its weights cannot be read ({text}); fetch the model again"
+        ) from error
     return components
 
 

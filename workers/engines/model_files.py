@@ -24,6 +24,7 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 SMALL_FILES = (
     "*.py",  # fetched so that custom code is seen and refused, never run
     "model_index.json",
@@ -91,13 +92,12 @@ def _fetch(
     model: str, revision: str | None, patterns: Iterable[str], *, ignored: Iterable[str]
 ) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         found = snapshot_download(
             model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # the client has no common root of errors
         raise EngineUnavailable(_hub_answer(model, revision, error)) from error
     return Path(found)
 
@@ -105,13 +105,14 @@ def _fetch(
 def _hub_answer(model: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     if isinstance(error, GatedRepoError):
         return f"{model}: the hub asks for an accepted licence; accept it there and set HF_TOKEN"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return f"{model}: neither a folder here nor a model on the hub; check the id or the path"
     if isinstance(error, RevisionNotFoundError):
         return f"{model}: the hub has no revision {revision!r}; check what follows the '@'"
@@ -129,7 +130,9 @@ def check_pipeline(folder: Path) -> None:
         )
     _check_own_code(folder)
     _check_classes(folder)
-    _check_unet(folder)
+    _check_shapes(folder)
+    if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZER_FILES):
+        raise EngineUnavailable(f"{folder}: no tokenizer; fetch the model again")
 
 
 def _check_own_code(folder: Path) -> None:
@@ -150,14 +153,21 @@ def _check_classes(folder: Path) -> None:
             raise EngineUnavailable(f"{folder}: {part} is {found}, not {wanted}; use an SD2 model")
 
 
-def _check_unet(folder: Path) -> None:
-    unet, vae = (read_json(folder / part / "config.json") for part in ("unet", "vae"))
+def _check_shapes(folder: Path) -> None:
+    unet, vae, text = (
+        read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")
+    )
     latent = vae.get("latent_channels", 4)
     wanted = 2 * latent + 1  # the noisy latents, the mask, the masked image's latents
     if unet.get("in_channels", 4) != wanted:
         raise EngineUnavailable(
             f"{folder}: the UNet has {unet.get('in_channels', 4)} input channels, not {wanted}; "
             "use an inpainting model"
+        )
+    if unet.get("cross_attention_dim") != text.get("hidden_size"):
+        raise EngineUnavailable(
+            f"{folder}: the text encoder writes {text.get('hidden_size')} numbers a token and the "
+            f"UNet reads {unet.get('cross_attention_dim')}; they are not of one model"
         )
     extra = [name for name in UNSUPPORTED if unet.get(name) is not None]
     if extra:

@@ -52,7 +52,8 @@ def load_engine(
         raise EngineUnavailable(f"max_batch: {max_batch} is not allowed; use 1 or more")
     kind = name.partition(":")[0] if name.startswith("diffusers:") else name
     if kind not in LOADERS:
-        raise EngineUnavailable(f"engine {name!r} is not known{did_you_mean(name, KNOWN)}")
+        meant = f"; write 'diffusers:{name}'" if "/" in name else did_you_mean(name, KNOWN)
+        raise EngineUnavailable(f"engine {name!r} is not known{meant}")
     return LOADERS[kind](name, options)
 
 

@@ -1,0 +1,213 @@
+"""Engine names: what loads, what does not and the one line that says why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from shared.errors import EngineUnavailable
+from tests.tiny_pipeline import build, change_config
+from tests.workers.engines.samples import region
+from workers.engines import load_engine
+from workers.engines.registry import split_revision
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def why_not(name: str | Path, **options: object) -> str:
+    """The line with which loading is refused."""
+    given = f"diffusers:{name}" if isinstance(name, Path) else name
+    with pytest.raises(EngineUnavailable) as caught:
+        load_engine(given, **{"device": "cpu", **options})  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert caught.value.retryable is False
+    return text
+
+
+def run_python(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+
+
+def test_a_pipeline_folder_becomes_an_engine(tiny_model: Path) -> None:
+    name = f"diffusers:{tiny_model}"
+    engine = load_engine(name, device="cpu")
+    try:
+        assert engine.name == name
+        assert engine.device == "cpu"
+        assert engine.revision.startswith("sha256:")
+        assert engine.submit(region()).result(60).shape == (64, 64, 3)
+    finally:
+        engine.close()
+
+
+def test_the_same_weights_have_the_same_revision_and_others_another(
+    tiny_model: Path, copy: Path, tmp_path: Path
+) -> None:
+    from workers.engines.model_files import find_model
+
+    original = find_model(str(tiny_model), None).revision
+    assert find_model(str(build(tmp_path / "again")), None).revision == original
+    change_config(copy, "scheduler/scheduler_config.json", beta_end=0.02)
+    assert find_model(str(copy), None).revision != original
+
+
+def test_the_package_and_the_opencv_engine_load_no_torch() -> None:
+    code = (
+        "import sys; from workers.engines import load_engine; before = 'cv2' in sys.modules;"
+        "load_engine('opencv'); print(before, 'torch' in sys.modules, 'diffusers' in sys.modules)"
+    )
+    assert run_python(code).split() == ["False", "False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("module", "engine", "extra"),
+    [("cv2", "opencv", "opencv"), ("torch", "sd2", "worker"), ("diffusers", "sd2", "worker")],
+)
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+    module: str, engine: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in sys.modules if n.startswith(("workers.engines.", module + "."))]:
+        if name != "workers.engines.registry":
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    text = why_not(engine)
+    assert text.startswith(f"{module} is not installed")
+    assert text.endswith(f"pip install 'inpaint-batch[{extra}]'")
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    assert why_not("opencvv") == "engine 'opencvv' is not known; did you mean 'opencv'?"
+    assert "known: opencv, sd2, diffusers:" in why_not("flux")
+    assert why_not("./sd2") == "engine './sd2' is not known; write 'diffusers:./sd2'"
+    assert "names no model" in why_not("diffusers:")
+    assert "names no model" in why_not("diffusers:@main")
+    assert "max_batch: 0" in why_not("opencv", max_batch=0)
+
+
+def test_the_model_that_left_the_hub_is_answered_with_the_remedy() -> None:
+    text = why_not("diffusers:stabilityai/stable-diffusion-2-inpainting")
+    assert "left the hub in November 2025" in text
+    assert "sd2-community/stable-diffusion-2-inpainting" in text
+
+
+def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
+    assert split_revision("owner/model") == ("owner/model", None)
+    assert split_revision("owner/model@v2") == ("owner/model", "v2")
+    odd = tmp_path / "at@home"
+    odd.mkdir()
+    assert split_revision(str(odd)) == (str(odd), None)
+    assert split_revision(f"{odd}@v2") == (str(odd), "v2")
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path: Path, copy: Path) -> None:
+    assert "no such folder" in why_not(tmp_path / "absent")
+    assert "no model_index.json" in why_not(tmp_path)
+    assert "has no revision 'v2'" in why_not(f"diffusers:{copy}@v2")
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    text = why_not(copy)
+    assert "only pickled weights" in text
+    assert "save_pretrained" in text
+    weights.with_suffix(".bin").unlink()
+    assert "no .safetensors weights" in why_not(copy)
+
+
+def test_weights_in_half_precision_alone_are_used(copy: Path) -> None:
+    for path in copy.glob("*/*.safetensors"):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    engine = load_engine(f"diffusers:{copy}", device="cpu")
+    assert engine.submit(region()).result(60).shape == (64, 64, 3)
+    engine.close()
+
+
+def test_a_model_that_does_not_inpaint(copy: Path) -> None:
+    change_config(copy, "unet/config.json", in_channels=4)
+    assert "has 4 input channels, not 9; use an inpainting model" in why_not(copy)
+
+
+def test_models_of_another_kind(copy: Path) -> None:
+    change_config(copy, "unet/config.json", time_cond_proj_dim=256)
+    assert "needs time_cond_proj_dim" in why_not(copy)
+    change_config(copy, "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
+    assert "vae is ['diffusers', 'AsymmetricAutoencoderKL'], not AutoencoderKL" in why_not(copy)
+
+
+def test_custom_code_is_never_run(copy: Path) -> None:
+    (copy / "unet" / "own.py").write_text("raise SystemExit('ran')")
+    assert "custom pipeline code (unet/own.py) is never run" in why_not(copy)
+
+
+def test_damaged_files_are_an_answer_too(copy: Path) -> None:
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "fetch the model again" in why_not(copy)
+    (copy / "unet" / "config.json").write_text("{")
+    assert "unet/config.json" in why_not(copy)
+
+
+def test_parts_that_do_not_belong_together(copy: Path) -> None:
+    change_config(copy, "unet/config.json", cross_attention_dim=48)
+    text = why_not(copy)
+    assert "writes 32 numbers a token and the UNet reads 48" in text
+    change_config(copy, "text_encoder/config.json", hidden_size=48)
+    assert "weights cannot be read" in why_not(copy)
+
+
+def test_a_tokenizer_that_is_missing(copy: Path) -> None:
+    shutil.rmtree(copy / "tokenizer")
+    assert "no tokenizer" in why_not(copy)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float16", 4), ("bfloat16", 32)])
+def test_half_precision_stays_near_full_precision(tiny_model: Path, dtype: str, most: int) -> None:
+    pictures = []
+    for name in ("float32", dtype):
+        engine = load_engine(f"diffusers:{tiny_model}", device="cpu", dtype=name)  # type: ignore[arg-type]
+        pictures.append(engine.submit(region()).result(60).astype(int))
+        engine.close()
+    assert 0 < abs(pictures[0] - pictures[1]).max() <= most
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_cuda_asked_for_and_not_there(tiny_model: Path) -> None:
+    assert "sees 0 CUDA devices" in why_not(tiny_model, device="cuda:0")
+
+
+def test_devices_and_attention_that_cannot_be(tiny_model: Path) -> None:
+    assert "device 'gpu' is not known" in why_not(tiny_model, device="gpu")
+    assert "device 'mps' is not supported" in why_not(tiny_model, device="mps")
+    assert "xformers needs a CUDA device" in why_not(tiny_model, attention="xformers")
+
+
+def test_the_launcher_counts_devices_without_torch() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "workers.engines.devices"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    found = json.loads(printed)
+    assert found["torch"] == torch.__version__
+    assert len(found["cuda"]) == torch.cuda.device_count()
+    code = (
+        "import sys; sys.modules['torch'] = None; import runpy;"
+        "runpy.run_module('workers.engines.devices', run_name='__main__')"
+    )
+    assert json.loads(run_python(code)) == {"cuda": [], "torch": None}
