@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,12 +19,16 @@ from producer.audit import Progress as Counts
 _STATE_STYLES = {"succeeded": "green", "failed": "red", "running": "cyan", "cancelled": "yellow"}
 
 
+WIDTH_OF_A_PIPE = 240
+
+
 def out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    """Stdout; in a pipe nothing is folded to a terminal's width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
 
 
 def err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE)
 
 
 def job_progress(console: Console) -> Progress:

@@ -63,7 +63,10 @@ class Queue:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._connection = kombu.Connection(url, transport_options=TRANSPORT_OPTIONS)
+        self._connection = self._connect()
+
+    def _connect(self) -> kombu.Connection:
+        return kombu.Connection(self.url, transport_options=TRANSPORT_OPTIONS)
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Writes Celery protocol-2 messages, pipelined."""
@@ -106,7 +109,8 @@ class Queue:
             yield
         except (redis.RedisError, KombuError, KombuOperationalError, OSError) as error:
             # The channel may be half-way through a reply; a fresh one is the only safe one.
-            self._connection.collapse()
+            self._connection.release()
+            self._connection = self._connect()
             raise BrokerUnavailable(f"broker {self}: {error}") from error
 
     def __str__(self) -> str:

@@ -53,7 +53,7 @@ def main(
         _configure_logging(configured.log_level, name)
         loaded = load_engine(engine, device=device, max_batch=max_batch)
         if check:
-            click.echo(f"{loaded.name} {loaded.revision} on {loaded.device}")
+            click.echo(f"{loaded.name}: {loaded.revision} on {loaded.device}")
             loaded.close()
             return
         bench = _bench(configured, loaded, name)

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo  ## watermarks removed from real photographs, in demo/
+	$(BIN)/python -m tests.demo --folder demo
+
+test: $(VENV)/.test  ## the whole suite, on its own Redis, PostgreSQL and S3 server
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test  ## every figure in docs/benchmarks.md that needs no GPU
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) demo .inpaint build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	touch $@ $(VENV)/.demo
