@@ -314,8 +314,8 @@ def _coding(header: Header, image: Image.Image) -> Coding:
 def _tables(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> tuple[tuple[int, ...], ...]:
     """One table a component, the last one standing for the rest, as Pillow writes them."""
     numbers = [component[3] for component in image.layer[: image.layers]]
-    if len(numbers) == 3 and numbers[1] == numbers[2]:
-        del numbers[2]
+    while len(numbers) > 1 and numbers[-1] == numbers[-2]:
+        del numbers[-1]
     tables = [np.array(image.quantization[number]).reshape(8, 8) for number in numbers]
     return tuple(tuple((table.T if turned else table).ravel().tolist()) for table in tables)
 

@@ -1,0 +1,487 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, PngImagePlugin
+from skimage import data
+
+from shared import images, masks
+from shared.containers import png_chunk
+from shared.errors import ImageError, MaskError, ObjectTooLarge
+
+LIMIT = 10_000_000
+CAT = Image.fromarray(data.chelsea()).resize((150, 100))
+GREY16 = (np.asarray(CAT.convert("L")).astype(np.uint16) << 8) + 7
+ICC = b"not a real profile, but kept as it is" * 3
+XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
+
+
+def cat(mode: str) -> Image.Image:
+    if mode == "I;16":
+        return Image.fromarray(GREY16)
+    image = CAT.convert("L").convert(mode) if mode == "LA" else CAT.convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def save(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def open_(file: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(file))
+    image.load()
+    return image
+
+
+def exact(file: bytes) -> NDArray[Any]:
+    """What any reader sees, in a mode that can hold all of it."""
+    image = open_(file)
+    return np.asarray(image if image.mode == "I;16" else image.convert("RGBA"))
+
+
+def decode(file: bytes) -> images.Picture:
+    return images.decode(file, max_pixels=LIMIT)
+
+
+def repainted(file: bytes, *, where: tuple[int, int] = (5, 7), **options: Any) -> bytes:
+    """The file encoded again with one pixel, (row, column), black, or not black if it was."""
+    picture = decode(file)
+    pixels = picture.pixels.copy()
+    pixels[where] = 0 if pixels[where].any() else 1
+    touched = np.zeros(pixels.shape[:2], np.bool_)
+    touched[where] = True
+    return images.encode(picture.replace(pixels, touched=touched), **options)
+
+
+LOSSLESS = [
+    *[("PNG", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")],
+    *[("TIFF", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16")],
+    *[("BMP", mode) for mode in ("1", "L", "P", "RGB")],
+    *[("WEBP", mode) for mode in ("RGB", "RGBA")],
+]
+
+
+@pytest.mark.parametrize(("format", "mode"), LOSSLESS)
+def test_untouched_pixels_come_back_exactly(format: str, mode: str) -> None:
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+    before = save(cat(mode), format, **options)
+    after = repainted(before)
+    same = exact(before) == exact(after)
+    changed = ~(same if same.ndim == 2 else same.all(axis=-1))
+    assert changed.sum() <= 1
+    assert open_(after).format == format
+    assert after != before
+
+
+@pytest.mark.parametrize(
+    ("format", "mode", "kept"),
+    [("PNG", "P", "RGB"), ("PNG", "I;16", "I;16"), ("PNG", "1", "1"), ("TIFF", "CMYK", "CMYK")],
+)
+def test_the_mode_is_kept_and_a_palette_resolved(format: str, mode: str, kept: str) -> None:
+    before = save(cat(mode), format)
+    assert decode(before).mode == kept
+    assert open_(repainted(before)).mode == kept
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_a_picture_that_nothing_touched_leaves_as_its_own_bytes(format: str) -> None:
+    file = save(CAT, format)
+    assert images.encode(decode(file)) is file
+
+
+def test_a_transparent_palette_entry_becomes_alpha() -> None:
+    image = cat("P")
+    file = save(image, "PNG", transparency=int(np.asarray(image)[0, 0]))
+    picture = decode(file)
+    alpha = picture.alpha()
+    assert picture.mode == "RGBA"
+    assert alpha is not None
+    assert alpha[0, 0] == 0
+    assert np.array_equal(exact(file), picture.pixels)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_colour_key_becomes_alpha(mode: str) -> None:
+    image = cat(mode)
+    file = save(image, "PNG", transparency=image.getpixel((0, 0)))
+    picture = decode(file)
+    alpha = picture.alpha()
+    assert alpha is not None
+    assert alpha[0, 0] == 0
+    assert alpha.any()
+
+
+# JPEG
+
+
+def test_jpeg_keeps_tables_subsampling_and_progression() -> None:
+    for subsampling, progressive in ((0, True), (1, False), (2, True)):
+        options = {"quality": 71, "subsampling": subsampling, "progressive": progressive}
+        before = save(CAT, "JPEG", **options)
+        one, other = open_(before), open_(repainted(before))
+        assert one.quantization == other.quantization  # type: ignore[attr-defined]
+        assert one.layer == other.layer  # type: ignore[attr-defined]
+        assert other.info.get("progressive", 0) == (1 if progressive else 0)
+
+
+def test_jpeg_with_rgb_inside_stays_rgb() -> None:
+    before = save(CAT, "JPEG", keep_rgb=True, quality=90)
+    after = repainted(before)
+    assert open_(after).info["adobe_transform"] == 0
+    assert np.abs(exact(before).astype(int) - exact(after))[20:].max() <= 6
+
+
+def test_jpeg_changes_little_outside_and_nothing_in_its_header() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a cat"
+    comment = {"comment": b"hello", "dpi": (300, 300), "exif": exif, "icc_profile": ICC}
+    before = save(CAT, "JPEG", quality=90, **comment, xmp=XMP)
+    one, other = open_(before), open_(repainted(before))
+    assert other.info["comment"] == b"hello"
+    assert other.info["dpi"] == (300, 300)
+    assert other.info["icc_profile"] == ICC
+    assert other.info["xmp"] == XMP
+    assert other.info["exif"] == one.info["exif"]
+
+
+def test_a_large_colour_profile_survives_in_pieces() -> None:
+    profile = bytes(range(256)) * 600
+    after = repainted(save(CAT, "JPEG", icc_profile=profile))
+    assert open_(after).info["icc_profile"] == profile
+    assert open_(repainted(after, format="PNG")).info["icc_profile"] == profile
+
+
+# Metadata
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
+def test_profile_resolution_and_xmp_are_kept(format: str) -> None:
+    kept: dict[str, dict[str, Any]] = {
+        "PNG": {"icc_profile": ICC, "dpi": (300, 150)},
+        "WEBP": {"icc_profile": ICC, "xmp": XMP, "lossless": True},
+        "TIFF": {"icc_profile": ICC, "dpi": (300, 150), "tiffinfo": {700: XMP}},
+        "BMP": {"dpi": (300, 150)},
+    }
+    before = save(CAT, format, **kept[format])
+    one, other = open_(before), open_(repainted(before))
+    for key in ("icc_profile", "xmp"):
+        assert other.info.get(key) == one.info.get(key)
+    if "dpi" in one.info:
+        assert other.info["dpi"] == pytest.approx(one.info["dpi"])
+
+
+def test_png_text_and_private_safe_chunks_are_kept_bit_by_bit() -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Author", "somebody")
+    text.add_itxt("Title", "Katze", "de", "Titel")
+    after = repainted(save(CAT, "PNG", pnginfo=text, gamma=0.45))
+    assert open_(after).info["Author"] == "somebody"
+    assert open_(after).info["Title"] == "Katze"
+    whole = save(CAT, "PNG")
+    private = png_chunk(b"prVt", b"mine")
+    assert private in repainted(whole[:33] + private + whole[33:])
+
+
+def test_tiff_keeps_its_compression() -> None:
+    for name in ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        after = repainted(save(CAT, "TIFF", compression=name))
+        assert open_(after).info["compression"] == name
+    assert open_(repainted(save(CAT, "TIFF", compression="jpeg"))).info["compression"] != "jpeg"
+
+
+def test_webp_stays_lossless_only_if_it_was() -> None:
+    assert b"VP8L" in repainted(save(CAT, "WEBP", lossless=True))
+    assert b"VP8L" not in repainted(save(CAT, "WEBP", quality=80))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_orientation_is_applied_once_and_reset(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "camera"
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    # Whole blocks, so that a turned JPEG has the same blocks.
+    before = save(CAT.resize((144, 96)), format, exif=exif, **options.get(format, {}))
+    shown = np.asarray(ImageOps.exif_transpose(open_(before)).convert("RGB")).astype(int)
+    picture = decode(before)
+    assert np.array_equal(picture.rgb(), shown)
+    assert images.probe(before, max_pixels=LIMIT) == picture.size
+    after = open_(repainted(before, where=(0, 0)))
+    assert after.getexif().get(0x0112, 1) == 1
+    difference = np.abs(np.asarray(after.convert("RGB")).astype(int) - shown)
+    assert difference[10:, 10:].max() <= (6 if format == "JPEG" else 0)
+    if format != "TIFF":
+        assert after.getexif()[0x010F] == "camera"
+
+
+def test_the_thumbnail_which_shows_the_old_picture_goes() -> None:
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, 0) + struct.pack("<I", 14)
+    second = struct.pack("<HHHIIHHIII", 2, 0x201, 4, 1, 44, 0x202, 4, 1, 9, 0)
+    block = tiff + second
+    exif = b"Exif\0\0" + block.ljust(44, b"\0") + b"THUMBNAIL"
+    after = repainted(save(CAT, "JPEG", exif=exif))
+    assert b"THUMBNAIL" not in after
+    assert b"Exif\0\0II" in after
+
+
+# Refusals
+
+
+REFUSED = {
+    "empty": (b"", "empty"),
+    "an HTML page": (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
+    "an SVG": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+    "a Photoshop file": (b"8BPS\0\1" + bytes(50), "PSD"),
+    "a GIF": (save(cat("P"), "GIF"), "GIF"),
+    "a HEIC": (b"\0\0\0\x18ftypheic" + bytes(30), "HEIC"),
+    "an AVIF": (b"\0\0\0\x18ftypavif" + bytes(30), "AVIF"),
+    "a PDF": (b"%PDF-1.7\n", "PDF"),
+    "anything else": (b"hello, world, this is text", "hello"),
+    "an animated PNG": (save(CAT, "PNG", save_all=True, append_images=[CAT.rotate(9)]), "animated"),
+    "an animated WebP": (
+        save(CAT, "WEBP", save_all=True, append_images=[CAT.rotate(9)]),
+        "animated",
+    ),
+    "several pages": (save(CAT, "TIFF", save_all=True, append_images=[CAT]), "pages"),
+    "floats": (save(CAT.convert("F"), "TIFF"), "'F'"),
+    "no pixels": (b"BM" + bytes(12) + struct.pack("<Iii", 40, 0, 5) + bytes(30), "0x5"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_in_one_line(case: str) -> None:
+    file, word = REFUSED[case]
+    with pytest.raises(ImageError, match=word) as caught:
+        decode(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_sixteen_bits_of_colour_are_refused_not_cut_to_eight() -> None:
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    file += png_chunk(b"IDAT", zlib.compress(bytes(7))) + png_chunk(b"IEND", b"")
+    assert open_(file).mode == "RGB"
+    with pytest.raises(ImageError, match="16 bits"):
+        decode(file)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.98])
+def test_truncated_files_are_refused(format: str, share: float) -> None:
+    file = save(CAT, format)
+    with pytest.raises(ImageError):
+        decode(file[: int(len(file) * share)])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_damage_anywhere_gives_a_picture_or_an_image_error(format: str) -> None:
+    file, random = save(CAT, format), np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(file)
+        for place in random.integers(0, min(len(file), 400), 3):
+            damaged[place] = random.integers(256)
+        with contextlib.suppress(ImageError, ObjectTooLarge):
+            decode(bytes(damaged))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
+def test_too_many_pixels_are_refused_before_decoding(format: str) -> None:
+    file = save(CAT, format)
+    assert images.decode(file, max_pixels=15_000).size == (150, 100)
+    with pytest.raises(ObjectTooLarge, match="150x100"):
+        images.decode(file, max_pixels=14_999)
+    with pytest.raises(ObjectTooLarge):
+        images.probe(file, max_pixels=14_999)
+
+
+def test_a_bomb_of_a_header_never_reaches_pillow_nor_warns() -> None:
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    file = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ObjectTooLarge, match=r"900\.0 megapixels"):
+            decode(file)
+        with pytest.raises(ImageError):
+            images.decode(file, max_pixels=10**10)
+
+
+# Probing
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_a_few_kilobytes_are_enough_to_probe(format: str) -> None:
+    file = save(CAT, format)
+    assert images.probe(file[:2000], max_pixels=LIMIT) == (150, 100)
+
+
+def test_probe_says_when_it_needs_more_of_the_file() -> None:
+    file = save(CAT, "TIFF")
+    at_end = file[:4] + struct.pack("<I", len(file)) + file[8:]
+    with pytest.raises(ImageError) as caught:
+        images.probe(at_end, max_pixels=LIMIT)
+    assert caught.value.code == "image_truncated"
+
+
+# Encoding to another format
+
+
+def test_another_format_is_written_where_it_can_hold_the_picture() -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    before = save(CAT, "JPEG", exif=exif, icc_profile=ICC, dpi=(300, 300))
+    for format in ("PNG", "TIFF", "WEBP", "BMP"):
+        after = open_(images.encode(decode(before), format=format))
+        assert after.format == format
+        if format != "BMP":
+            assert after.info["icc_profile"] == ICC
+        if format in ("PNG", "WEBP"):
+            assert after.getexif()[0x010F] == "camera"
+        if format != "WEBP":
+            assert np.array_equal(np.asarray(after), decode(before).rgb())
+            assert after.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("RGBA", "JPEG"), ("I;16", "WEBP"), ("LA", "JPEG"), ("I;16", "BMP")]
+)
+def test_a_format_that_cannot_hold_the_picture_is_refused(mode: str, format: str) -> None:
+    with pytest.raises(ImageError, match="cannot hold"):
+        images.encode(decode(save(cat(mode), "PNG")), format=format)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ImageError, match="GIF"):
+        images.encode(decode(save(CAT, "PNG")), format="GIF")
+
+
+def test_the_name_decides_the_format() -> None:
+    assert images.format_of("s3://bucket/a.b/c.JPG") == "JPEG"
+    assert images.format_of("c.tif") == "TIFF"
+    assert images.format_of("s3://bucket.png/c") is None
+
+
+# What an engine sees
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16", "CMYK"])
+def test_engines_see_eight_bit_rgb(mode: str) -> None:
+    image = cat(mode)
+    picture = decode(save(image, "TIFF"))
+    expected = Image.fromarray((GREY16 >> 8).astype(np.uint8)) if mode == "I;16" else image
+    assert picture.rgb().dtype == np.uint8
+    assert np.array_equal(picture.rgb(), np.asarray(expected.convert("RGB")))
+
+
+def test_pixels_are_read_only() -> None:
+    picture = decode(save(CAT, "PNG"))
+    with pytest.raises(ValueError, match="read-only"):
+        picture.pixels[0, 0] = 1
+
+
+# Masks
+
+
+MASK = np.zeros((100, 150), np.uint8)
+MASK[20:40, 30:60] = 255
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "I;16"])
+def test_a_mask_is_read_from_any_mode(mode: str) -> None:
+    image = Image.fromarray(MASK)
+    if mode == "I;16":
+        image = Image.fromarray(MASK.astype(np.uint16) * 257)
+    else:
+        image = image.convert("LA").convert(mode) if mode == "LA" else image.convert(mode)
+    assert np.array_equal(masks.decode_mask(save(image, "PNG"), max_pixels=LIMIT), MASK)
+
+
+def test_a_mask_drawn_on_a_transparent_layer() -> None:
+    layer = np.full((100, 150, 4), 255, np.uint8)
+    layer[..., 3] = MASK
+    file = save(Image.fromarray(layer), "PNG")
+    assert np.array_equal(masks.decode_mask(file, max_pixels=LIMIT), MASK)
+
+
+def test_a_mask_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = save(Image.fromarray(np.ascontiguousarray(np.rot90(MASK))), "PNG", exif=exif)
+    assert np.array_equal(masks.decode_mask(file, max_pixels=LIMIT), MASK)
+
+
+def test_a_mask_in_colours_is_refused() -> None:
+    red = np.zeros((100, 150, 3), np.uint8)
+    red[..., 0] = MASK
+    with pytest.raises(MaskError, match="colours"):
+        masks.decode_mask(save(Image.fromarray(red), "PNG"), max_pixels=LIMIT)
+
+
+def test_a_jpeg_mask_may_have_a_little_colour() -> None:
+    file = save(Image.fromarray(MASK).convert("RGB"), "JPEG", quality=60)
+    found = masks.decode_mask(file, max_pixels=LIMIT) >= 128
+    assert np.count_nonzero(found != (MASK > 0)) < 30
+
+
+def test_the_alpha_mask_repaints_alpha_below_128() -> None:
+    pixels = np.zeros((1, 4, 4), np.uint8)
+    pixels[0, :, 3] = [0, 127, 128, 255]
+    grey = masks.alpha_mask(decode(save(Image.fromarray(pixels), "PNG")))
+    assert masks.binary(grey, threshold=128).tolist() == [[True, True, False, False]]
+    with pytest.raises(MaskError, match="no alpha"):
+        masks.alpha_mask(decode(save(CAT, "PNG")))
+
+
+@pytest.mark.parametrize("text", ["box:1,2,3,4", "1,2,3,4", "box: 1, 2, 3, 4"])
+def test_a_box_is_read(text: str) -> None:
+    assert masks.parse_box(text) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("text", ["box:1,2,3", "box:", "box:1,2,1,4", "box:1,5,3,4", "1,2,3,4.5"])
+def test_what_is_no_box_is_refused(text: str) -> None:
+    with pytest.raises(MaskError):
+        masks.parse_box(text)
+
+
+def test_a_box_is_clipped_and_refused_only_wholly_outside() -> None:
+    mask = masks.box_mask(masks.parse_box("-5,2,3,900"), (10, 8))
+    assert mask.shape == (8, 10)
+    assert np.argwhere(mask).min(axis=0).tolist() == [2, 0]
+    assert np.argwhere(mask).max(axis=0).tolist() == [7, 2]
+    with pytest.raises(MaskError, match="outside the 10x8"):
+        masks.box_mask(masks.parse_box("10,0,12,8"), (10, 8))
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    masks.check_size(MASK, (150, 100))
+    with pytest.raises(MaskError, match="150x100, the picture 100x150"):
+        masks.check_size(MASK, (100, 150))
+
+
+@pytest.mark.parametrize("px", [1, 2, 5, 17, 40])
+def test_dilation_is_the_exact_disc(px: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "TILE_PX", 32)
+    mask = np.random.default_rng(px).random((90, 110)) < 0.002
+    y, x = np.nonzero(mask)
+    rows, columns = np.mgrid[:90, :110]
+    near = ((rows[..., None] - y) ** 2 + (columns[..., None] - x) ** 2).min(-1) <= px * px
+    assert np.array_equal(masks.dilate(mask, px), near)
+
+
+def test_real_photographs_decode_as_pillow_decodes_them() -> None:
+    for name in ("rocket.jpg", "coffee.png"):
+        file = (Path(data.__file__).parent / name).read_bytes()
+        assert np.array_equal(decode(file).rgb(), np.asarray(open_(file).convert("RGB")))
