@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from shared.regions import CONTEXT_PX, Box, Region
 Pixels = NDArray[np.uint8]
 Weight = NDArray[np.float32]  # (H, W), 1 = the engine's pixel, 0 = the picture's
 
+RING_GAP_PX = 8  # a latent's side: engines repaint whole latents, so nearer pixels are not known
 RING_PX = 16
 RING_PIXELS = 256
 RING_SAMPLES = 200_000
@@ -103,7 +105,8 @@ def paste(
     box = region.box.clipped(picture.size)
     scaled = _resized(result, region.box.size, _SMOOTH)[: box.height, : box.width]
     known = as_rgb(picture.pixels[slices(box)], picture.mode)
-    fit = fit_colour(scaled, known, mask[slices(box)])
+    scale = max(region.box.width / region.size[0], 1.0)
+    fit = fit_colour(scaled, known, mask[slices(box)], scale=scale)
     for tile in tiles(box):
         weight = _ramp(mask, tile, feather_px, within=box)
         if weight.any():
@@ -129,12 +132,13 @@ class ColourFit:
         return fitted
 
 
-def fit_colour(painted: Pixels, known: Pixels, mask: Mask) -> ColourFit:
+def fit_colour(painted: Pixels, known: Pixels, mask: Mask, *, scale: float = 1.0) -> ColourFit:
     """How the painted colours become the known ones, by least squares on a ring round the mask.
 
-    All of one (h, w). No change where the ring is small or agrees already.
+    All of one (h, w). scale: picture pixels to an engine pixel. No change where the ring is
+    small or agrees already.
     """
-    rows, columns = _ring(mask)
+    rows, columns = _ring(mask, scale)
     if len(rows) < RING_PIXELS:
         return ColourFit()
     ours = painted[rows, columns].astype(np.float64)
@@ -148,9 +152,15 @@ def fit_colour(painted: Pixels, known: Pixels, mask: Mask) -> ColourFit:
     return ColourFit(gain=tuple(gain.tolist()), offset=tuple(offset.tolist()))
 
 
-def _ring(mask: Mask) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns of unmasked pixels near the mask, evenly thinned where they are many."""
-    rows, columns = np.nonzero(dilate(mask, RING_PX) & ~mask)
+def _ring(mask: Mask, scale: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of pixels a little off the mask, evenly thinned where they are many."""
+    inner = ceil(RING_GAP_PX * scale)
+    outer = inner + RING_PX
+    ring = np.zeros(mask.shape, np.bool_)
+    for tile in tiles(Box(0, 0, mask.shape[1], mask.shape[0])):
+        squares = squared_distances(mask, tile, outer)
+        ring[slices(tile)] = (squares > inner * inner) & (squares <= outer * outer)
+    rows, columns = np.nonzero(ring)
     step = -(-len(rows) // RING_SAMPLES) or 1
     return rows[::step], columns[::step]
 
