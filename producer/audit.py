@@ -48,7 +48,7 @@ def progress(db: Database, submission: int | None) -> Progress:
                 *chosen, Job.finished_at > clock(-RATE_SECONDS)
             )
         ).one()
-    counts = {state: 0 for state in STATES} | {row[0]: row[1] for row in rows}
+    counts = dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
     return Progress(counts=counts, rate=_rate(*recent))
 
 
@@ -159,7 +159,7 @@ def export(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
         last = rows[-1]["job"]
 
 
-def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[Any]:
+def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tuple[Any, ...]]:
     joined = outerjoin(
         Job.__table__,
         Attempt.__table__,

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,17 +63,25 @@ def parse_sets(pairs: tuple[str, ...]) -> dict[str, object]:
 @click.option("--prompt", help="Prompt template; {placeholders} are filled from columns.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")
 @click.option("--priority", default="0", help="-1000 to 1000; higher runs first.")
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would run, record nothing.")
-@click.option("--skip-invalid", is_flag=True, help="Submit the good rows of a manifest with bad ones.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, say what would run, record nothing."
+)
+@click.option(
+    "--skip-invalid", is_flag=True, help="Submit the good rows of a manifest with bad ones."
+)
 @click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False),
               help="Folder that local files may lie under. Repeatable.")  # fmt: skip
 @click.option("--wait", is_flag=True, help="Until every job is final; exit 1 if one failed.")
 @click.option("--local", is_flag=True, help="Start what is missing here, workers too, and wait.")
-@click.option("--devices", default="all", show_default=True, help="For --local: all, cpu or 0,1,...")
+@click.option(
+    "--devices", default="all", show_default=True, help="For --local: all, cpu or 0,1,..."
+)
 @click.option("--force", is_flag=True, help="Run every row again, whatever is recorded.")
 @click.option("--changed", is_flag=True, help="Run rows again whose image or mask has changed.")
 @click.option("--json", "as_json", is_flag=True, help="One summary object on stdout.")
-def submit(manifest: str, wait: bool, local: bool, dry_run: bool, as_json: bool, **given: Any) -> None:
+def submit(
+    manifest: str, wait: bool, local: bool, dry_run: bool, as_json: bool, **given: Any
+) -> None:
     """Record every row of MANIFEST as a job and enqueue it.
 
     MANIFEST is a path or s3://bucket/key: CSV, TSV or JSONL, optionally gzipped.
@@ -94,13 +102,22 @@ def submit(manifest: str, wait: bool, local: bool, dry_run: bool, as_json: bool,
         stack.callback(db.close)
         schema.ensure(db)
         started = time.monotonic()
-        summary = _record(checked, options, configured, db, storage, given)
+        summary = _record(
+            checked, options=options, configured=configured, db=db, storage=storage, given=given
+        )
         _print_summary(summary, checked, options, as_json=as_json, waits=wait or local)
         if not (wait or local):
             return
         workers = _local_workers(stack, configured, checked, roots, given) if local else None
         ended = _wait(db, summary.submission, workers, checked)
-        _print_end(db, summary, ended, time.monotonic() - started, options, as_json)
+        _print_end(
+            db,
+            summary=summary,
+            ended=ended,
+            seconds=time.monotonic() - started,
+            options=options,
+            as_json=as_json,
+        )
         sys.exit(1 if ended.counts["failed"] else 0)
 
 
@@ -167,6 +184,7 @@ def _rehearse(checked: Checked, storage: Storage, configured: Settings, as_json:
 
 def _record(
     checked: Checked,
+    *,
     options: Options,
     configured: Settings,
     db: Database,
@@ -202,9 +220,13 @@ def _print_summary(
         return
     click.echo(_describe(summary))
     if summary.broker_error and not waits:
-        click.echo(f"{summary.broker_error}: workers will dispatch the jobs when it is back", err=True)
+        click.echo(
+            f"{summary.broker_error}: workers will dispatch the jobs when it is back", err=True
+        )
     if not waits:
-        engines = " and ".join(f"inpaint-worker --engine {name}" for name in sorted(checked.engines))
+        engines = " and ".join(
+            f"inpaint-worker --engine {name}" for name in sorted(checked.engines)
+        )
         click.echo(f"results: {options.output}\nwork: {engines}")
         click.echo(f"watch: inpaint-jobs status {summary.submission} --watch")
 
@@ -255,13 +277,16 @@ def _wait(
             idle = found.left == found.total and not found.counts["running"]
             if idle and not said and time.monotonic() - started > NO_WORKER_SECONDS:
                 engine = sorted(checked.engines)[0]
-                console.print(f"no worker has taken a job yet; start: inpaint-worker --engine {engine}")
+                console.print(
+                    f"no worker has taken a job yet; start: inpaint-worker --engine {engine}"
+                )
                 said = True
             time.sleep(POLL_SECONDS if workers is None else 0.1)
 
 
 def _print_end(
     db: Database,
+    *,
     summary: Summary,
     ended: Progress,
     seconds: float,
@@ -274,11 +299,11 @@ def _print_end(
         click.echo(json.dumps(summary.to_json() | end))
         return
     cancelled = f", {ended.counts['cancelled']:,} cancelled" if ended.counts["cancelled"] else ""
-    click.echo(f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {terminal.duration(seconds)}")
+    click.echo(
+        f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {terminal.duration(seconds)}"
+    )
     for code, count, message in errors(db, summary.submission):
         terminal.out().print(f"  [red]{code}[/red] {count:,}: {escape(message)}")
     if failed:
         click.echo(f"again: inpaint-jobs retry --submission {summary.submission}")
     click.echo(f"results: {options.output}")
-
-

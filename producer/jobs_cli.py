@@ -102,7 +102,7 @@ def list_command(
             return
         terminal.out().print(terminal.jobs_table(rows[:limit]))
         if len(rows) > limit:
-            click.echo(f"and more; --limit shows them, inpaint-jobs export has all", err=True)
+            click.echo("and more; --limit shows them, inpaint-jobs export has all", err=True)
 
 
 @jobs_command.command()
@@ -245,14 +245,10 @@ def _selection(
     *,
     states: tuple[str, ...] | None,
 ) -> Selection:
-    return Selection(
-        jobs=job_ids or None, submission=submission, states=states, error_code=error
-    )
+    return Selection(jobs=job_ids or None, submission=submission, states=states, error_code=error)
 
 
-def _require_choice(
-    job_ids: tuple[int, ...], submission: int | None, error: str | None
-) -> None:
+def _require_choice(job_ids: tuple[int, ...], submission: int | None, error: str | None) -> None:
     if not job_ids and submission is None and error is None:
         raise InputError("name jobs, --submission or --error")
 

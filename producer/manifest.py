@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, cast
 
 from shared.errors import ManifestError
 from shared.params import PARAMETERS, did_you_mean
@@ -88,8 +88,8 @@ def read(
 @contextmanager
 def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
     peeked = raw.peek(2)[:2]  # type: ignore[attr-defined]
-    binary: IO[bytes] = gzip.GzipFile(fileobj=raw) if peeked == b"\x1f\x8b" else raw
-    with io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as text:
+    binary = gzip.GzipFile(fileobj=raw) if peeked == b"\x1f\x8b" else raw
+    with io.TextIOWrapper(cast("IO[bytes]", binary), encoding="utf-8-sig", newline="") as text:
         yield text
 
 
@@ -122,7 +122,9 @@ def _csv(
             if cells:
                 yield _row(line, header, cells)
     except csv.Error as error:
-        raise ManifestError(f"{manifest}: line {reader.line_num}: {error}; mend the quoting") from error
+        raise ManifestError(
+            f"{manifest}: line {reader.line_num}: {error}; mend the quoting"
+        ) from error
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
@@ -171,7 +173,7 @@ def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
     except ValueError as error:
         return Problem(line=line, text=f"not JSON: {error}")
     if not isinstance(values, dict):
-        return Problem(line=line, text="not a JSON object; write {\"image\": ..., \"mask\": ...}")
+        return Problem(line=line, text='not a JSON object; write {"image": ..., "mask": ...}')
     cells = {}
     for column, value in values.items():
         if column not in known:

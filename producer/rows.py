@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Problem, Row
-from shared.errors import InputError, ParameterError
 from shared import masks
+from shared.errors import InputError, ParameterError
 from shared.jobs import content_key, derived_seed
 from shared.params import PARAMETERS, PRIORITY, Params, placeholders, presets, resolve
 from shared.storage import Storage, absolute, name, parent
@@ -179,4 +179,3 @@ def _new_job(row: Row, found: Mapping[str, object], params: str) -> NewJob:
         seed=derived_seed(key) if given is None else given,
         priority=int(str(found["priority"])),
     )
-

@@ -21,10 +21,9 @@ from sqlalchemy import select
 
 from producer.manifest import Problem, Row, read
 from producer.rows import Options, Resolver
-from shared import jobs, submissions
+from shared import jobs, masks, submissions
 from shared.db import Database
 from shared.errors import BrokerUnavailable, ManifestError
-from shared import masks
 from shared.models import FINAL_STATES, Job
 from shared.queue import Queue
 from shared.storage import Storage
@@ -92,9 +91,7 @@ class Checked:
         return (job for job in self.spool if job.line not in self.skipped)
 
 
-def check(
-    options: Options, storage: Storage, *, report: Callable[[Problem], None]
-) -> Checked:
+def check(options: Options, storage: Storage, *, report: Callable[[Problem], None]) -> Checked:
     """Reads the whole manifest; every problem is reported as it is found.
 
     Raises ManifestError for what spoils the whole file, an empty one included.
@@ -256,9 +253,7 @@ def _chunks(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
         yield chunk
 
 
-def _dispatch(
-    db: Database, queue: Queue, engines: set[str], bound: int, summary: Summary
-) -> None:
+def _dispatch(db: Database, queue: Queue, engines: set[str], bound: int, summary: Summary) -> None:
     if summary.broker_error is not None:
         return
     try:

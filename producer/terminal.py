@@ -9,9 +9,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from sqlalchemy import RowMapping
 
 from producer.audit import Listed, Story
 from producer.audit import Progress as Counts
@@ -28,7 +29,9 @@ def out() -> Console:
 
 
 def err() -> Console:
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE)
+    return Console(
+        stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE
+    )
 
 
 def job_progress(console: Console) -> Progress:
@@ -58,9 +61,7 @@ def duration(seconds: float | None) -> str:
 
 def counts_line(counts: Counts) -> str:
     """One line: how many in each state, the rate and the time left."""
-    states = "  ".join(
-        f"{state} {number:,}" for state, number in counts.counts.items() if number
-    )
+    states = "  ".join(f"{state} {number:,}" for state, number in counts.counts.items() if number)
     line = states or "no jobs"
     if counts.left:
         line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
@@ -84,7 +85,7 @@ def submissions_table(listed: Iterable[Listed]) -> Table:
     return table
 
 
-def jobs_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+def jobs_table(rows: Iterable[RowMapping]) -> Table:
     table = _table("job", "submission", "line", "id", "state", "attempts", "error", "image")
     for row in rows:
         table.add_row(

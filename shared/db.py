@@ -21,7 +21,7 @@ from shared.models import Instant
 BUSY_TIMEOUT_SECONDS = 30
 
 
-class clock(FunctionElement[datetime]):  # noqa: N801 - reads as SQL's now()
+class clock(FunctionElement[datetime]):
     """The database's time now plus a number of seconds: ``clock(60)``."""
 
     type = Instant()
@@ -66,8 +66,8 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """On SQLite the write lock is taken at the start, so two writers queue, not deadlock."""
-        with _translated(), self.engine.connect() as connection:
-            connection = connection.execution_options(write=True)
+        with _translated(), self.engine.connect() as connected:
+            connection = connected.execution_options(write=True)
             with connection.begin():
                 yield connection
 

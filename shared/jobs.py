@@ -79,9 +79,7 @@ def _is_only_dispatcher(connection: Connection, engine: str) -> bool:
     return bool(connection.execute(select(lock)).scalar_one())
 
 
-def _claim_due(
-    connection: Connection, engine: str, priorities: range, bound: int
-) -> list[Message]:
+def _claim_due(connection: Connection, engine: str, priorities: range, bound: int) -> list[Message]:
     of_class = and_(Job.engine == engine, Job.priority.between(priorities[0], priorities[-1]))
     due = and_(Job.state == "pending", of_class, Job.run_after <= clock())
     if connection.execute(select(Job.id).where(due).limit(1)).first() is None:
@@ -166,9 +164,7 @@ class Holder:
 
 _acquire = (
     update(Job)
-    .where(
-        Job.id == bindparam("job"), Job.state == "queued", Job.attempt == bindparam("seen")
-    )
+    .where(Job.id == bindparam("job"), Job.state == "queued", Job.attempt == bindparam("seen"))
     .values(
         state="running",
         attempt=Job.attempt + 1,
@@ -244,8 +240,7 @@ def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[Beat]:
             .returning(Job.id, Job.attempt, Job.cancel_requested)
         ).all()
     return [
-        Beat(job=row.id, attempt=row.attempt, cancel_requested=row.cancel_requested)
-        for row in rows
+        Beat(job=row.id, attempt=row.attempt, cancel_requested=row.cancel_requested) for row in rows
     ]
 
 

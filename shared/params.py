@@ -83,7 +83,7 @@ class Parameter:
 
 def _as_text(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(value)
+        raise ValueError(value)  # noqa: TRY004 - read as the user's mistake, like bad text
     return repr(value)
 
 
@@ -108,7 +108,7 @@ def _number(name: str, low: float, high: float, *, above: bool = False) -> Param
     return Parameter(
         name=name,
         parse=float,
-        allowed=f"a number {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}",
+        allowed=f"a number {f'above {low:g} and up' if above else f'from {low:g}'} to {high:g}",
         check=lambda v: math.isfinite(v) and (low < v if above else low <= v) and v <= high,
     )
 
@@ -272,9 +272,9 @@ def is_native(engine: str) -> bool:
 
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
-    missing = [name for name in placeholders(template) if not texts.get(name)]
-    if missing:
-        raise ParameterError(
-            f"prompt: nothing fills {{{missing[0]}}}; add a column {missing[0]!r} or another --prompt"
-        )
+    for name in placeholders(template):
+        if not texts.get(name):
+            raise ParameterError(
+                f"prompt: nothing fills {{{name}}}; add a column {name!r} or another --prompt"
+            )
     return template.format_map(texts)

@@ -65,7 +65,7 @@ class Queue:
         self.url = url
         self._connection = self._connect()
 
-    def _connect(self) -> kombu.Connection:
+    def _connect(self) -> Any:
         return kombu.Connection(self.url, transport_options=TRANSPORT_OPTIONS)
 
     def publish(self, messages: Sequence[Message]) -> None:
@@ -73,7 +73,7 @@ class Queue:
         if not messages:
             return
         with self._translated():
-            producer = kombu.Producer(self._connection.default_channel, serializer="json")
+            producer: Any = kombu.Producer(self._connection.default_channel, serializer="json")
             with producer.batch():
                 for message in messages:
                     _publish(producer, message)
@@ -81,8 +81,7 @@ class Queue:
     def delivered(self, engine: str) -> set[tuple[int, int]]:
         """(job, attempt) of every message that waits in Redis or is in a worker's hands."""
         with self._translated():
-            channel = self._connection.default_channel
-            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
+            channel, names = self._channel(), self._lists(engine)
             waiting = [raw for name in names for raw in channel.client.lrange(name, 0, -1)]
             reserved = [json.loads(raw)[0] for raw in channel.client.hvals(channel.unacked_key)]
         found = [json.loads(raw) for raw in waiting] + reserved
@@ -91,17 +90,24 @@ class Queue:
     def length(self, engine: str) -> int:
         """Messages that wait for a worker."""
         with self._translated():
-            channel = self._connection.default_channel
-            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
-            return sum(int(channel.client.llen(name)) for name in names)
+            client = self._channel().client
+            return sum(int(client.llen(name)) for name in self._lists(engine))
 
     def ping(self) -> str:
         """Redis's version."""
         with self._translated():
-            return str(self._connection.default_channel.client.info("server")["redis_version"])
+            return str(self._channel().client.info("server")["redis_version"])
 
     def close(self) -> None:
         self._connection.release()
+
+    def _channel(self) -> Any:
+        return self._connection.default_channel
+
+    def _lists(self, engine: str) -> list[str]:
+        """The Redis lists of an engine, one per priority class."""
+        channel = self._channel()
+        return [channel._q_for_pri(queue_name(engine), step) for step in _BROKER_PRIORITIES]
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -22,4 +22,6 @@ class RetryPolicy:
         """Seconds to wait after the given number of failures (1 or more); None: give up."""
         if failures >= self.max_failures:
             return None
-        return self.random.uniform(0, min(self.cap_seconds, self.base_seconds * 2 ** (failures - 1)))
+        return self.random.uniform(
+            0, min(self.cap_seconds, self.base_seconds * 2 ** (failures - 1))
+        )

@@ -14,7 +14,7 @@ HEAD = "0001"
 
 
 def ensure(db: Database) -> None:
-    """Upgrades SQLite; raises DatabaseUnavailable with the remedy where another database is behind."""
+    """Upgrades SQLite; raises DatabaseUnavailable with the remedy elsewhere, if behind."""
     found = revision(db)
     if found == HEAD:
         return

@@ -38,7 +38,9 @@ def _database(value: SecretStr | None) -> SecretStr | None:
     try:
         url = make_url(value.get_secret_value())
     except ArgumentError:
-        raise ValueError("use postgresql+psycopg://user:password@host/name or sqlite:///file") from None
+        raise ValueError(
+            "use postgresql+psycopg://user:password@host/name or sqlite:///file"
+        ) from None
     if url.drivername in ("postgres", "postgresql"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
@@ -65,7 +67,8 @@ class Settings(BaseSettings):
     )
 
     home: Annotated[Path, AfterValidator(_absolute)] = Field(
-        default=Path(".inpaint"), description="Folder of the SQLite database and the embedded Redis."
+        default=Path(".inpaint"),
+        description="Folder of the SQLite database and the embedded Redis.",
     )
     database_url: Annotated[SecretStr | None, AfterValidator(_database)] = Field(
         default=None,
@@ -81,7 +84,8 @@ class Settings(BaseSettings):
     )
     buckets: Names = Field(
         default=(),
-        description="S3 buckets that may be used, comma separated. Unset: all the credentials reach.",
+        description="S3 buckets that may be used, comma separated. "
+        "Unset: all that the credentials reach.",
     )
     roots: Folders = Field(
         default=(Path(),),
@@ -89,7 +93,10 @@ class Settings(BaseSettings):
         "Unset: the current folder.",
     )
     lease_seconds: float = Field(
-        default=60, gt=0, le=3600, description="A running job without a heartbeat is lost after this."
+        default=60,
+        gt=0,
+        le=3600,
+        description="A running job without a heartbeat is lost after this.",
     )
     heartbeat_seconds: float = Field(
         default=15, gt=0, description="How often a worker renews its leases."
@@ -98,7 +105,10 @@ class Settings(BaseSettings):
         default=2, gt=0, le=60, description="How often a worker dispatches and reaps."
     )
     queue_bound: int = Field(
-        default=1000, ge=1, le=100_000, description="Most messages per engine and priority in Redis."
+        default=1000,
+        ge=1,
+        le=100_000,
+        description="Most messages per engine and priority in Redis.",
     )
     concurrency: int = Field(
         default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."

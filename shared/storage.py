@@ -66,7 +66,9 @@ def absolute(reference: str, *, base: str) -> str:
     """
     scheme = _SCHEME.match(reference)
     if scheme and scheme[1] not in ("s3", "file"):
-        raise LocationError(f"{redacted(reference)!r}: {scheme[1]}:// is not supported; use s3:// or a path")
+        raise LocationError(
+            f"{redacted(reference)!r}: {scheme[1]}:// is not supported; use s3:// or a path"
+        )
     if scheme and _CREDENTIALS.search(reference):
         raise LocationError(f"{redacted(reference)!r}: credentials do not belong in a URI")
     if "\x00" in reference:
@@ -130,7 +132,8 @@ class Storage:
                 )
         elif not _is_under(_real(uri), self._roots):
             raise LocationError(
-                f"{uri!r} is outside the allowed folders; add its folder with --root or INPAINT_ROOTS"
+                f"{uri!r} is outside the allowed folders; "
+                "add its folder with --root or INPAINT_ROOTS"
             )
 
     def stat(self, uri: str) -> Stat | None:
@@ -384,8 +387,12 @@ def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:
         return None
     if isinstance(error, boto.ClientError):
         return _translate_response(uri, error)
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
-        return ObjectDenied(f"{uri!r}: no S3 credentials; set them the AWS way (AWS_ACCESS_KEY_ID, ...)")
+    if isinstance(
+        error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound
+    ):
+        return ObjectDenied(
+            f"{uri!r}: no S3 credentials; set them the AWS way (AWS_ACCESS_KEY_ID, ...)"
+        )
     if isinstance(error, boto.BotoCoreError | HTTPError):
         return StorageUnavailable(f"{uri!r}: {error}")
     return None

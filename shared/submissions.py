@@ -112,9 +112,7 @@ def _insert_sqlite(connection: Connection, submission: int, rows: Sequence[NewJo
     return set(connection.execute(select(Job.line).where(Job.id > newest)).scalars())
 
 
-def _insert_postgresql(
-    connection: Connection, submission: int, rows: Sequence[NewJob]
-) -> set[int]:
+def _insert_postgresql(connection: Connection, submission: int, rows: Sequence[NewJob]) -> set[int]:
     """COPY into a temporary table, then one INSERT that skips what exists."""
     with _driver(connection).cursor() as cursor:
         cursor.execute(

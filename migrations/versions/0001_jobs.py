@@ -86,9 +86,7 @@ def _jobs() -> None:
         sa.CheckConstraint(
             "(state = 'running') = (lease_expires_at IS NOT NULL)", name=op.f("ck_jobs_lease")
         ),
-        sa.CheckConstraint(
-            f"({FINAL}) = (finished_at IS NOT NULL)", name=op.f("ck_jobs_finished")
-        ),
+        sa.CheckConstraint(f"({FINAL}) = (finished_at IS NOT NULL)", name=op.f("ck_jobs_finished")),
         sa.CheckConstraint(
             "attempt >= 0 AND failures >= 0 AND losses >= 0", name=op.f("ck_jobs_counts")
         ),
