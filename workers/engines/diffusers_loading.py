@@ -67,16 +67,16 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
     files = find_model(model, revision)
     try:
         components = _read(files, device, dtype)
-        choose_attention(components, options.attention)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise EngineUnavailable(
                 f"{model} does not fit on {device}; use a larger one"
             ) from error
-        text = " ".join(str(error).split())[:160]
         raise EngineUnavailable(
-            f"{model}: its weights cannot be read ({text}); fetch the model again"
+            f"{model} cannot be loaded on {device}: {_one_line(error)}; "
+            "if its files are damaged, fetch it again"
         ) from error
+    choose_attention(components, options.attention)
     return components
 
 
@@ -117,21 +117,32 @@ def choose_attention(components: Components, attention: Attention | None) -> Non
     if attention == "sliced":
         components.unet.set_attention_slice("auto")
     if attention == "xformers":
-        if components.device.type != "cuda":
-            raise EngineUnavailable("attention xformers needs a CUDA device; leave it out")
-        if find_spec("xformers") is None:
-            raise EngineUnavailable(
-                "xformers is not installed; pip install 'inpaint-batch[xformers]'"
-            )
+        _use_xformers(components)
+
+
+def _use_xformers(components: Components) -> None:
+    if components.device.type != "cuda":
+        raise EngineUnavailable("attention xformers needs a CUDA device; leave it out")
+    if find_spec("xformers") is None:
+        raise EngineUnavailable("xformers is not installed; pip install 'inpaint-batch[xformers]'")
+    try:
         components.unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise EngineUnavailable(
+            f"xformers does not run on {components.device}: {_one_line(error)}; leave it out"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def _read(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Components:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     diffusers_logging.disable_progress_bar()
     return Components(
-        vae=_weights(AutoencoderKL, files, "vae", dtype).to(device),
-        unet=_weights(UNet2DConditionModel, files, "unet", dtype).to(device),
+        vae=_place(_weights(AutoencoderKL, files, "vae", dtype), device),
+        unet=_place(_weights(UNet2DConditionModel, files, "unet", dtype), device),
         text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype).to(device),
         tokenizer=CLIPTokenizer.from_pretrained(files.path / "tokenizer"),
         scheduler_config=read_json(files.path / "scheduler" / "scheduler_config.json"),
@@ -150,3 +161,10 @@ def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any
         local_files_only=True,
     )
     return model.eval().requires_grad_(False)
+
+
+def _place(model: Any, device: torch.device) -> Any:
+    """On CUDA in the layout that half-precision convolutions want; others transpose each time."""
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    return model.to(device)

@@ -95,6 +95,8 @@ class DiffusionEngine:
             self._thread.join()
 
     def _run(self) -> None:
+        if self._components.device.type == "cuda":
+            torch.cuda.set_device(self._components.device)
         with torch.inference_mode():
             while not self._closing.is_set():
                 self._receive()
@@ -156,18 +158,17 @@ class DiffusionEngine:
             with telling(one.draft for one in group):
                 pictures = self._denoiser.decode(group)
                 for one, picture in zip(group, pictures, strict=True):
-                    answer(one, picture)
+                    answer(one.draft, picture)
         self._drop_answered()
 
 
-def answer(sequence: Sequence, picture: Tensor) -> None:
+def answer(draft: Draft, picture: Tensor) -> None:
     """Gives the future its pixels, or EngineError ``engine_nan`` where there are none.
 
     picture: (3, H, W) float32.
     """
-    draft = sequence.draft
     with telling((draft,)):
-        if not (torch.isfinite(sequence.latents).all() and torch.isfinite(picture).all()):
+        if not torch.isfinite(picture).all():  # latents that are no numbers end here, too
             raise EngineError(
                 "the model computed values that are no numbers; try dtype bfloat16 or float32",
                 code="engine_nan",

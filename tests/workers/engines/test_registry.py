@@ -156,7 +156,7 @@ def test_custom_code_is_never_run(copy: Path) -> None:
 def test_damaged_files_are_an_answer_too(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "fetch the model again" in why_not(copy)
+    assert "fetch it again" in why_not(copy)
     (copy / "unet" / "config.json").write_text("{")
     assert "unet/config.json" in why_not(copy)
 
@@ -166,7 +166,7 @@ def test_parts_that_do_not_belong_together(copy: Path) -> None:
     text = why_not(copy)
     assert "writes 32 numbers a token and the UNet reads 48" in text
     change_config(copy, "text_encoder/config.json", hidden_size=48)
-    assert "weights cannot be read" in why_not(copy)
+    assert "cannot be loaded on cpu" in why_not(copy)
 
 
 def test_a_tokenizer_that_is_missing(copy: Path) -> None:
