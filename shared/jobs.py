@@ -15,9 +15,11 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     and_,
     bindparam,
     case,
+    exists,
     false,
     func,
     insert,
@@ -29,15 +31,18 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
 
 from shared.db import Database, clock
 from shared.errors import InpaintError, InputError, LeaseLost
-from shared.models import FINAL_STATES, Attempt, Job
-from shared.params import Params
+from shared.models import FINAL_STATES, Attempt, BigId, Job
+from shared.params import Params, changed
 from shared.queue import PRIORITY_CLASSES, Message, Queue
 from shared.retry import RetryPolicy
 
 LOSSES_BEFORE_QUARANTINE = 2
+# A statement holds at most 32,766 parameters on SQLite, 65,535 on PostgreSQL.
+_IDS_PER_STATEMENT = 10_000
 
 
 def content_key(
@@ -88,10 +93,12 @@ def _claim_due(connection: Connection, engine: str, priorities: range, bound: in
     room = bound - connection.execute(queued).scalar_one()
     if room <= 0:
         return []
-    chosen = select(Job.id).where(due).order_by(Job.priority.desc(), Job.id).limit(room)
+    first = select(Job.id).where(due).order_by(Job.priority.desc(), Job.id).limit(room)
+    # As a plain subquery PostgreSQL may run it once per row, and the limit would not hold.
+    chosen = first.with_for_update(skip_locked=True).cte("chosen").prefix_with("MATERIALIZED")
     rows = connection.execute(
         update(Job)
-        .where(Job.id.in_(chosen.with_for_update(skip_locked=True)), Job.state == "pending")
+        .where(Job.id.in_(select(chosen.c.id)), Job.state == "pending")
         .values(state="queued", queued_at=clock())
         .returning(Job.id, Job.attempt, Job.priority)
     ).all()
@@ -107,30 +114,28 @@ def _messages(engine: str, rows: Iterable[Any]) -> list[Message]:
 
 
 def redeliver(db: Database, queue: Queue, engine: str, *, grace_seconds: float) -> int:
-    """Publishes again what Redis lost: queued jobs whose message is nowhere in Redis.
+    """Publishes again what Redis lost, or a worker took and died with, before acquiring.
 
     grace_seconds: a job queued more recently is left alone, its message may be on the way.
+    A message published twice does no harm: only one of the two can acquire the job.
     """
     overdue = and_(
         Job.state == "queued", Job.engine == engine, Job.queued_at < clock(-grace_seconds)
     )
     with db.read() as connection:
-        waiting = {
+        expected = {
             (row.id, row.attempt)
             for row in connection.execute(select(Job.id, Job.attempt).where(overdue))
         }
-    if not waiting:
+    if not expected:
         return 0
-    missing = waiting - queue.delivered(engine)
-    if not missing:
-        return 0
-    with db.write() as connection:
-        rows = connection.execute(
-            update(Job)
-            .where(Job.id.in_([job for job, _ in missing]), overdue)
-            .values(queued_at=clock())
-            .returning(Job.id, Job.attempt, Job.priority)
-        ).all()
+    missing = sorted(job for job, _ in expected - queue.waiting(engine))
+    rows: list[Any] = []
+    for start in range(0, len(missing), _IDS_PER_STATEMENT):
+        ids = missing[start : start + _IDS_PER_STATEMENT]
+        with db.write() as connection:
+            again = update(Job).where(Job.id.in_(ids), overdue).values(queued_at=clock())
+            rows += connection.execute(again.returning(Job.id, Job.attempt, Job.priority)).all()
     messages = _messages(engine, rows)
     queue.publish(messages)
     return len(messages)
@@ -287,11 +292,16 @@ class AttemptRecord:
 _UNLEASED: Mapping[str, Any] = {"worker": null(), "lease_expires_at": null()}
 _NO_ERROR: Mapping[str, Any] = {"error_code": null(), "error_message": null()}
 
-# What a job that goes back to waiting becomes, if its user cancelled it meanwhile.
+# A job that its user cancelled meanwhile neither waits again nor counts as failed.
 _WAITS: Mapping[str, Any] = {
     **_UNLEASED,
     "state": case((Job.cancel_requested, "cancelled"), else_="pending"),
     "finished_at": case((Job.cancel_requested, clock()), else_=null()),
+}
+_FAILS: Mapping[str, Any] = {
+    **_UNLEASED,
+    "state": case((Job.cancel_requested, "cancelled"), else_="failed"),
+    "finished_at": clock(),
 }
 
 _end_attempt = (
@@ -318,17 +328,14 @@ def succeed(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
 def fail(
     db: Database, job: LeasedJob, record: AttemptRecord, error: InpaintError, policy: RetryPolicy
 ) -> float | None:
-    """Fails the job, or sends it back to wait; returns the wait in seconds, None if failed."""
+    """Fails the job, or sends it back to wait; returns the wait in seconds, None if final."""
     failures = job.failures + 1
     wait = policy.delay_seconds(failures) if error.retryable else None
     described = {"error_code": error.code, "error_message": str(error), "failures": failures}
-    if wait is None:
-        values = {**_UNLEASED, "state": "failed", "finished_at": clock(), **described}
-    else:
-        values = {**_WAITS, "run_after": clock(wait), **described}
-    outcome = "failed" if wait is None else "retried"
-    _finish(db, job, record, outcome=outcome, values=values, error=error)
-    return wait
+    ends = _FAILS if wait is None else {**_WAITS, "run_after": clock(wait)}
+    values = {**ends, **described}
+    state = _finish(db, job, record, outcome="failed", values=values, error=error)
+    return wait if state == "pending" else None
 
 
 def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
@@ -350,7 +357,8 @@ def _finish(
     outcome: str,
     values: Mapping[str, Any],
     error: InpaintError | None = None,
-) -> None:
+) -> str:
+    """Ends the attempt, and gives the job's new state."""
     ended = {
         "of_job": job.id,
         "of_attempt": job.attempt,
@@ -360,10 +368,14 @@ def _finish(
         **record.to_row(),
     }
     with db.write() as connection:
-        done = connection.execute(update(Job).where(*_held(job)).values(**values))
-        if done.rowcount == 0:
+        done = update(Job).where(*_held(job)).values(**values).returning(Job.state)
+        state = connection.execute(done).scalar()
+        if state is None:
             raise _lost(job)
+        if outcome == "failed" and state == "pending":
+            ended["outcome"] = "retried"
         connection.execute(_end_attempt, ended)
+    return str(state)
 
 
 def _held(job: LeasedJob) -> tuple[ColumnElement[bool], ...]:
@@ -502,7 +514,8 @@ def retry(
     """Reopens final jobs, with changed parameters if given.
 
     changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
-    Raises InputError where a changed job would ask for what another job already does.
+    Raises ParameterError where the changes do not go together with a job's other values,
+    and InputError where a changed job would ask for what another job already does.
     """
     where = (*selection.conditions(), Job.state.in_(FINAL_STATES))
     with db.write() as connection:
@@ -517,7 +530,7 @@ def retry(
 def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:
     rows = connection.execute(select(Job).where(*where)).all()
     for row in rows:
-        params = Params(**{**json.loads(row.params), "seed": row.seed, **changes})
+        params = changed(Params.from_json(row.params, seed=row.seed), changes)
         text, seed = params.to_json(), params.seed
         key = content_key(
             image=row.image,
@@ -543,12 +556,25 @@ def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, 
 def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]]) -> int:
     """Reopens final jobs by content key and moves each to a (submission, line).
 
-    A job belongs to the submission that last asked for it. Returns how many were reopened.
+    A job belongs to the submission that last asked for it, unless a job whose parameters
+    were changed since has that line. Returns how many were reopened.
     """
+    to_submission, to_line = (
+        bindparam("to_submission", type_=BigId),
+        bindparam("to_line", type_=Integer),
+    )
+    other = aliased(Job)
+    taken = exists().where(
+        other.submission_id == to_submission, other.line == to_line, other.id != Job.id
+    )
     moved = (
         update(Job)
         .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES))
-        .values(submission_id=bindparam("to_submission"), line=bindparam("to_line"), **_REOPENED)
+        .values(
+            submission_id=case((taken, Job.submission_id), else_=to_submission),
+            line=case((taken, Job.line), else_=to_line),
+            **_REOPENED,
+        )
     )
     rows = [
         {"of_key": key, "to_submission": submission, "to_line": line}

@@ -102,7 +102,8 @@ def check_size(mask: Grey, size: tuple[int, int]) -> None:
     if found != size:
         raise MaskError(
             f"the mask is {found[0]}x{found[1]}, the picture {size[0]}x{size[1]}; "
-            "make the mask the picture's size"
+            "make the mask the picture's size",
+            code="mask_size",
         )
 
 

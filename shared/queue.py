@@ -26,8 +26,8 @@ PRIORITY_CLASSES = (range(1, 1001), range(1), range(-1000, 0))
 _BROKER_PRIORITIES = (0, 3, 6)
 
 TRANSPORT_OPTIONS = {
-    # A lost worker is noticed by its lease; Redis must never hand out a job that still runs.
-    "visibility_timeout": 365 * 24 * 3600,
+    # A lost worker is noticed by its lease; this only clears what dead workers left in Redis.
+    "visibility_timeout": 24 * 3600,
     "socket_timeout": 30,
     "socket_connect_timeout": 5,
     "socket_keepalive": True,
@@ -78,13 +78,16 @@ class Queue:
                 for message in messages:
                     _publish(producer, message)
 
-    def delivered(self, engine: str) -> set[tuple[int, int]]:
-        """(job, attempt) of every message that waits in Redis or is in a worker's hands."""
+    def waiting(self, engine: str) -> set[tuple[int, int]]:
+        """(job, attempt) of every message that waits for a worker.
+
+        One that a worker has taken is not among them: a live worker acquires its job within
+        moments, and what a dead one took has to be published again.
+        """
         with self._translated():
-            channel, names = self._channel(), self._lists(engine)
-            waiting = [raw for name in names for raw in channel.client.lrange(name, 0, -1)]
-            reserved = [json.loads(raw)[0] for raw in channel.client.hvals(channel.unacked_key)]
-        found = [json.loads(raw) for raw in waiting] + reserved
+            channel = self._connection.default_channel
+            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
+            found = [json.loads(raw) for name in names for raw in channel.client.lrange(name, 0, -1)]
         return {_parse_id(message["headers"]["id"]) for message in found if _is_ours(message)}
 
     def length(self, engine: str) -> int:

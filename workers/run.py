@@ -52,12 +52,21 @@ class Bench:
     retry: RetryPolicy
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A job in this process's hands."""
+
+    job: LeasedJob
+    record: AttemptRecord
+    interruption: Interruption
+
+
 class Running:
     """The jobs in this process's hands; shared by job threads, upkeep and shutdown."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._jobs: dict[tuple[int, int], Interruption] = {}
+        self._held: dict[tuple[int, int], Held] = {}
         self._stopping = False
 
     @property
@@ -65,27 +74,27 @@ class Running:
         return self._stopping
 
     @contextmanager
-    def holding(self, job: LeasedJob) -> Iterator[Interruption]:
-        interruption = Interruption()
+    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[Interruption]:
+        held = Held(job=job, record=record, interruption=Interruption())
         with self._lock:
-            self._jobs[job.id, job.attempt] = interruption
+            self._held[job.id, job.attempt] = held
             if self._stopping:
-                interruption.set(_released())
+                held.interruption.set(_released())
         try:
-            yield interruption
+            yield held.interruption
         finally:
             with self._lock:
-                del self._jobs[job.id, job.attempt]
+                del self._held[job.id, job.attempt]
 
-    def held(self) -> dict[tuple[int, int], Interruption]:
+    def held(self) -> list[Held]:
         with self._lock:
-            return dict(self._jobs)
+            return list(self._held.values())
 
     def release_all(self) -> None:
         """Every job stops at its next step, and no new one starts. Safe in a signal handler."""
         self._stopping = True
-        for interruption in list(self._jobs.values()):
-            interruption.set(_released())
+        for held in list(self._held.values()):
+            held.interruption.set(_released())
 
 
 def _released() -> Released:
@@ -109,7 +118,7 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> None:
         log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
         return
     record = AttemptRecord()
-    with bench.running.holding(leased) as interruption:
+    with bench.running.holding(leased, record) as interruption:
         try:
             _inpaint(bench, leased, record, interruption)
             ended: InpaintError | None = None
@@ -288,6 +297,19 @@ def _write_end(
         wait = jobs.fail(bench.db, job, record, ended, bench.retry)
         what = "failed" if wait is None else f"failed, again in {wait:.0f} s"
         log.warning("job %s: %s: %s: %s", job.id, what, ended.code, ended)
+
+
+def give_back(bench: Bench) -> None:
+    """Releases the jobs whose engine does not come to its next step; they run elsewhere.
+
+    The attempt is over with that: whatever the engine still returns can no longer be put.
+    """
+    for held in bench.running.held():
+        try:
+            jobs.release(bench.db, held.job, held.record)
+            log.info("job %s: released in the middle of a step", held.job.id)
+        except (LeaseLost, DatabaseUnavailable) as error:
+            log.warning("job %s: not released: %s", held.job.id, error)
 
 
 def _persist(bench: Bench, write: Callable[[], None]) -> None:

@@ -9,14 +9,16 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
+import threading
+import time
+import warnings
 from types import FrameType
 from typing import Any
 
 import click
 from celery import Celery, signals
-from celery.exceptions import Reject
+from celery.exceptions import Reject, SecurityWarning
 from celery.worker import state as celery_state
 
 from shared import embedded, schema, settings
@@ -29,13 +31,14 @@ from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
-from workers.run import Bench, Running, run_job
+from workers.run import Bench, Running, give_back, run_job
 from workers.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
 EX_UNAVAILABLE = 69
 JOB_THREADS_PER_BATCH = 2
+GRACE_SECONDS = 2.0
 
 
 @click.command()
@@ -137,6 +140,7 @@ def _install_signals(bench: Bench) -> None:
             os._exit(1)
         bench.running.release_all()
         celery_state.should_stop = 0
+        threading.Thread(target=_leave, args=(bench,), name="leave", daemon=True).start()
 
     def install(**_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -147,17 +151,25 @@ def _install_signals(bench: Bench) -> None:
     install()
 
 
+def _leave(bench: Bench) -> None:
+    """Ends the process where a step takes too long to wait for; its jobs go back first."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and bench.running.held():
+        time.sleep(0.05)
+    if bench.running.held():
+        give_back(bench)
+        os._exit(0)
+
+
 def _configure_logging(level: str, name: str) -> None:
     logging.basicConfig(
         level=level, format=f"%(asctime)s %(levelname)s {name} %(message)s", stream=sys.stderr
     )
     for noisy in ("celery", "kombu", "botocore", "PIL"):
         logging.getLogger(noisy).setLevel("WARNING")
+    # Celery warns root of pickled messages; ours are JSON.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     signals.setup_logging.connect(lambda **_: None, weak=False)
-
-
-def host_name() -> str:
-    return socket.gethostname()
 
 
 if __name__ == "__main__":

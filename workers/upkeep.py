@@ -86,12 +86,13 @@ def beat(bench: Bench) -> None:
         bench.db, worker=bench.holder.worker, lease_seconds=bench.settings.lease_seconds
     )
     renewed = {(beat.job, beat.attempt): beat for beat in beats}
-    for (job, attempt), interruption in held.items():
+    for one in held:
+        job, attempt = one.job.id, one.job.attempt
         beat = renewed.get((job, attempt))
         if beat is None:
-            interruption.set(LeaseLost(f"job {job}: attempt {attempt} lost its lease"))
+            one.interruption.set(LeaseLost(f"job {job}: attempt {attempt} lost its lease"))
         elif beat.cancel_requested:
-            interruption.set(Cancelled(f"job {job} was cancelled"))
+            one.interruption.set(Cancelled(f"job {job} was cancelled"))
 
 
 def reap(bench: Bench) -> None:

@@ -1,0 +1,190 @@
+"""A worker's bench for tests: real tables, real files, and a small deterministic engine."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from sqlalchemy import insert, select
+from sqlalchemy.engine import make_url
+
+from shared import jobs, schema, submissions
+from shared.db import Database, clock
+from shared.errors import InpaintError
+from shared.jobs import Holder, Selection
+from shared.models import Attempt, Job, Submission
+from shared.params import Params
+from shared.queue import Message
+from shared.retry import RetryPolicy
+from shared.settings import Settings
+from shared.storage import Storage
+from shared.submissions import NewJob
+from workers.engines.protocol import Pixels, RegionWork
+from workers.run import Bench, Running, run_job
+
+
+@dataclass
+class Painter:
+    """Fills a region with one colour that its seed decides; ``meanwhile`` runs first."""
+
+    name: str = "sd2"
+    revision: str = "painter 1"
+    device: str = "cpu"
+    meanwhile: Callable[[RegionWork], None] = lambda _work: None
+    works: list[RegionWork] = field(default_factory=list)
+
+    def submit(self, work: RegionWork) -> Future[Pixels]:
+        self.works.append(work)
+        future: Future[Pixels] = Future()
+        try:
+            self.meanwhile(work)
+            work.interruption.check()
+            painted = work.image.copy()
+            painted[work.mask > 0] = (work.seed % 251, 20, 220)
+            future.set_result(painted)
+        except InpaintError as error:
+            future.set_exception(error)
+        return future
+
+    def close(self) -> None: ...
+
+
+class Workbench:
+    """A bench, and short ways to put jobs on it and look at what became of them."""
+
+    def __init__(self, url: str, folder: Path, engine: Any = None, **settings: Any) -> None:
+        self.folder = folder
+        self.db = Database(make_url(url))
+        schema.upgrade(self.db)
+        self.bench = Bench(
+            settings=Settings(_env_file=None, home=folder / "home", **settings),
+            db=self.db,
+            storage=Storage(roots=[folder.resolve()], buckets=()),
+            engine=engine or Painter(),
+            holder=Holder(worker="test-1", device="cpu", engine_revision="painter 1"),
+            running=Running(),
+            retry=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
+        )
+        self._lines = 0
+
+    def close(self) -> None:
+        self.db.close()
+
+    def add(
+        self, *, image: str, mask: str, output: str, engine: str = "sd2", **params: Any
+    ) -> int:
+        """Records one job and returns its id."""
+        self._lines += 1
+        resolved = Params(**{"mask_feather": 0, "seed": 7, **params})
+        key = jobs.content_key(
+            image=image,
+            mask=mask,
+            output=output,
+            engine=engine,
+            params=resolved.to_json(),
+            seed=self._lines,
+        )
+        with self.db.write() as connection:
+            if self._lines == 1:
+                connection.execute(
+                    insert(Submission).values(created_at=clock()),
+                    {"manifest": "m", "digest": "d", "options": "{}", "rows": 1, "invalid": 0},
+                )
+        row = NewJob(
+            line=self._lines,
+            key=None,
+            content_key=key,
+            engine=engine,
+            image=str(image),
+            mask=str(mask),
+            output=str(output),
+            params=resolved.to_json(),
+            seed=resolved.seed,
+            priority=0,
+        )
+        assert submissions.record(self.db, 1, [row]) == []
+        with self.db.read() as connection:
+            found = connection.execute(select(Job.id).where(Job.content_key == key))
+            return found.scalar_one()
+
+    def queue(self, engine: str = "sd2") -> list[Message]:
+        """Dispatches what is due; returns the messages instead of sending them."""
+        sent = Sent()
+        jobs.dispatch(self.db, sent, engine, bound=1000)  # type: ignore[arg-type]
+        return sent.messages
+
+    def run(self, job: int, *, engine: str = "sd2") -> None:
+        """Queues and runs one job."""
+        messages = [m for m in self.queue(engine) if m.job == job]
+        assert messages, f"job {job} was not due"
+        run_job(self.bench, job=job, seen_attempt=messages[0].attempt)
+
+    def job(self, job: int) -> Any:
+        with self.db.read() as connection:
+            return connection.execute(select(Job.__table__).where(Job.id == job)).one()
+
+    def attempts(self, job: int) -> list[Any]:
+        with self.db.read() as connection:
+            rows = connection.execute(
+                select(Attempt.__table__).where(Attempt.job_id == job).order_by(Attempt.attempt)
+            )
+            return list(rows)
+
+    def cancel(self, job: int) -> None:
+        jobs.cancel(self.db, Selection(jobs=(job,)))
+
+    def picture(
+        self, name: str, size: tuple[int, int] = (700, 600), *, mode: str = "RGB", seed: int = 0
+    ) -> str:
+        """Writes noise, so that any changed pixel shows; returns its path."""
+        noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), np.uint8)
+        image = Image.fromarray(noise, "RGBA").convert(mode)
+        return self.write(name, _encoded(image, name))
+
+    def mask(
+        self, name: str, size: tuple[int, int], *boxes: tuple[int, int, int, int]
+    ) -> str:
+        mask = np.zeros((size[1], size[0]), np.uint8)
+        for left, top, right, bottom in boxes:
+            mask[top:bottom, left:right] = 255
+        return self.write(name, _encoded(Image.fromarray(mask), name))
+
+    def write(self, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return str(path)
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def temporaries(self) -> list[Path]:
+        return list(self.folder.rglob("*.tmp"))
+
+
+@dataclass
+class Sent:
+    """Where a queue's messages go when a test wants to hold them."""
+
+    messages: list[Message] = field(default_factory=list)
+
+    def publish(self, messages: list[Message]) -> None:
+        self.messages.extend(messages)
+
+
+def _encoded(image: Image.Image, name: str) -> bytes:
+    stream = io.BytesIO()
+    format = {"jpg": "JPEG", "tif": "TIFF"}.get(name[-3:], name[-3:].upper())
+    image.save(stream, format=format)
+    return stream.getvalue()
+
+
+def pixels(path: str) -> np.ndarray[Any, Any]:
+    with Image.open(path) as image:
+        return np.asarray(image)

@@ -1,0 +1,258 @@
+"""Real worker processes: Celery, Redis, signals, restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from shared.queue import Queue
+from tests.workers.bench import Workbench
+
+WAIT_SECONDS = 60
+
+
+def wait_for(what: Callable[[], bool], *, seconds: float = WAIT_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+class Fleet:
+    """``inpaint-worker`` processes over one database and one Redis."""
+
+    def __init__(self, url: str, redis_url: str, folder: Path) -> None:
+        self.bench = Workbench(url, folder)
+        self.queue = Queue(redis_url)
+        self.environment = {
+            **os.environ,
+            "INPAINT_DATABASE_URL": url,
+            "INPAINT_BROKER_URL": redis_url,
+            "INPAINT_ROOTS": str(folder),
+            "INPAINT_HOME": str(folder / "home"),
+            "INPAINT_UPKEEP_SECONDS": "0.2",
+            "INPAINT_LEASE_SECONDS": "3",
+            "INPAINT_HEARTBEAT_SECONDS": "0.5",
+        }
+        self.folder = folder
+        self.logs: list[Path] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *options: str) -> subprocess.Popen[bytes]:
+        log = self.folder / f"worker-{len(self.processes)}.log"
+        command = [sys.executable, "-m", "workers.launch", "--engine", "opencv", *options]
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=file, stderr=file, cwd=self.folder
+            )
+        self.processes.append(process)
+        self.logs.append(log)
+        return process
+
+    def log(self) -> str:
+        return "\n".join(log.read_text() for log in self.logs)
+
+    def is_ready(self) -> bool:
+        return self.log().count("jobs at a time") >= len(self.processes)
+
+    def add(
+        self,
+        count: int,
+        *,
+        size: tuple[int, int] = (64, 64),
+        radius: int = 5,
+        prefix: str = "",
+    ) -> list[int]:
+        """Jobs that repaint nearly all of a picture; a larger size and radius take longer."""
+        image = self.bench.picture(f"{prefix}in.png", size)
+        mask = self.bench.mask(f"{prefix}mask.png", size, (1, 1, size[0] - 1, size[1] - 1))
+        return [
+            self.bench.add(
+                image=image,
+                mask=mask,
+                output=self.bench.path(f"{prefix}out/{number}.png"),
+                engine="opencv",
+                opencv_radius=radius,
+            )
+            for number in range(count)
+        ]
+
+    def states(self) -> list[str]:
+        with self.bench.db.read() as connection:
+            rows = connection.exec_driver_sql("SELECT state FROM jobs ORDER BY id").all()
+        return [row[0] for row in rows]
+
+    def children(self) -> list[int]:
+        """Process ids of the worker processes, not of their launchers."""
+        ids = []
+        for launcher in self.processes:
+            listed = subprocess.run(
+                ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, check=False
+            )
+            ids += [int(pid) for pid in listed.stdout.split()]
+        return ids
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.queue.close()
+        self.bench.close()
+
+
+@pytest.fixture
+def fleet(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    fleet = Fleet(database_url, redis_url, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def sqlite_fleet(redis_url: str, tmp_path: Path) -> Iterator[Fleet]:
+    fleet = Fleet(f"sqlite:///{tmp_path / 'i.db'}", redis_url, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+def test_two_workers_share_the_jobs_and_each_job_runs_once(fleet: Fleet) -> None:
+    jobs = fleet.add(40)
+    fleet.start("--concurrency", "2")
+    fleet.start("--concurrency", "2")
+    wait_for(lambda: set(fleet.states()) == {"succeeded"})
+    workers = set()
+    for job in jobs:
+        (attempt,) = fleet.bench.attempts(job)
+        assert attempt.outcome == "succeeded"
+        workers.add(attempt.worker)
+        assert Path(fleet.bench.path(f"out/{jobs.index(job)}.png")).is_file()
+    assert not fleet.bench.temporaries()
+    assert fleet.queue.length("opencv") == 0
+    assert all("-cpu-" in worker for worker in workers)
+
+
+def test_sigterm_gives_running_jobs_back_and_ends_the_process(sqlite_fleet: Fleet) -> None:
+    fleet = sqlite_fleet
+    jobs = fleet.add(3, size=(500, 500), radius=30)
+    launcher = fleet.start("--concurrency", "2")
+    wait_for(lambda: "running" in fleet.states())
+    launcher.terminate()
+    assert launcher.wait(20) == 0
+    assert "released" in fleet.log()
+    assert "running" not in fleet.states()
+    outcomes = [attempt.outcome for job in jobs for attempt in fleet.bench.attempts(job)]
+    assert None not in outcomes
+    assert {fleet.bench.job(job).failures for job in jobs} == {0}
+
+
+def test_a_killed_process_is_started_again_and_its_jobs_run_elsewhere(
+    sqlite_fleet: Fleet,
+) -> None:
+    fleet = sqlite_fleet
+    jobs = fleet.add(3, size=(500, 500), radius=10)
+    fleet.start("--concurrency", "1")
+    wait_for(lambda: "running" in fleet.states())
+    (child,) = fleet.children()
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: set(fleet.states()) == {"succeeded"})
+    outcomes = [attempt.outcome for job in jobs for attempt in fleet.bench.attempts(job)]
+    assert outcomes.count("lost") == 1
+    assert outcomes.count("succeeded") == 3
+    assert "starting it again" in fleet.log()
+
+
+def test_jobs_whose_messages_redis_lost_are_published_again(
+    sqlite_fleet: Fleet, redis_url: str
+) -> None:
+    fleet = sqlite_fleet
+    jobs = fleet.add(5)
+    messages = fleet.bench.queue("opencv")
+    assert len(messages) == 5
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+    fleet.start("--concurrency", "1")
+    wait_for(lambda: set(fleet.states()) == {"succeeded"})
+    assert len(jobs) == 5
+    assert "whose messages Redis had lost" in fleet.log()
+
+
+def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: Fleet) -> None:
+    fleet = sqlite_fleet
+    first = fleet.add(1, size=(500, 500), radius=20, prefix="big-")[0]
+    second = fleet.add(1, prefix="small-")[0]
+    fleet.start("--concurrency", "1")
+    wait_for(lambda: fleet.bench.job(first).state == "running")
+    fleet.bench.cancel(first)
+    wait_for(lambda: fleet.bench.job(first).state == "cancelled")
+    wait_for(lambda: fleet.bench.job(second).state == "succeeded")
+    assert not Path(fleet.bench.path("big-out/0.png")).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "diffusers:/nowhere/model"], "/nowhere/model"),
+        (["--engine", "diffusers:stabilityai/stable-diffusion-2-inpainting"], "sd2-community"),
+        (["--engine", "gpt"], "not known"),
+        (["--engine", "sd2", "--devices", "all"], "no CUDA device"),
+        (["--engine", "sd2", "--devices", "3"], "no CUDA device '3'"),
+    ],
+)
+def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
+    sqlite_fleet: Fleet, options: list[str], words: str
+) -> None:
+    fleet = sqlite_fleet
+    (job,) = fleet.add(1)
+    fleet.bench.queue("opencv")
+    cpu = [] if "--devices" in options else ["--devices", "cpu"]
+    command = [sys.executable, "-m", "workers.launch", *options, *cpu]
+    environment = {**fleet.environment, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert ended.returncode in (2, 69)
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("inpaint-worker: ")
+    assert words in lines[0]
+    assert fleet.bench.attempts(job) == []
+
+
+def test_check_says_what_would_run_where(sqlite_fleet: Fleet) -> None:
+    command = [sys.executable, "-m", "workers.launch", "--engine", "opencv", "--check"]
+    ended = subprocess.run(
+        command, env=sqlite_fleet.environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("opencv: opencv ")
+    assert ended.stdout.strip().endswith("on cpu")
+
+
+def test_the_embedded_redis_lives_as_long_as_the_worker(tmp_path: Path) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("INPAINT_")
+    }
+    submit = [sys.executable, "-m", "workers.launch", "--engine", "opencv"]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(submit, env=environment, cwd=tmp_path, stdout=file, stderr=file)
+    wait_for(lambda: "jobs at a time" in log.read_text())
+    servers = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
+    assert "Ready to accept connections" in servers
+    process.terminate()
+    assert process.wait(20) == 0
+    servers = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
+    assert "bye bye" in servers
