@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import string
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ OpenCVMethod = Literal["telea", "navier-stokes"]
 MAX_SEED = 2**63 - 1
 NATIVE_ENGINE = "opencv"
 PROMPT_LIMIT = 4000
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,7 @@ def _text(name: str) -> Parameter:
         name=name,
         parse=str.strip,
         allowed=f"up to {PROMPT_LIMIT} characters of text without control characters",
-        check=lambda v: len(v) <= PROMPT_LIMIT and v.isprintable(),
+        check=lambda v: len(v) <= PROMPT_LIMIT and not _CONTROL.search(v),
     )
 
 
@@ -257,13 +259,18 @@ def resolve(
     merged.update((name, find_parameter(name).read(value)) for name, value in values.items())
     if "prompt" not in values:
         merged["prompt"] = PARAMETERS["prompt"].read(_fill(template, {**defaults, **columns}))
-    params = replace(Params(), **merged)
-    if params.eta and params.scheduler != "ddim":
+    return changed(Params(), merged)
+
+
+def changed(params: Params, values: Mapping[str, Any]) -> Params:
+    """The same with other values, each read already; raises ParameterError if they disagree."""
+    found = replace(params, **values)
+    if found.eta and found.scheduler != "ddim":
         raise ParameterError(
-            f"eta: {params.eta:g} has no meaning for scheduler {params.scheduler!r}; "
+            f"eta: {found.eta:g} has no meaning for scheduler {found.scheduler!r}; "
             "use 0, or scheduler ddim"
         )
-    return params
+    return found
 
 
 def is_native(engine: str) -> bool:

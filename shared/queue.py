@@ -85,9 +85,9 @@ class Queue:
         moments, and what a dead one took has to be published again.
         """
         with self._translated():
-            channel = self._connection.default_channel
-            names = [channel._q_for_pri(queue_name(engine), p) for p in _BROKER_PRIORITIES]
-            found = [json.loads(raw) for name in names for raw in channel.client.lrange(name, 0, -1)]
+            client = self._channel().client
+            lists = [client.lrange(name, 0, -1) for name in self._lists(engine)]
+        found = [json.loads(raw) for messages in lists for raw in messages]
         return {_parse_id(message["headers"]["id"]) for message in found if _is_ours(message)}
 
     def length(self, engine: str) -> int:
