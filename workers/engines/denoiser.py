@@ -47,18 +47,17 @@ class Denoiser:
             for draft, share in zip(drafts, shares, strict=True)
         ]
 
-    def advance(self, rows: list[Row]) -> None:
-        """One UNet forward; where memory runs out nothing changes but the limit.
+    def predict(self, rows: list[Row]) -> list[Tensor]:
+        """One UNet forward: (C, h, w) float32 for each row, or none where memory ran out.
 
-        Raises OutOfMemory where a single row does not fit.
+        The next call is then picked smaller. Raises OutOfMemory where one row does not fit.
         """
         predictions = attempt(self._predict, rows)
-        if predictions is None:
-            size = rows[0].sequence.draft.window_size
-            self._limit("the UNet", size, self._max_rows).halve(len(rows))
-            return
-        for row, prediction in zip(rows, predictions, strict=True):
-            row.sequence.absorb(row, prediction)
+        if predictions is not None:
+            return list(predictions.unbind())
+        size = rows[0].sequence.draft.window_size
+        self._limit("the UNet", size, self._max_rows).halve(len(rows))
+        return []
 
     def decode(self, sequences: list[Sequence]) -> list[Tensor]:
         """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory."""

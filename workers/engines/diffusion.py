@@ -145,11 +145,16 @@ class DiffusionEngine:
     def _forward(self) -> None:
         """Those it serves go to the back, so that no region waits for all of a canvas."""
         rows = pick_rows(self._active, self._denoiser.max_rows)
-        if rows:
-            with telling(row.sequence.draft for row in rows):
-                self._denoiser.advance(rows)
-            self._active = move_back(self._active, rows)
-            self._drop_answered()
+        if not rows:
+            return
+        predictions: list[Tensor] = []
+        with telling(row.sequence.draft for row in rows):
+            predictions = self._denoiser.predict(rows)
+        for row, prediction in zip(rows, predictions, strict=False):
+            with telling((row.sequence.draft,)):
+                row.sequence.absorb(row, prediction)
+        self._active = move_back(self._active, rows)
+        self._drop_answered()
 
     def _finish(self) -> None:
         done = [one for one in self._active if one.is_done]

@@ -18,6 +18,7 @@ from tests.workers.engines.samples import DIFFUSERS_WARNS, Watch, components, en
 from workers.engines.diffusers_loading import Components
 from workers.engines.prompts import PromptEncoder
 from workers.engines.protocol import Interruption, Pixels, RegionWork
+from workers.engines.schedulers import Sampler
 
 pytestmark = DIFFUSERS_WARNS
 
@@ -216,6 +217,27 @@ def test_any_other_error_reaches_the_futures_concerned_and_the_thread_lives(
         assert isinstance(caught.value.__cause__, ZeroDivisionError)
         watch.before = None
         assert ours.submit(region()).result(60).shape == (64, 64, 3)
+
+
+def test_a_scheduler_that_fails_takes_no_neighbour_with_it(
+    parts: Components, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = solo(parts, region())
+
+    def step(self: Sampler, *given: Tensor) -> Tensor:
+        if self.generator.initial_seed() == 13:
+            raise IndexError("no such sigma")
+        return real(self, *given)
+
+    real = Sampler.step
+    monkeypatch.setattr(Sampler, "step", step)
+    watch.gate.clear()
+    with engine(parts) as ours:
+        sound, faulty = ours.submit(region()), ours.submit(region(seed=13))
+        watch.gate.set()
+        with pytest.raises(EngineError, match="IndexError: no such sigma"):
+            faulty.result(60)
+        assert_close(sound.result(60), expected)
 
 
 def test_values_that_are_no_numbers_are_an_error_of_their_own(parts: Components) -> None:
