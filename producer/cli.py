@@ -220,9 +220,7 @@ def _print_summary(
         return
     click.echo(_describe(summary))
     if summary.broker_error and not waits:
-        click.echo(
-            f"{summary.broker_error}: workers will dispatch the jobs when it is back", err=True
-        )
+        click.echo(f"{summary.broker_error}; workers enqueue the jobs when it is back", err=True)
     if not waits:
         engines = " and ".join(
             f"inpaint-worker --engine {name}" for name in sorted(checked.engines)

@@ -233,7 +233,7 @@ def _dispatch(configured: Settings, db: Database, engines: set[str]) -> None:
         for engine in sorted(engines):
             jobs.dispatch(db, queue, engine, bound=configured.queue_bound)
     except BrokerUnavailable as error:
-        click.echo(f"{error}: workers will dispatch the jobs when it is back", err=True)
+        click.echo(f"{error}; workers enqueue the jobs when it is back", err=True)
     finally:
         queue.close()
 

@@ -9,7 +9,7 @@ import re
 import string
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
@@ -24,6 +24,9 @@ MAX_SEED = 2**63 - 1
 NATIVE_ENGINE = "opencv"
 PROMPT_LIMIT = 4000
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,9 @@ class Params:
 
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces; the seed is stored beside it, not in it."""
-        values = asdict(self)
+        values = dict(vars(self))
         del values["seed"]
-        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return _canonical(values)
 
     @classmethod
     def from_json(cls, text: str, *, seed: int) -> Params:
@@ -264,7 +267,7 @@ def resolve(
 
 def changed(params: Params, values: Mapping[str, Any]) -> Params:
     """The same with other values, each read already; raises ParameterError if they disagree."""
-    found = replace(params, **values)
+    found = Params(**{**vars(params), **values})
     if found.eta and found.scheduler != "ddim":
         raise ParameterError(
             f"eta: {found.eta:g} has no meaning for scheduler {found.scheduler!r}; "

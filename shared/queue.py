@@ -120,7 +120,7 @@ class Queue:
             # The channel may be half-way through a reply; a fresh one is the only safe one.
             self._connection.release()
             self._connection = self._connect()
-            raise BrokerUnavailable(f"broker {self}: {error}") from error
+            raise BrokerUnavailable(f"broker {self}: {str(error).rstrip('.')}") from error
 
     def __str__(self) -> str:
         return str(self._connection.as_uri())
