@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.engine import URL, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.functions import FunctionElement
@@ -19,6 +19,7 @@ from shared.errors import DatabaseUnavailable
 from shared.models import Instant
 
 BUSY_TIMEOUT_SECONDS = 30
+_INSUFFICIENT_PRIVILEGE = "42501"
 
 
 class clock(FunctionElement[datetime]):
@@ -55,7 +56,7 @@ class Database:
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
         if self.is_sqlite and url.database:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(Path(url.database).parent)
         self.engine = _sqlite(url, pool_size) if self.is_sqlite else _postgresql(url, pool_size)
 
     @contextmanager
@@ -78,16 +79,31 @@ class Database:
         return self.url.render_as_string(hide_password=True)
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseUnavailable(f"database: {folder}: {error.strerror}") from error
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError) as error:
-        raise DatabaseUnavailable(f"database: {_first_line(error)}") from error
     except DBAPIError as error:
-        if error.connection_invalidated:
+        if _is_no_fault_of_ours(error):
             raise DatabaseUnavailable(f"database: {_first_line(error)}") from error
         raise
+
+
+def _is_no_fault_of_ours(error: DBAPIError) -> bool:
+    """The server, the file or its permissions, and not a statement or a value."""
+    # SQLite says plain DatabaseError of a file that is no database.
+    is_trouble = isinstance(error, OperationalError | InterfaceError) or (
+        type(error) is DatabaseError
+    )
+    is_denied = getattr(error.orig, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE
+    return is_trouble or is_denied or error.connection_invalidated
 
 
 def _first_line(error: DBAPIError) -> str:

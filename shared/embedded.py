@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -42,9 +45,16 @@ class EmbeddedRedis:
 
     def ensure(self) -> None:
         """Starts it unless it answers. Raises BrokerUnavailable with the remedy."""
-        if self._settings.broker_url is not None or _answers(self._settings.home):
+        home = self._settings.home
+        if self._settings.broker_url is not None or _answers(home):
             return
-        self._process = _start(self._settings.home)
+        try:
+            (home / "redis").mkdir(parents=True, exist_ok=True)
+            with _starting(home):
+                if not _answers(home):
+                    self._process = _start(home)
+        except OSError as error:
+            raise BrokerUnavailable(f"embedded Redis: {error}; see INPAINT_HOME") from error
 
     def close(self) -> None:
         if self._process is not None:
@@ -71,15 +81,24 @@ def _answers(home: Path) -> bool:
     )
     try:
         return bool(client.ping())
+    except (redis.BusyLoadingError, redis.TimeoutError):
+        return True  # it is there; a second one would take its socket and its file
     except redis.ConnectionError:
         return False
     finally:
         client.close()
 
 
+@contextmanager
+def _starting(home: Path) -> Iterator[None]:
+    """One process at a time: two servers would take each other's socket and file."""
+    with (home / "redis.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _start(home: Path) -> subprocess.Popen[bytes]:
     binary, socket, folder = _binary(), _socket(home), home / "redis"
-    folder.mkdir(parents=True, exist_ok=True)
     _make_private(socket.parent)
     process = processes.spawn(
         [

@@ -35,11 +35,21 @@ def revision(db: Database) -> str | None:
 
 
 def upgrade(db: Database, target: str = "head") -> None:
-    """Runs the migrations up to ``target``; two at once queue up."""
-    from alembic import command
+    """Runs the migrations up to ``target``; two at once queue up.
 
-    with db.write() as connection:
-        command.upgrade(_config(connection), target)
+    Raises DatabaseUnavailable where a newer program made the tables.
+    """
+    from alembic import command
+    from alembic.util import CommandError
+
+    try:
+        with db.write() as connection:
+            command.upgrade(_config(connection), target)
+    except CommandError as error:
+        raise DatabaseUnavailable(
+            f"database {db} is at revision {revision(db)}, which this program does not know; "
+            "install the newer one"
+        ) from error
 
 
 def downgrade(db: Database, target: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+from dotenv import dotenv_values
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic import model_validator as validates
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -16,6 +18,12 @@ from shared.errors import SettingsError
 from shared.params import did_you_mean
 
 PREFIX = "INPAINT_"
+DOTENV = ".env"
+
+# Host and port, then the number of a database and options; or a socket's path.
+_BROKER = re.compile(
+    r"rediss?://([^/?#]*@)?[^/?#@:]+(:\d{1,5})?(/\d*)?(\?.*)?|redis\+socket:///.+", re.DOTALL
+)
 
 
 def _split(value: Any) -> Any:
@@ -37,7 +45,7 @@ def _database(value: SecretStr | None) -> SecretStr | None:
         return None
     try:
         url = make_url(value.get_secret_value())
-    except ArgumentError:
+    except (ArgumentError, ValueError):
         raise ValueError(
             "use postgresql+psycopg://user:password@host/name or sqlite:///file"
         ) from None
@@ -49,8 +57,7 @@ def _database(value: SecretStr | None) -> SecretStr | None:
 
 
 def _broker(value: SecretStr | None) -> SecretStr | None:
-    schemes = ("redis://", "rediss://", "redis+socket://")
-    if value is not None and not value.get_secret_value().startswith(schemes):
+    if value is not None and not _BROKER.match(value.get_secret_value()):
         raise ValueError("use redis://host:6379/0, rediss:// or redis+socket:///path")
     return value
 
@@ -63,7 +70,12 @@ class Settings(BaseSettings):
     """Every ``INPAINT_*`` variable; ``.env`` in the current folder is read as well."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, validate_default=True
+        env_prefix=PREFIX,
+        env_file=DOTENV,
+        extra="ignore",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     home: Annotated[Path, AfterValidator(_absolute)] = Field(
@@ -152,11 +164,13 @@ class Settings(BaseSettings):
 
 def load(**overrides: Any) -> Settings:
     """Reads the environment and ``.env``; raises SettingsError that lists everything wrong."""
-    problems = _unknown_variables()
     try:
+        problems = _unknown_variables()
         settings = Settings(**overrides)
     except ValidationError as error:
         problems += [_describe(dict(one)) for one in error.errors()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"settings: {DOTENV} cannot be read: {error}") from error
     if problems:
         raise SettingsError("settings: " + "; ".join(problems))
     return settings
@@ -164,7 +178,8 @@ def load(**overrides: Any) -> Settings:
 
 def _unknown_variables() -> list[str]:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(n for n in os.environ if n.startswith(PREFIX) and n not in known)
+    found = {*os.environ, *(name.upper() for name in dotenv_values(DOTENV))}
+    unknown = sorted(name for name in found if name.startswith(PREFIX) and name not in known)
     return [f"{name} is not a setting{did_you_mean(name, known)}" for name in unknown]
 
 

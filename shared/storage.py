@@ -5,14 +5,16 @@ Local folders and buckets are allow-lists. A written object appears whole or not
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,12 +25,14 @@ from shared.errors import (
     ObjectMissing,
     ObjectTooLarge,
     OutputConflict,
+    SettingsError,
     StorageUnavailable,
 )
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-_CREDENTIALS = re.compile(r"//[^/@\s]*@")
+# A secret may hold a slash; a key may hold "@". Before the first slash, ":" tells the two apart.
+_CREDENTIALS = re.compile(r"^([a-zA-Z0-9+.-]+://)([^/@:]*:[^@]*|[^/@]*)@")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,8 @@ def absolute(reference: str, *, base: str) -> str:
         return _checked_s3(reference)
     path = reference.removeprefix("file://")
     if is_s3(base) and not scheme and not path.startswith("/"):
-        return _checked_s3(f"{base.rstrip('/')}/{path}")
+        steps = (step for step in path.split("/") if step != ".")
+        return _checked_s3(f"{base.rstrip('/')}/{'/'.join(steps)}")
     return os.path.normpath(os.path.join("" if is_s3(base) else base, path))  # noqa: PTH118 - hot
 
 
@@ -93,7 +98,7 @@ def _checked_s3(uri: str) -> str:
 
 
 def redacted(uri: str) -> str:
-    return _CREDENTIALS.sub("//***@", uri)
+    return _CREDENTIALS.sub(r"\1***@", uri)
 
 
 def parent(uri: str) -> str:
@@ -160,9 +165,7 @@ class Storage:
             if not is_s3(uri):
                 with _open_regular(uri) as file:
                     return file.read(max_bytes)
-            bucket, key = split_s3(uri)
-            answer = self._s3().get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{max_bytes - 1}")
-            return bytes(answer["Body"].read())
+            return self._head_s3(uri, max_bytes)
 
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
@@ -206,19 +209,35 @@ class Storage:
         answer = self._s3().head_object(Bucket=bucket, Key=key)
         return Stat(version=answer["ETag"], size=answer["ContentLength"])
 
+    def _head_s3(self, uri: str, max_bytes: int) -> bytes:
+        bucket, key = split_s3(uri)
+        try:
+            answer = self._s3().get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{max_bytes - 1}")
+        except self._s3().exceptions.ClientError as error:
+            if _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""  # an empty object has no first byte
+            raise
+        with closing(answer["Body"]) as body:
+            return bytes(body.read())
+
     def _get_s3(self, uri: str, max_bytes: int) -> Object:
         bucket, key = split_s3(uri)
         answer = self._s3().get_object(Bucket=bucket, Key=key)
-        with answer["Body"] as body:
+        # Not "with answer[...]": that gives urllib3's own body, whose length nobody verifies.
+        with closing(answer["Body"]) as body:
             _check_size(uri, answer["ContentLength"], max_bytes)
             return Object(data=body.read(), version=answer["ETag"])
 
     def _put_s3(self, uri: str, data: bytes, if_version: str | None) -> str:
         bucket, key = split_s3(uri)
         condition = {"IfNoneMatch": "*"} if if_version is None else {"IfMatch": if_version}
-        answer = self._s3().put_object(
-            Bucket=bucket, Key=key, Body=data, ContentType=_content_type(uri), **condition
-        )
+        try:
+            answer = self._s3().put_object(
+                Bucket=bucket, Key=key, Body=data, ContentType=_content_type(uri), **condition
+            )
+        except self._s3().exceptions.NoSuchKey as error:
+            # What If-Match names is gone altogether.
+            raise OutputConflict(f"{uri!r} was removed by somebody else meanwhile") from error
         return str(answer["ETag"])
 
 
@@ -264,7 +283,7 @@ def _get_file(path: str, max_bytes: int) -> Object:
 def _put_file(path: str, data: bytes, if_version: str | None, token: str) -> str:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:200]}.{token}.tmp")
+    temporary = _temporary(target, token)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -278,6 +297,12 @@ def _put_file(path: str, data: bytes, if_version: str | None, token: str) -> str
         temporary.unlink(missing_ok=True)
     _sync_folder(target.parent)
     return _stat_file(path).version
+
+
+def _temporary(target: Path, token: str) -> Path:
+    """Beside the target; a name holds 255 bytes, and a character up to four."""
+    kept = os.fsencode(target.name)[:200].decode(errors="ignore")
+    return target.with_name(f".{kept}.{token}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -295,7 +320,7 @@ def remove_leftovers(uri: str, tokens: Sequence[str]) -> None:
     target = Path(uri)
     for token in tokens:
         with suppress(OSError):
-            target.with_name(f".{target.name[:200]}.{token}.tmp").unlink()
+            _temporary(target, token).unlink()
 
 
 def _check_size(uri: str, size: int, max_bytes: int) -> None:
@@ -313,16 +338,17 @@ def _new_client() -> Any:
     from botocore.config import Config
 
     # Botocore's own retries cover short hiccups; longer ones are the job's retry.
-    return boto3.session.Session().client(
-        "s3",
-        config=Config(
-            connect_timeout=5,
-            read_timeout=60,
-            max_pool_connections=64,
-            retries={"mode": "standard", "max_attempts": 4},
-            user_agent_extra="inpaint-batch",
-        ),
+    config = Config(
+        connect_timeout=5,
+        read_timeout=60,
+        max_pool_connections=64,
+        retries={"mode": "standard", "max_attempts": 4},
+        user_agent_extra="inpaint-batch",
     )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except ValueError as error:
+        raise SettingsError(f"S3: {error}; see AWS_ENDPOINT_URL") from error
 
 
 _CONTENT_TYPES = {
@@ -371,7 +397,9 @@ def _translated(uri: str) -> Iterator[None]:
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise ObjectDenied(f"{uri!r}: {error.strerror or error}") from error
     except OSError as error:
-        raise StorageUnavailable(f"{uri!r}: {error.strerror or error}") from error
+        hopeless = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        found = LocationError if hopeless else StorageUnavailable
+        raise found(f"{uri!r}: {error.strerror or error}") from error
     except Exception as error:
         translated = _translate_botocore(uri, error)
         if translated is None:
@@ -399,7 +427,7 @@ def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:
 
 
 def _translate_response(uri: str, error: Any) -> InpaintError:
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    status = _status(error)
     code = error.response.get("Error", {}).get("Code", "")
     if status == 404:
         return ObjectMissing(f"{uri!r} does not exist ({code})")
@@ -408,3 +436,7 @@ def _translate_response(uri: str, error: Any) -> InpaintError:
     if status in (409, 412):
         return OutputConflict(f"{uri!r} was written by somebody else meanwhile")
     return StorageUnavailable(f"{uri!r}: S3 answered {status} {code}")
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,470 @@
+"""Objects on disk and on S3: the same bodies where both promise the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+
+from shared import storage
+from shared.errors import (
+    InpaintError,
+    LocationError,
+    ObjectDenied,
+    ObjectMissing,
+    ObjectTooLarge,
+    OutputConflict,
+    SettingsError,
+    StorageUnavailable,
+)
+from shared.storage import Storage, absolute, redacted
+from tests.conftest import Bucket
+
+MEGABYTE = 2**20
+ODD_NAMES = (
+    "a+b.png",
+    "100%2F.png",
+    "%41.png",
+    "ä 画像.png",
+    "a&b=c?.png",
+    "a@b:c#.png",
+    "*[x].png",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A store, and where in it a test may write."""
+
+    store: Storage
+    base: str
+
+    def uri(self, name: str = "a.png") -> str:
+        return absolute(name, base=self.base)
+
+    def put(self, name: str, data: bytes) -> str:
+        return self.store.put(self.uri(name), data, if_version=None, token="1-1")
+
+    def read(self, name: str) -> bytes:
+        return self.store.get(self.uri(name), max_bytes=MEGABYTE).data
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    if request.param == "local":
+        return Place(store=Storage(roots=[tmp_path], buckets=()), base=str(tmp_path))
+    bucket: Bucket = request.getfixturevalue("s3")
+    return Place(store=Storage(roots=(), buckets=(bucket.name,)), base=bucket.uri("folder"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A root, with a secret file beside it."""
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    root = tmp_path / "root"
+    root.mkdir()
+    return root
+
+
+# --- reading and writing ---------------------------------------------------------------------
+
+
+def test_what_was_put_is_there_with_its_version(place: Place) -> None:
+    version = place.put("deep/down/a.png", b"data")
+    uri = place.uri("deep/down/a.png")
+    found = place.store.get(uri, max_bytes=4)
+    assert (found.data, found.version) == (b"data", version)
+    assert place.store.stat(uri) == storage.Stat(version=version, size=4)
+
+
+def test_an_object_that_is_not_there_has_no_stat_and_cannot_be_read(place: Place) -> None:
+    uri = place.uri("missing.png")
+    assert place.store.stat(uri) is None
+    for read in (
+        lambda: place.store.get(uri, max_bytes=1),
+        lambda: place.store.head(uri, max_bytes=1),
+        lambda: place.store.open(uri).__enter__(),
+    ):
+        with pytest.raises(ObjectMissing, match=r"missing\.png' does not exist") as caught:
+            read()
+        assert caught.value.code == "object_missing"
+
+
+def test_head_reads_the_first_bytes_or_all_there_are(place: Place) -> None:
+    place.put("a.png", b"0123456789")
+    place.put("empty.png", b"")
+    assert place.store.head(place.uri("a.png"), max_bytes=4) == b"0123"
+    assert place.store.head(place.uri("a.png"), max_bytes=40) == b"0123456789"
+    assert place.store.head(place.uri("empty.png"), max_bytes=4) == b""
+
+
+def test_open_streams_the_whole_object(place: Place) -> None:
+    data = os.urandom(3 * MEGABYTE + 17)
+    place.put("big.bin", data)
+    with place.store.open(place.uri("big.bin")) as stream:
+        assert stream.read(10) == data[:10]
+        assert stream.read() == data[10:]
+
+
+def test_an_object_over_the_cap_is_refused_with_both_sizes(place: Place) -> None:
+    place.put("a.png", b"x" * 2000)
+    with pytest.raises(ObjectTooLarge, match=r"is 2,000 bytes; the cap is 1,999") as caught:
+        place.store.get(place.uri("a.png"), max_bytes=1999)
+    assert caught.value.code == "object_too_large"
+    assert len(place.store.get(place.uri("a.png"), max_bytes=2000).data) == 2000
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_kept_byte_for_byte(place: Place, name: str) -> None:
+    place.put(name, name.encode())
+    place.put("a b.png", b"another")
+    place.put("a%2Bb.png", b"another")
+    assert place.read(name) == name.encode()
+    assert place.store.stat(place.uri(name)) is not None
+
+
+def test_odd_keys_arrive_on_s3_as_they_were_written(s3: Bucket) -> None:
+    store = Storage(roots=(), buckets=())
+    for name in (*ODD_NAMES, "a//b.png", "/leading.png", "c//d@e.png"):
+        store.put(absolute(s3.uri(name), base="/"), b"", if_version=None, token="1-1")
+    listed = s3.client.list_objects_v2(Bucket=s3.name)["Contents"]
+    assert {one["Key"] for one in listed} == {*ODD_NAMES, "a//b.png", "/leading.png", "c//d@e.png"}
+
+
+def test_a_relative_name_on_s3_drops_its_dots(s3: Bucket) -> None:
+    assert absolute("./in/./a.png", base=s3.uri("jobs")) == s3.uri("jobs/in/a.png")
+
+
+def test_the_content_type_follows_the_name(s3: Bucket) -> None:
+    store = Storage(roots=(), buckets=())
+    store.put(s3.uri("a.JPG"), b"", if_version=None, token="1-1")
+    assert s3.client.head_object(Bucket=s3.name, Key="a.JPG")["ContentType"] == "image/jpeg"
+
+
+# --- conditional writes ----------------------------------------------------------------------
+
+
+def test_a_put_over_nothing_loses_to_whoever_was_first(place: Place) -> None:
+    place.put("a.png", b"first")
+    with pytest.raises(OutputConflict, match="written by somebody else meanwhile"):
+        place.put("a.png", b"second")
+    assert place.read("a.png") == b"first"
+
+
+def test_a_put_over_a_version_needs_that_version(place: Place) -> None:
+    uri, first = place.uri(), place.put("a.png", b"first")
+    second = place.store.put(uri, b"second!", if_version=first, token="1-2")
+    assert second != first
+    with pytest.raises(OutputConflict):
+        place.store.put(uri, b"third", if_version=first, token="1-3")
+    assert place.read("a.png") == b"second!"
+
+
+def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
+    uri, version = place.uri(), place.put("a.png", b"first")
+    if storage.is_s3(uri):
+        import boto3
+
+        bucket, key = storage.split_s3(uri)
+        boto3.client("s3").delete_object(Bucket=bucket, Key=key)
+    else:
+        Path(uri).unlink()
+    with pytest.raises(OutputConflict):
+        place.store.put(uri, b"second", if_version=version, token="1-2")
+
+
+def test_the_same_bytes_written_again_are_still_a_version(place: Place) -> None:
+    version = place.put("a.png", b"data")
+    again = place.store.put(place.uri(), b"data", if_version=version, token="1-2")
+    assert place.store.stat(place.uri()) == storage.Stat(version=again, size=4)
+
+
+def test_a_file_is_written_whole_and_nothing_is_left_beside_it(folder: Path) -> None:
+    store = Storage(roots=[folder], buckets=())
+    version = store.put(f"{folder}/a.png", b"first", if_version=None, token="1-1")
+    for token in ("1-2", "1-3"):
+        with pytest.raises(OutputConflict):
+            store.put(f"{folder}/a.png", b"late", if_version=None, token=token)
+    store.put(f"{folder}/a.png", b"second", if_version=version, token="1-4")
+    assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_readers_never_see_half_a_file(folder: Path) -> None:
+    store, uri = Storage(roots=[folder], buckets=()), f"{folder}/a.png"
+    bodies = [bytes([65 + n]) * 200_000 for n in range(2)]
+    version = store.put(uri, bodies[0], if_version=None, token="0")
+    together = Barrier(2)
+
+    def write(version: str) -> None:
+        together.wait()
+        for turn in range(1, 30):
+            version = store.put(uri, bodies[turn % 2], if_version=version, token=str(turn))
+
+    def read() -> set[bytes]:
+        together.wait()
+        return {store.get(uri, max_bytes=MEGABYTE).data for _ in range(100)}
+
+    with ThreadPoolExecutor(2) as pool:
+        written, seen = pool.submit(write, version), pool.submit(read)
+        written.result()
+        assert seen.result() <= set(bodies)
+
+
+def test_a_name_of_255_bytes_can_be_written(folder: Path) -> None:
+    store = Storage(roots=[folder], buckets=())
+    name = "画" * 83 + "ab.png"
+    store.put(f"{folder}/{name}", b"data", if_version=None, token="12345-6")
+    assert [path.name for path in folder.iterdir()] == [name]
+
+
+def test_a_name_that_no_disk_holds_is_refused_for_good(folder: Path) -> None:
+    store = Storage(roots=[folder], buckets=())
+    with pytest.raises(LocationError, match="File name too long"):
+        store.get(f"{folder}/{'x' * 300}.png", max_bytes=1)
+
+
+def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
+    uri = f"{folder}/{'画' * 83}.png"
+    kept = folder / "kept.png"
+    kept.touch()
+    for token in ("7-1", "7-2"):
+        storage._temporary(Path(uri), token).touch()
+    storage.remove_leftovers(uri, ["7-1", "7-2", "7-3"])
+    storage.remove_leftovers("s3://bucket/a.png", ["7-1"])
+    assert list(folder.iterdir()) == [kept]
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reference", "reason"),
+    [
+        ("http://host/a.png", "http:// is not supported; use s3:// or a path"),
+        ("https://user:hush@host/a.png", "https:// is not supported"),
+        ("gs://bucket/a.png", "gs:// is not supported"),
+        ("S3://bucket/a.png", "S3:// is not supported"),
+        ("s3://key:secret@bucket/a.png", "credentials do not belong in a URI"),
+        ("s3://key:sec/ret@bucket/a.png", "credentials do not belong in a URI"),
+        ("s3://key@bucket/a.png", "credentials do not belong in a URI"),
+        ("../a.png", "'..' is refused"),
+        ("in/../../a.png", "'..' is refused"),
+        ("/root/../etc/passwd", "'..' is refused"),
+        ("s3://bucket/../a.png", "'..' is refused"),
+        ("file:///a/../b", "'..' is refused"),
+        ("a\x00b.png", "a name cannot hold NUL"),
+        ("s3://bucket", "the key is missing; use s3://bucket/key"),
+        ("s3://bucket/", "the key is missing"),
+        ("s3:///a.png", "'' is not a bucket name"),
+        ("s3://Bucket_1/a.png", "'Bucket_1' is not a bucket name"),
+    ],
+)
+@pytest.mark.parametrize("base", ["/work", "s3://bucket/jobs"])
+def test_a_reference_that_is_no_place_is_refused(reference: str, reason: str, base: str) -> None:
+    with pytest.raises(LocationError) as caught:
+        absolute(reference, base=base)
+    assert reason in str(caught.value)
+    assert caught.value.code == "location_refused"
+    assert not any(secret in str(caught.value) for secret in ("secret", "sec/ret", "hush", "key:"))
+
+
+@pytest.mark.parametrize(
+    ("reference", "base", "expected"),
+    [
+        ("a.png", "/work", "/work/a.png"),
+        ("./in//a.png", "/work", "/work/in/a.png"),
+        ("/abs/a.png", "/work", "/abs/a.png"),
+        ("file:///abs/a.png", "/work", "/abs/a.png"),
+        ("a..b.png", "/work", "/work/a..b.png"),
+        ("a.png", "s3://bucket/jobs", "s3://bucket/jobs/a.png"),
+        ("a.png", "s3://bucket", "s3://bucket/a.png"),
+        ("/abs/a.png", "s3://bucket/jobs", "/abs/a.png"),
+        ("s3://other/a.png", "/work", "s3://other/a.png"),
+        ("s3://other/a:b@c.png", "/work", "s3://other/a:b@c.png"),
+    ],
+)
+def test_a_reference_means_what_its_base_says(reference: str, base: str, expected: str) -> None:
+    assert absolute(reference, base=base) == expected
+
+
+def test_credentials_are_redacted_and_keys_are_not() -> None:
+    assert redacted("redis://:pass@host/0") == "redis://***@host/0"
+    assert redacted("s3://key:a/b+c@bucket/k") == "s3://***@bucket/k"
+    assert redacted("s3://bucket/dir//a@b.png") == "s3://bucket/dir//a@b.png"
+
+
+def refused_everywhere(store: Storage, uri: str) -> None:
+    for attempt in (
+        lambda: store.check(uri),
+        lambda: store.stat(uri),
+        lambda: store.get(uri, max_bytes=MEGABYTE),
+        lambda: store.head(uri, max_bytes=10),
+        lambda: store.open(uri).__enter__(),
+        lambda: store.put(uri, b"x", if_version=None, token="1-1"),
+    ):
+        with pytest.raises(LocationError, match=r"outside the allowed folders|is not allowed"):
+            attempt()
+
+
+def test_a_place_outside_the_roots_is_refused_for_every_call(folder: Path) -> None:
+    store = Storage(roots=[folder], buckets=())
+    refused_everywhere(store, str(folder.parent / "secret.png"))
+    refused_everywhere(store, "/etc/passwd")
+    refused_everywhere(store, f"{folder}-beside/a.png")
+    assert (folder.parent / "secret.png").read_bytes() == b"secret"
+
+
+def test_a_link_out_of_the_root_is_refused_as_a_file_and_as_a_folder(folder: Path) -> None:
+    store = Storage(roots=[folder], buckets=())
+    (folder / "leaf.png").symlink_to(folder.parent / "secret.png")
+    (folder / "dangling.png").symlink_to(folder.parent / "new.png")
+    (folder / "up").symlink_to(folder.parent)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "up").symlink_to("../..")
+    for name in ("leaf.png", "dangling.png", "up/secret.png", "deep/up/secret.png"):
+        refused_everywhere(store, f"{folder}/{name}")
+    assert not (folder.parent / "new.png").exists()
+
+
+def test_a_link_that_stays_inside_its_root_is_followed(folder: Path) -> None:
+    (folder / "a.png").write_bytes(b"data")
+    (folder / "link.png").symlink_to("a.png")
+    store = Storage(roots=[folder], buckets=())
+    assert store.get(f"{folder}/link.png", max_bytes=10).data == b"data"
+
+
+def test_a_single_file_may_be_a_root(folder: Path) -> None:
+    secret = folder.parent / "secret.png"
+    store = Storage(roots=[secret], buckets=())
+    assert store.get(str(secret), max_bytes=10).data == b"secret"
+    with pytest.raises(LocationError):
+        store.check(f"{secret}s")
+
+
+def test_the_root_of_the_disk_allows_everything(folder: Path) -> None:
+    Storage(roots=[Path("/")], buckets=()).check(str(folder / "a.png"))
+
+
+def test_a_bucket_that_is_not_on_the_list_is_refused(s3: Bucket) -> None:
+    refused_everywhere(Storage(roots=[Path("/")], buckets=("others",)), s3.uri("a.png"))
+    assert Storage(roots=(), buckets=()).stat(s3.uri("a.png")) is None
+
+
+def test_a_pipe_is_refused_at_once(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+    store = Storage(roots=[folder], buckets=())
+    for read in (
+        lambda: store.get(f"{folder}/pipe.png", max_bytes=1),
+        lambda: store.head(f"{folder}/pipe.png", max_bytes=1),
+        lambda: store.open(f"{folder}/pipe.png").__enter__(),
+    ):
+        with pytest.raises(ObjectDenied, match="is not a regular file"):
+            read()
+
+
+def test_a_folder_is_neither_read_nor_replaced(folder: Path) -> None:
+    (folder / "a.png").mkdir()
+    store = Storage(roots=[folder], buckets=())
+    with pytest.raises(ObjectDenied, match="is not a regular file"):
+        store.get(f"{folder}/a.png", max_bytes=1)
+    with pytest.raises(InpaintError):
+        store.put(f"{folder}/a.png", b"x", if_version=None, token="1-1")
+    assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_a_file_in_place_of_a_folder_is_a_clear_error(folder: Path) -> None:
+    (folder / "a").write_bytes(b"")
+    store = Storage(roots=[folder], buckets=())
+    with pytest.raises(InpaintError, match=r"a/b\.png"):
+        store.put(f"{folder}/a/b.png", b"x", if_version=None, token="1-1")
+    with pytest.raises(InpaintError, match=r"a/b\.png"):
+        store.get(f"{folder}/a/b.png", max_bytes=1)
+
+
+# --- services that fail ----------------------------------------------------------------------
+
+
+def test_an_s3_that_does_not_answer_may_answer_later(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(StorageUnavailable, match="Could not connect") as caught:
+        Storage(roots=(), buckets=()).stat(s3.uri("a.png"))
+    assert caught.value.retryable
+
+
+def test_missing_credentials_are_named(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with pytest.raises(ObjectDenied, match="no S3 credentials; set them the AWS way") as caught:
+        Storage(roots=(), buckets=()).stat(s3.uri("a.png"))
+    assert caught.value.code == "object_denied"
+
+
+def test_an_unknown_profile_is_one_line(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ObjectDenied, match="no S3 credentials"):
+        Storage(roots=(), buckets=()).stat(s3.uri("a.png"))
+
+
+def test_an_endpoint_that_is_no_address_is_one_line(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(SettingsError, match="Invalid endpoint: nonsense; see AWS_ENDPOINT_URL"):
+        Storage(roots=(), buckets=()).stat(s3.uri("a.png"))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "AccessDenied", ObjectDenied),
+        (401, "Unauthorized", ObjectDenied),
+        (404, "NoSuchBucket", ObjectMissing),
+        (409, "ConditionalRequestConflict", OutputConflict),
+        (412, "PreconditionFailed", OutputConflict),
+        (503, "SlowDown", StorageUnavailable),
+    ],
+)
+def test_what_s3_answers_becomes_an_error_of_ours(
+    status: int, code: str, expected: type[InpaintError]
+) -> None:
+    from botocore.exceptions import ClientError
+
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with pytest.raises(expected), storage._translated("s3://bucket/a.png"):
+        raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (errno.EACCES, ObjectDenied),
+        (errno.EISDIR, ObjectDenied),
+        (errno.ENOENT, ObjectMissing),
+        (errno.ELOOP, LocationError),
+        (errno.ENOSPC, StorageUnavailable),
+        (errno.EIO, StorageUnavailable),
+    ],
+)
+def test_what_a_disk_answers_becomes_an_error_of_ours(
+    number: int, expected: type[InpaintError]
+) -> None:
+    with pytest.raises(expected, match="'/a.png'"), storage._translated("/a.png"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_list_one_asks_whether_a_bucket_answers(s3: Bucket) -> None:
+    store = Storage(roots=(), buckets=())
+    store.list_one(s3.name)
+    with pytest.raises(ObjectMissing, match=r"'s3://no-such-bucket' does not exist"):
+        store.list_one("no-such-bucket")
