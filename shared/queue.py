@@ -66,7 +66,8 @@ class Queue:
         self._connection = self._connect()
 
     def _connect(self) -> Any:
-        return kombu.Connection(self.url, transport_options=TRANSPORT_OPTIONS)
+        options = TRANSPORT_OPTIONS | {"max_retries": 1, "interval_start": 0.1}
+        return kombu.Connection(self.url, transport_options=options)
 
     def publish(self, messages: Sequence[Message]) -> None:
         """Writes Celery protocol-2 messages, pipelined."""

@@ -1,0 +1,167 @@
+"""What a job costs besides its pixels: a 64x64 image and an engine that does nothing, against
+a bare Celery task that does nothing, through the same kind of worker process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from shared import jobs
+from shared.queue import TASK, Message, Queue, celery_app, queue_name
+from tests import servers
+from tests.benchmarks.side_by_side import in_turns, row
+from tests.workers.bench import Workbench
+from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.registry import LOADERS
+
+COUNT, ROUNDS, THREADS = 1000, 3, 2
+ENGINE = "nothing"
+
+
+class Nothing:
+    """Returns the region as it came."""
+
+    name, revision, device = ENGINE, "1", "cpu"
+
+    def submit(self, work: RegionWork) -> Future[Pixels]:
+        future: Future[Pixels] = Future()
+        future.set_result(work.image)
+        return future
+
+    def close(self) -> None: ...
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        with servers.redis_server(folder) as server, servers.postgres_server(folder) as cluster:
+            urls = {
+                "SQLite": f"sqlite:///{folder / 'jobs.db'}",
+                "PostgreSQL": servers.create_database(cluster),
+            }
+            for kind, url in urls.items():
+                _compare(kind, url, server.url, folder / kind)
+
+
+def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
+    folder.mkdir()
+    bench = Workbench(url, folder)
+    image = bench.picture("in.png", (64, 64))
+    mask = bench.mask("mask.png", (64, 64), (20, 20, 40, 40))
+    rounds = iter(range(ROUNDS + 1))
+
+    def ours() -> float:
+        number = next(rounds)
+        for index in range(COUNT):
+            bench.add(
+                image=image,
+                mask=mask,
+                output=bench.path(f"out/{number}-{index}.png"),
+                engine=ENGINE,
+                mode="full",
+            )
+        queue = Queue(redis_url)
+        jobs.dispatch(bench.db, queue, ENGINE, bound=COUNT)
+        queue.close()
+        return _drained(lambda: _left(bench))
+
+    environment = {
+        **os.environ,
+        "INPAINT_DATABASE_URL": url,
+        "INPAINT_BROKER_URL": redis_url,
+        "INPAINT_ROOTS": str(folder),
+    }
+    with _worker("ours", environment), _worker("bare", environment):
+        ours()
+        pair = in_turns(ours, lambda: _bare(redis_url), rounds=ROUNDS)
+    bench.close()
+    row(f"cost of a job, {kind}, ms", "ours", "bare Celery no-op", "times")
+    ours_ms, bare_ms = min(pair.ours) / COUNT * 1000, min(pair.theirs) / COUNT * 1000
+    row("", f"{ours_ms:.2f}", f"{bare_ms:.2f}", f"{1 / pair.ratio:.1f}x")
+
+
+def _left(bench: Workbench) -> int:
+    with bench.db.read() as connection:
+        found = connection.exec_driver_sql(
+            "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running', 'pending')"
+        )
+        return int(found.scalar_one())
+
+
+def _bare(redis_url: str) -> float:
+    """Publishes as fast as ours does, so that only the workers differ."""
+    client = redis.Redis.from_url(redis_url)
+    client.set("done", 0)
+    queue = Queue(redis_url)
+    queue.publish([Message(job=n, attempt=0, engine="bare") for n in range(COUNT)])
+    queue.close()
+    spent = _drained(lambda: COUNT - int(client.get("done") or 0))
+    client.close()
+    return spent
+
+
+def _drained(left: Callable[[], int]) -> float:
+    start = time.perf_counter()
+    while left():
+        time.sleep(0.01)
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _worker(kind: str, environment: dict[str, str]) -> Iterator[None]:
+    command = [sys.executable, "-m", "tests.benchmarks.job_cost", kind]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        time.sleep(3)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _run_ours() -> None:
+    from workers.tasks import main as worker
+
+    LOADERS[ENGINE] = lambda _name, _options: Nothing()
+    worker(
+        [
+            *("--engine", ENGINE, "--device", "cpu", "--name", "bench"),
+            *("--concurrency", str(THREADS), "--max-batch", "1"),
+        ]
+    )
+
+
+def _run_bare() -> None:
+    """A counter in Redis is the least a task can do and still be seen to be done."""
+    url = os.environ["INPAINT_BROKER_URL"]
+    app = celery_app(url, engines=["bare"])
+    counter = redis.Redis.from_url(url)
+
+    @app.task(name=TASK)
+    def task(_job: int, _attempt: int) -> None:
+        counter.incr("done")
+
+    app.Worker(
+        pool="threads",
+        concurrency=THREADS,
+        queues=[queue_name("bare")],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+        loglevel="ERROR",
+    ).start()
+
+
+if __name__ == "__main__":
+    roles = {"ours": _run_ours, "bare": _run_bare}
+    roles.get(sys.argv[1] if len(sys.argv) > 1 else "", main)()

@@ -1,0 +1,55 @@
+"""Measuring two ways in turns, and printing what came of it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import psutil
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Seconds of each run, ours and theirs, in the order they were taken."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Median of theirs over ours, pair by pair."""
+        return statistics.median(t / o for t, o in zip(self.theirs, self.ours, strict=True))
+
+
+def in_turns(ours: Callable[[], float], theirs: Callable[[], float], *, rounds: int) -> Pair:
+    """Each callable returns the seconds of one run; they alternate, so that a drift of the
+    machine's speed meets both."""
+    pair = Pair(ours=[], theirs=[])
+    for _ in range(rounds):
+        pair.theirs.append(theirs())
+        pair.ours.append(ours())
+    return pair
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def machine() -> str:
+    names = ("celery", "kombu", "redis", "sqlalchemy", "pillow", "diffusers", "torch")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    memory = psutil.virtual_memory().total / 2**30
+    return (
+        f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}"
+    )
+
+
+def row(*cells: object) -> None:
+    print("  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, (44, 22, 22, 14), strict=False)))
