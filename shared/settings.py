@@ -57,7 +57,7 @@ def _database(value: SecretStr | None) -> SecretStr | None:
 
 
 def _broker(value: SecretStr | None) -> SecretStr | None:
-    if value is not None and not _BROKER.match(value.get_secret_value()):
+    if value is not None and not _BROKER.fullmatch(value.get_secret_value()):
         raise ValueError("use redis://host:6379/0, rediss:// or redis+socket:///path")
     return value
 

@@ -459,7 +459,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
 def test_what_a_disk_answers_becomes_an_error_of_ours(
     number: int, expected: type[InpaintError]
 ) -> None:
-    with pytest.raises(expected, match="'/a.png'"), storage._translated("/a.png"):
+    with pytest.raises(expected, match=r"'/a\.png'"), storage._translated("/a.png"):
         raise OSError(number, os.strerror(number))
 
 

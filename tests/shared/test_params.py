@@ -1,0 +1,276 @@
+"""Parameters: the presets' figures, what is allowed, and how a row's values come together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shared.errors import ParameterError
+from shared.params import (
+    MAX_SEED,
+    PARAMETERS,
+    PROMPT_LIMIT,
+    Params,
+    changed,
+    find_parameter,
+    find_presets,
+    placeholders,
+    presets,
+    resolve,
+)
+
+# guidance_scale, num_inference_steps, strength: the guide's.
+USES = {
+    "ecommerce": (8.5, 70, 0.75),
+    "photo-restoration": (7.0, 100, 0.65),
+    "film": (10.0, 80, 0.9),
+    "advertising": (9.5, 60, 0.85),
+    "portrait": (6.5, 50, 0.55),
+    "architecture": (9.0, 80, 0.85),
+    "art": (11.0, 100, 0.9),
+    "social": (8.0, 60, 0.8),
+    "manuscript": (7.5, 90, 0.6),
+    "automotive": (9.5, 85, 0.85),
+}
+QUALITIES = {"preview": (7.0, 20, 0.7), "high": (9.0, 100, 0.8), "creative": (12.0, 75, 0.9)}
+NAMES = ("guidance_scale", "num_inference_steps", "strength")
+
+
+def resolved(**given: Any) -> Params:
+    row: dict[str, Any] = {"engine": "sd2", "preset": None, "prompt": None}
+    return resolve(**{**row, "values": {}, "columns": {}, **given})
+
+
+def refusal(**given: Any) -> str:
+    with pytest.raises(ParameterError) as caught:
+        resolved(**given)
+    assert caught.value.code == "bad_parameter"
+    return str(caught.value)
+
+
+# --- presets ---------------------------------------------------------------------------------
+
+
+def test_there_are_ten_uses_and_three_qualities() -> None:
+    assert list(presets()) == [*USES, *QUALITIES]
+
+
+@pytest.mark.parametrize(("name", "figures"), [*USES.items(), *QUALITIES.items()])
+def test_a_preset_sets_the_guides_figures(name: str, figures: tuple[float, int, float]) -> None:
+    params = resolved(preset=name)
+    assert tuple(getattr(params, one) for one in NAMES) == figures
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_use_has_a_prompt_that_its_own_placeholders_fill(name: str) -> None:
+    preset = presets()[name]
+    assert set(placeholders(preset.prompt)) == set(preset.placeholders)
+    params = resolved(preset=name)
+    assert params.prompt
+    assert not set("{}") & set(params.prompt)
+    assert params.negative_prompt
+    assert preset.use
+
+
+def test_film_is_wide_and_everything_else_is_square() -> None:
+    sizes = {name: (resolved(preset=name).width, resolved(preset=name).height) for name in USES}
+    assert sizes.pop("film") == (1024, 576)
+    assert set(sizes.values()) == {(512, 512)}
+
+
+def test_presets_combine_and_the_later_one_wins_where_both_speak() -> None:
+    both = resolved(preset="ecommerce+preview", columns={"product": "a cup"})
+    assert tuple(getattr(both, one) for one in NAMES) == QUALITIES["preview"]
+    assert both.prompt.startswith("product photograph of a cup")
+    assert resolved(preset="preview+ecommerce") == resolved(preset="ecommerce")
+    assert find_presets(" film + high ") == (presets()["film"], presets()["high"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ecomerce", "preset: 'ecomerce' is not known; did you mean 'ecommerce'?"),
+        ("film+prevew", "preset: 'prevew' is not known; did you mean 'preview'?"),
+        ("zzz", "preset: 'zzz' is not known; known: ecommerce, photo-restoration, film"),
+        ("film+", "preset: '' is not known"),
+    ],
+)
+def test_an_unknown_preset_suggests_the_nearest(name: str, message: str) -> None:
+    assert message in refusal(preset=name)
+
+
+# --- ranges ----------------------------------------------------------------------------------
+
+INSIDE: list[tuple[str, str, Any]] = [
+    ("guidance_scale", "1", 1.0),
+    ("guidance_scale", "20", 20.0),
+    ("num_inference_steps", "1", 1),
+    ("num_inference_steps", "200", 200),
+    ("num_inference_steps", " 50.0 ", 50),
+    ("strength", "1e-9", 1e-9),
+    ("strength", "1", 1.0),
+    ("eta", "0", 0.0),
+    ("eta", "1", 1.0),
+    ("seed", "0", 0),
+    ("seed", str(MAX_SEED), MAX_SEED),
+    ("seed", "9007199254740993", 9007199254740993),
+    ("width", "512", 512),
+    ("width", "1024", 1024),
+    ("height", "576", 576),
+    ("mask_threshold", "1", 1),
+    ("mask_threshold", "255", 255),
+    ("mask_dilation", "0", 0),
+    ("mask_feather", "256", 256),
+    ("opencv_method", " telea ", "telea"),
+    ("opencv_radius", "64", 64),
+    ("mode", "tile", "tile"),
+    ("scheduler", "lcm", "lcm"),
+    ("prompt", "  a cup  ", "a cup"),
+    ("prompt", "x" * PROMPT_LIMIT, "x" * PROMPT_LIMIT),
+    ("prompt", "和風\u3000の\u00a0photo 👩\u200d🎨", "和風\u3000の\u00a0photo 👩\u200d🎨"),
+    ("negative_prompt", "", ""),
+]
+
+OUTSIDE = [
+    *(("guidance_scale", text) for text in ("0.999", "20.001", "nan", "inf", "-inf", "", "high")),
+    *(("num_inference_steps", text) for text in ("0", "201", "1.5", "nan", "inf", "1e400")),
+    *(("strength", text) for text in ("0", "-0.0", "1.0001", "nan")),
+    *(("eta", text) for text in ("-0.001", "1.001", "nan")),
+    *(("seed", text) for text in ("-1", str(MAX_SEED + 1), "0.5", "9" * 5000, "0x10")),
+    *(("width", text) for text in ("448", "511", "513", "1088", "520")),
+    *(("height", text) for text in ("448", "577", "1e9")),
+    *(("mask_threshold", text) for text in ("0", "256")),
+    *(("mask_dilation", text) for text in ("-1", "257")),
+    *(("mask_feather", text) for text in ("-1", "257")),
+    *(("opencv_radius", text) for text in ("0", "65")),
+    *(("mode", text) for text in ("AUTO", "", "tiles")),
+    *(("scheduler", text) for text in ("DDIM", "heun")),
+    ("opencv_method", "ns"),
+    *(
+        ("prompt", text)
+        for text in ("x" * (PROMPT_LIMIT + 1), "a\nb", "a\x00b", "a\x7fb", "\ud800")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), INSIDE)
+def test_a_value_inside_its_range_is_read(name: str, text: str, value: Any) -> None:
+    found = find_parameter(name).read(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(("name", "text"), OUTSIDE, ids=lambda text: ascii(text)[:20])
+def test_a_value_past_its_range_is_refused_with_what_is_allowed(name: str, text: str) -> None:
+    with pytest.raises(ParameterError) as caught:
+        find_parameter(name).read(text)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ")
+    assert message.endswith(PARAMETERS[name].allowed)
+    assert len(message) < 250
+
+
+@pytest.mark.parametrize("value", [True, None, [1], {"a": 1}, b"1"])
+def test_a_value_that_is_neither_text_nor_a_number_is_refused(value: object) -> None:
+    with pytest.raises(ParameterError, match=r"num_inference_steps: .* is not allowed"):
+        find_parameter("num_inference_steps").read(value)
+
+
+def test_numbers_are_read_like_their_text() -> None:
+    assert find_parameter("guidance_scale").read(7) == 7.0
+    assert find_parameter("num_inference_steps").read(50.0) == 50
+    with pytest.raises(ParameterError):
+        find_parameter("num_inference_steps").read(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stength", "'stength' is not a parameter; did you mean 'strength'?"),
+        ("steps", "'steps' is not a parameter; known: mode, prompt"),
+        ("Seed", "'Seed' is not a parameter; did you mean 'seed'?"),
+    ],
+)
+def test_an_unknown_parameter_suggests_the_nearest(name: str, message: str) -> None:
+    assert message in refusal(values={name: "1"})
+
+
+# --- coming together -------------------------------------------------------------------------
+
+
+def test_nothing_given_means_the_documented_defaults() -> None:
+    assert resolved() == Params(mask_feather=4)
+    assert resolved(engine="opencv") == Params(mask_feather=0)
+
+
+def test_values_win_over_presets_and_presets_over_defaults() -> None:
+    params = resolved(preset="ecommerce", values={"strength": "0.5", "mask_feather": 9})
+    assert (params.strength, params.guidance_scale, params.mask_feather) == (0.5, 8.5, 9)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "lcm"])
+def test_eta_goes_with_ddim_only(scheduler: str) -> None:
+    assert resolved(values={"eta": "0.3"}).eta == 0.3
+    assert resolved(values={"eta": "0", "scheduler": scheduler}).scheduler == scheduler
+    message = refusal(values={"eta": "0.3", "scheduler": scheduler})
+    assert message == (
+        f"eta: 0.3 has no meaning for scheduler {scheduler!r}; use 0, or scheduler ddim"
+    )
+
+
+def test_changes_are_checked_against_what_is_there() -> None:
+    with pytest.raises(ParameterError, match="eta"):
+        changed(Params(scheduler="euler"), {"eta": 0.5})
+    assert changed(Params(scheduler="euler"), {"eta": 0.5, "scheduler": "ddim"}).eta == 0.5
+
+
+def test_columns_fill_the_prompt_and_win_over_the_presets_own_words() -> None:
+    params = resolved(preset="ecommerce", columns={"product": "a red cup", "unused": "x"})
+    assert "a red cup" in params.prompt
+    assert "neutral background" in params.prompt
+
+
+def test_a_given_template_replaces_the_presets() -> None:
+    params = resolved(preset="film", prompt="{{x}} of {thing}", columns={"thing": "a cup"})
+    assert params.prompt == "{x} of a cup"
+    assert params.guidance_scale == 10.0
+
+
+def test_a_prompt_value_is_taken_as_it_is() -> None:
+    assert resolved(preset="film", values={"prompt": "a {curly} cup"}).prompt == "a {curly} cup"
+
+
+def test_a_filled_prompt_may_hold_braces_and_is_not_filled_again() -> None:
+    assert resolved(prompt="{a}", columns={"a": "{b}"}).prompt == "{b}"
+
+
+@pytest.mark.parametrize("columns", [{}, {"thing": ""}])
+def test_a_placeholder_that_nothing_fills_is_named(columns: dict[str, str]) -> None:
+    message = refusal(prompt="photo of {thing}", columns=columns)
+    assert message == ("prompt: nothing fills {thing}; add a column 'thing' or another --prompt")
+
+
+@pytest.mark.parametrize(
+    "template", ["{", "}", "{a", "{0}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}"]
+)
+def test_a_template_holds_nothing_but_plain_names(template: str) -> None:
+    with pytest.raises(ParameterError, match=r"^prompt: "):
+        placeholders(template)
+
+
+def test_a_template_names_its_placeholders_in_order() -> None:
+    assert placeholders("{b} and {a}, {{not}} {b}") == ("b", "a", "b")
+
+
+def test_a_filled_prompt_is_checked_like_any_other() -> None:
+    assert "prompt: " in refusal(prompt="{a}", columns={"a": "x\ny"})
+    assert "prompt: " in refusal(prompt="{a}", columns={"a": "x" * (PROMPT_LIMIT + 1)})
+
+
+def test_params_survive_json_and_equal_ones_have_equal_text() -> None:
+    params = resolved(preset="art", values={"prompt": "é 画", "seed": 5})
+    text = params.to_json()
+    assert Params.from_json(text, seed=5) == params
+    assert "seed" not in text
+    assert text == Params.from_json(text, seed=6).to_json()

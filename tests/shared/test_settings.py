@@ -1,0 +1,207 @@
+"""The environment becomes one Settings, or one line that names everything wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from shared import settings
+from shared.errors import SettingsError
+from shared.settings import Settings
+
+SECRET = "hush-hush"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of ours in the environment, and no ``.env`` in the current folder."""
+    for name in [name for name in os.environ if name.startswith(settings.PREFIX)]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def set_to(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    return monkeypatch
+
+
+def refusal() -> str:
+    with pytest.raises(SettingsError) as caught:
+        settings.load()
+    assert caught.value.code == "bad_settings"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_set_means_everything_beside_the_current_folder(tmp_path: Path) -> None:
+    found = settings.load()
+    assert found.home == tmp_path / ".inpaint"
+    assert found.database.render_as_string() == f"sqlite:///{tmp_path}/.inpaint/inpaint.db"
+    assert found.broker_url is None
+    assert found.roots == (tmp_path,)
+    assert found.buckets == ()
+    assert (found.lease_seconds, found.heartbeat_seconds) == (60, 15)
+
+
+def test_variables_are_read(set_to: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    set_to.setenv("INPAINT_HOME", "~/somewhere")
+    set_to.setenv("HOME", str(tmp_path))
+    set_to.setenv("INPAINT_BUCKETS", "one, two,,")
+    set_to.setenv("INPAINT_ROOTS", f"{tmp_path}/a,relative")
+    set_to.setenv("INPAINT_QUEUE_BOUND", "7")
+    found = settings.load()
+    assert found.home == tmp_path / "somewhere"
+    assert found.buckets == ("one", "two")
+    assert found.roots == (tmp_path / "a", tmp_path / "relative")
+    assert found.queue_bound == 7
+
+
+def test_a_root_that_is_a_link_is_the_folder_it_means(
+    set_to: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    set_to.setenv("INPAINT_ROOTS", "link")
+    assert settings.load().roots == (tmp_path / "real",)
+
+
+def test_a_dotenv_file_is_read_and_the_environment_goes_first(
+    set_to: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("INPAINT_ENGINE=opencv\nINPAINT_MAX_BATCH=2\nOTHER=1\n")
+    set_to.setenv("INPAINT_MAX_BATCH", "3")
+    found = settings.load()
+    assert (found.engine, found.max_batch) == ("opencv", 3)
+
+
+def test_a_dotenv_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"INPAINT_ENGINE=\xff\xfe\n")
+    assert ".env cannot be read" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("url", "driver"),
+    [
+        ("postgresql://u:p@host:5432/name", "postgresql+psycopg"),
+        ("postgres://host/name", "postgresql+psycopg"),
+        ("postgresql+psycopg://host/name", "postgresql+psycopg"),
+        ("sqlite:///file.db", "sqlite"),
+    ],
+)
+def test_the_usual_database_urls_are_understood(
+    set_to: pytest.MonkeyPatch, url: str, driver: str
+) -> None:
+    set_to.setenv("INPAINT_DATABASE_URL", url)
+    assert settings.load().database.drivername == driver
+
+
+def test_everything_wrong_is_reported_together(set_to: pytest.MonkeyPatch) -> None:
+    set_to.setenv("INPAINT_QUEUE_BOUND", "many")
+    set_to.setenv("INPAINT_LEASE_SECONDS", "-1")
+    set_to.setenv("INPAINT_LOG_LEVEL", "LOUD")
+    set_to.setenv("INPAINT_DATABASE_URL", "mysql://host/name")
+    set_to.setenv("INPAINT_BROKER_URL", "amqp://host")
+    set_to.setenv("INPAINT_BUKETS", "b")
+    message = refusal()
+    for name in ("QUEUE_BOUND", "LEASE_SECONDS", "LOG_LEVEL", "DATABASE_URL", "BROKER_URL"):
+        assert f"INPAINT_{name}: " in message
+    assert "INPAINT_BUKETS is not a setting; did you mean 'INPAINT_BUCKETS'?" in message
+    assert "'mysql' is not supported; use postgresql+psycopg or sqlite" in message
+    assert "use redis://host:6379/0" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", f"postgresql://u:{SECRET}@host:port/name"),
+        ("DATABASE_URL", f"postgresql://u:p:{SECRET}"),
+        ("DATABASE_URL", f"u:{SECRET}@host/name"),
+        ("DATABASE_URL", f"mysql://u:{SECRET}@host/name"),
+        ("DATABASE_URL", ""),
+        ("BROKER_URL", f"amqp://u:{SECRET}@host"),
+        ("BROKER_URL", f"redis://:{SECRET}@host:port/0"),
+        ("BROKER_URL", f"redis://:{SECRET}@host:6379/zero"),
+        ("BROKER_URL", f"redis:/{SECRET}"),
+        ("BROKER_URL", "redis://"),
+        ("BROKER_URL", ""),
+        ("LEASE_SECONDS", "nan"),
+        ("LEASE_SECONDS", "3601"),
+        ("HEARTBEAT_SECONDS", "nan"),
+        ("HEARTBEAT_SECONDS", "0"),
+        ("HEARTBEAT_SECONDS", "30.1"),
+        ("RETRY_BASE_SECONDS", "inf"),
+        ("RETRY_CAP_SECONDS", "nan"),
+        ("QUEUE_BOUND", "0"),
+        ("QUEUE_BOUND", "1.5"),
+        ("CONCURRENCY", "-1"),
+        ("MAX_BATCH", "257"),
+        ("MAX_OBJECT_BYTES", "1023"),
+        ("MAX_PIXELS", "0"),
+        ("MAX_FAILURES", "0"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_and_no_secret_is_shown(
+    set_to: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    set_to.setenv(f"INPAINT_{name}", value)
+    message = refusal()
+    assert f"INPAINT_{name}" in message
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://host",
+        "redis://host:6379/0",
+        "redis://:p@ss:word@host/1",
+        "rediss://user:password@host:6380/2?ssl_cert_reqs=required",
+        "redis+socket:///run/redis.sock",
+    ],
+)
+def test_the_usual_broker_urls_are_understood(set_to: pytest.MonkeyPatch, url: str) -> None:
+    set_to.setenv("INPAINT_BROKER_URL", url)
+    broker = settings.load().broker_url
+    assert broker is not None
+    assert broker.get_secret_value() == url
+
+
+def test_secrets_are_in_no_representation(set_to: pytest.MonkeyPatch) -> None:
+    set_to.setenv("INPAINT_DATABASE_URL", f"postgresql://u:{SECRET}@host/name")
+    set_to.setenv("INPAINT_BROKER_URL", f"redis://:{SECRET}@host/0")
+    found = settings.load()
+    assert found.database.password == SECRET
+    for shown in (repr(found), str(found), str(found.database), found.model_dump_json()):
+        assert SECRET not in shown
+
+
+def test_an_unknown_name_suggests_the_nearest(set_to: pytest.MonkeyPatch) -> None:
+    set_to.setenv("INPAINT_DATABASE", "x")
+    assert "INPAINT_DATABASE is not a setting; did you mean 'INPAINT_DATABASE_URL'?" in refusal()
+
+
+def test_an_unknown_name_in_a_dotenv_file_is_found_too(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("INPAINT_ENGIN=opencv\n")
+    assert "INPAINT_ENGIN is not a setting; did you mean 'INPAINT_ENGINE'?" in refusal()
+
+
+def test_a_heartbeat_that_a_lease_cannot_hold_twice_is_refused(
+    set_to: pytest.MonkeyPatch,
+) -> None:
+    set_to.setenv("INPAINT_LEASE_SECONDS", "20")
+    assert "INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS" in refusal()
+    set_to.setenv("INPAINT_HEARTBEAT_SECONDS", "10")
+    assert settings.load().heartbeat_seconds == 10
+
+
+def test_settings_cannot_be_changed() -> None:
+    found = settings.load()
+    with pytest.raises(ValidationError, match="frozen"):
+        found.engine = "opencv"  # type: ignore[misc]
+
+
+def test_every_setting_is_described() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
