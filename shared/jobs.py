@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Update,
     Integer,
     and_,
     bindparam,
@@ -249,17 +250,30 @@ def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[Beat]:
     ]
 
 
+_HELD = (
+    Job.id == bindparam("of_job"),
+    Job.state == "running",
+    Job.attempt == bindparam("of_attempt"),
+)
+_confirm = (
+    update(Job).where(*_HELD).values(lease_expires_at=clock(bindparam("lease"))).returning(Job.id)
+)
+
+
 def confirm(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
     """Renews one lease; raises LeaseLost where it is not ours any more."""
     with db.write() as connection:
-        held = connection.execute(
-            update(Job)
-            .where(*_held(job))
-            .values(lease_expires_at=clock(lease_seconds))
-            .returning(Job.id)
-        ).first()
+        held = connection.execute(_confirm, {**_token(job), "lease": lease_seconds}).first()
     if held is None:
         raise _lost(job)
+
+
+def _token(job: LeasedJob) -> dict[str, int]:
+    return {"of_job": job.id, "of_attempt": job.attempt}
+
+
+def _lost(job: LeasedJob) -> LeaseLost:
+    return LeaseLost(f"job {job.id}: attempt {job.attempt} lost its lease; its work is dropped")
 
 
 # --- finish: running -> succeeded, failed, pending, cancelled ------------------------------
@@ -293,17 +307,39 @@ _UNLEASED: Mapping[str, Any] = {"worker": null(), "lease_expires_at": null()}
 _NO_ERROR: Mapping[str, Any] = {"error_code": null(), "error_message": null()}
 
 # A job that its user cancelled meanwhile neither waits again nor counts as failed.
-_WAITS: Mapping[str, Any] = {
-    **_UNLEASED,
-    "state": case((Job.cancel_requested, "cancelled"), else_="pending"),
-    "finished_at": case((Job.cancel_requested, clock()), else_=null()),
-}
-_FAILS: Mapping[str, Any] = {
-    **_UNLEASED,
-    "state": case((Job.cancel_requested, "cancelled"), else_="failed"),
-    "finished_at": clock(),
-}
-
+_waits = (
+    update(Job)
+    .where(*_HELD)
+    .values(
+        **_UNLEASED,
+        state=case((Job.cancel_requested, "cancelled"), else_="pending"),
+        finished_at=case((Job.cancel_requested, clock()), else_=null()),
+        run_after=clock(bindparam("wait")),
+    )
+    .returning(Job.state)
+)
+_fails = (
+    update(Job)
+    .where(*_HELD)
+    .values(
+        **_UNLEASED,
+        state=case((Job.cancel_requested, "cancelled"), else_="failed"),
+        finished_at=clock(),
+    )
+    .returning(Job.state)
+)
+_cancels = (
+    update(Job)
+    .where(*_HELD)
+    .values(**_UNLEASED, state="cancelled", finished_at=clock())
+    .returning(Job.state)
+)
+_succeeds = (
+    update(Job)
+    .where(*_HELD)
+    .values(**_UNLEASED, **_NO_ERROR, state="succeeded", finished_at=clock())
+    .returning(Job.state)
+)
 _end_attempt = (
     update(Attempt)
     .where(Attempt.job_id == bindparam("of_job"), Attempt.attempt == bindparam("of_attempt"))
@@ -313,16 +349,12 @@ _end_attempt = (
 
 def succeed(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
     """Raises LeaseLost, as do all that end an attempt; the attempt is then the reaper's."""
-    values = {
-        **_UNLEASED,
-        **_NO_ERROR,
-        "state": "succeeded",
-        "finished_at": clock(),
+    found = {
         "image_version": record.image_version,
         "mask_version": record.mask_version,
         "result_sha256": record.result_sha256,
     }
-    _finish(db, job, record, outcome="succeeded", values=values)
+    _finish(db, job, record, _succeeds, found, outcome="succeeded")
 
 
 def fail(
@@ -331,59 +363,54 @@ def fail(
     """Fails the job, or sends it back to wait; returns the wait in seconds, None if final."""
     failures = job.failures + 1
     wait = policy.delay_seconds(failures) if error.retryable else None
-    described = {"error_code": error.code, "error_message": str(error), "failures": failures}
-    ends = _FAILS if wait is None else {**_WAITS, "run_after": clock(wait)}
-    values = {**ends, **described}
-    state = _finish(db, job, record, outcome="failed", values=values, error=error)
+    found: dict[str, Any] = {
+        "error_code": error.code,
+        "error_message": str(error),
+        "failures": failures,
+    }
+    if wait is None:
+        _finish(db, job, record, _fails, found, outcome="failed", error=error)
+        return None
+    found["wait"] = wait
+    state = _finish(db, job, record, _waits, found, outcome="retried", error=error)
     return wait if state == "pending" else None
 
 
 def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
     """Gives the job back on shutdown; it is due at once and no failure is counted."""
-    values = {**_WAITS, "run_after": clock()}
-    _finish(db, job, record, outcome="released", values=values)
+    _finish(db, job, record, _waits, {"wait": 0.0}, outcome="released")
 
 
 def finish_cancelled(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
-    values = {**_UNLEASED, "state": "cancelled", "finished_at": clock()}
-    _finish(db, job, record, outcome="cancelled", values=values)
+    _finish(db, job, record, _cancels, {}, outcome="cancelled")
 
 
 def _finish(
     db: Database,
     job: LeasedJob,
     record: AttemptRecord,
+    ends: Update,
+    found: Mapping[str, Any],
     *,
     outcome: str,
-    values: Mapping[str, Any],
     error: InpaintError | None = None,
 ) -> str:
-    """Ends the attempt, and gives the job's new state."""
+    """Ends the attempt in the job's own transaction, and gives the job's new state."""
     ended = {
-        "of_job": job.id,
-        "of_attempt": job.attempt,
+        **_token(job),
+        **record.to_row(),
         "outcome": outcome,
         "error_code": error.code if error else None,
         "error_message": str(error) if error else None,
-        **record.to_row(),
     }
     with db.write() as connection:
-        done = update(Job).where(*_held(job)).values(**values).returning(Job.state)
-        state = connection.execute(done).scalar()
+        state = connection.execute(ends, {**_token(job), **found}).scalar()
         if state is None:
             raise _lost(job)
-        if outcome == "failed" and state == "pending":
-            ended["outcome"] = "retried"
+        if outcome == "retried" and state == "cancelled":
+            ended["outcome"] = "failed"
         connection.execute(_end_attempt, ended)
     return str(state)
-
-
-def _held(job: LeasedJob) -> tuple[ColumnElement[bool], ...]:
-    return (Job.id == job.id, Job.state == "running", Job.attempt == job.attempt)
-
-
-def _lost(job: LeasedJob) -> LeaseLost:
-    return LeaseLost(f"job {job.id}: attempt {job.attempt} lost its lease; its work is dropped")
 
 
 # --- reap: running -> pending, failed -------------------------------------------------------
