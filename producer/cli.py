@@ -124,7 +124,7 @@ def submit(
 def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Options:
     uri = absolute(manifest, base=str(Path.cwd()))
     here = str(Path.cwd())
-    output = given["output"] and absolute(given["output"].rstrip("/") or "/", base=here)
+    output = given["output"] and _folder(given["output"], base=here)
     mask = given["mask"]
     if mask and mask != "alpha" and not mask.startswith("box:"):
         mask = absolute(mask, base=here)
@@ -143,6 +143,11 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
         values=parse_sets(given["sets"]),
         priority=PRIORITY.read(given["priority"]),
     )
+
+
+def _folder(reference: str, *, base: str) -> str:
+    """An absolute folder or prefix; unlike an object's, its key may be empty."""
+    return parent(absolute(f"{reference.rstrip('/')}/file", base=base))
 
 
 def _roots(configured: Settings, options: Options, given: dict[str, Any]) -> list[Path]:

@@ -47,12 +47,12 @@ def rehearse(
     stage = _Stage(storage, settings)
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in _batches(checked.jobs()):
-            for job, found in zip(batch, pool.map(stage.look, batch), strict=True):
+            for found in pool.map(stage.look, batch):
                 if isinstance(found, Problem):
                     total.invalid += 1
                     report(found)
                 else:
-                    _add(total, found, stage.is_there(job))
+                    _add(total, found)
     return total
 
 
@@ -62,11 +62,19 @@ def _batches(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
         yield batch
 
 
-def _add(total: Rehearsal, plan: tuple[regions.Region, ...], is_there: bool) -> None:
-    total.regions += len(plan)
-    total.windows += sum(len(region.windows) for region in plan)
-    total.empty += not plan
-    total.overwritten += is_there
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What one row would do. ``is_there``: something lies at its output already."""
+
+    plan: tuple[regions.Region, ...]
+    is_there: bool
+
+
+def _add(total: Rehearsal, found: _Found) -> None:
+    total.regions += len(found.plan)
+    total.windows += sum(len(region.windows) for region in found.plan)
+    total.empty += not found.plan
+    total.overwritten += found.is_there
 
 
 class _Stage:
@@ -76,14 +84,12 @@ class _Stage:
         # One mask for all rows is common; it is read and decoded once.
         self._mask_file = lru_cache(KEPT_MASKS)(self._read_mask)
 
-    def look(self, job: NewJob) -> tuple[regions.Region, ...] | Problem:
+    def look(self, job: NewJob) -> _Found | Problem:
         try:
-            return self._plan(job)
+            is_there = self._storage.stat(job.output) is not None
+            return _Found(plan=self._plan(job), is_there=is_there)
         except InpaintError as error:
             return Problem(line=job.line, text=f"{error.code}: {error}")
-
-    def is_there(self, job: NewJob) -> bool:
-        return self._storage.stat(job.output) is not None
 
     def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
         params = Params(**json.loads(job.params))

@@ -46,8 +46,12 @@ def jobs_command() -> None:
     """Look at submissions and jobs, retry, cancel and export them."""
 
 
+# What the tables' keys can hold.
+ID = click.IntRange(1, 2**63 - 1)
+
+
 @jobs_command.command()
-@click.argument("submission", type=int, required=False)
+@click.argument("submission", type=ID, required=False)
 @click.option("--watch", is_flag=True, help="Refresh until nothing is left.")
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def status(submission: int | None, watch: bool, as_json: bool) -> None:
@@ -85,7 +89,7 @@ def _require_submission(db: Database, submission: int | None) -> None:
 @jobs_command.command("list")
 @click.option("--state", type=click.Choice(STATES))
 @click.option("--error", help="An error code.")
-@click.option("--submission", type=int)
+@click.option("--submission", type=ID)
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One object a line.")
 def list_command(
@@ -106,7 +110,7 @@ def list_command(
 
 
 @jobs_command.command()
-@click.argument("job", type=int)
+@click.argument("job", type=ID)
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def show(job: int, as_json: bool) -> None:
     """One job: every parameter and every attempt."""
@@ -123,8 +127,8 @@ def show(job: int, as_json: bool) -> None:
 
 
 @jobs_command.command()
-@click.argument("job_ids", metavar="[JOB]...", type=int, nargs=-1)
-@click.option("--submission", type=int, help="Its failed jobs.")
+@click.argument("job_ids", metavar="[JOB]...", type=ID, nargs=-1)
+@click.option("--submission", type=ID, help="Its failed jobs.")
 @click.option("--error", help="Failed jobs with this error code.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="Change a parameter.")
 def retry(
@@ -134,31 +138,31 @@ def retry(
     with _opened() as (configured, db):
         _require_choice(job_ids, submission, error)
         _require_submission(db, submission)
+        _require_jobs(db, job_ids)
+        _require_final(db, job_ids)
         states = FINAL_STATES if job_ids else ("failed",)
         chosen = _selection(job_ids, submission, error, states=states)
-        count = len(audit.list_jobs(db, chosen, limit=None)) if job_ids else None
-        if job_ids and count != len(set(job_ids)):
-            raise InputError("not every job named is final; see inpaint-jobs show JOB")
         reopened = jobs.retry(db, chosen, changes=parse_sets(sets))
         click.echo(f"{reopened.count:,} jobs run again")
         _dispatch(configured, db, reopened.engines)
 
 
 @jobs_command.command()
-@click.argument("job_ids", metavar="[JOB]...", type=int, nargs=-1)
-@click.option("--submission", type=int)
+@click.argument("job_ids", metavar="[JOB]...", type=ID, nargs=-1)
+@click.option("--submission", type=ID)
 def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
     """Cancel jobs that are not final; running ones stop at their next step."""
     with _opened() as (_, db):
         _require_choice(job_ids, submission, None)
         _require_submission(db, submission)
+        _require_jobs(db, job_ids)
         done = jobs.cancel(db, _selection(job_ids, submission, None, states=None))
         click.echo(f"{done.cancelled:,} cancelled, {done.requested:,} running ones asked to stop")
 
 
 @jobs_command.command()
 @click.option("--format", "kind", type=click.Choice(("csv", "jsonl")), default="csv")
-@click.option("--submission", type=int)
+@click.option("--submission", type=ID)
 @click.option("--state", type=click.Choice(STATES))
 def export(kind: str, submission: int | None, state: str | None) -> None:
     """The audit: one record per job, on stdout."""
@@ -251,6 +255,20 @@ def _selection(
 def _require_choice(job_ids: tuple[int, ...], submission: int | None, error: str | None) -> None:
     if not job_ids and submission is None and error is None:
         raise InputError("name jobs, --submission or --error")
+
+
+def _require_jobs(db: Database, job_ids: tuple[int, ...]) -> None:
+    known = {row["id"] for row in audit.list_jobs(db, Selection(jobs=job_ids), limit=None)}
+    unknown = sorted(set(job_ids) - known)
+    if unknown:
+        raise InputError(f"job {unknown[0]} does not exist; see inpaint-jobs list")
+
+
+def _require_final(db: Database, job_ids: tuple[int, ...]) -> None:
+    open_states = tuple(state for state in STATES if state not in FINAL_STATES)
+    busy = audit.list_jobs(db, Selection(jobs=job_ids, states=open_states), limit=1)
+    if busy:
+        raise InputError(f"job {busy[0]['id']} is {busy[0]['state']}; only final jobs run again")
 
 
 def _plain(row: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from shared.params import PARAMETERS, did_you_mean
 from shared.storage import Storage, name
 
 FIELD_LIMIT = 64 * 1024
+LINE_LIMIT = 1024 * 1024
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 LOCATION_COLUMNS = ("image", "mask", "output")
 OTHER_COLUMNS = ("id", "preset", "engine", "priority")
@@ -74,12 +77,18 @@ def read(
     """
     known = frozenset(COLUMNS) | placeholders
     required = ("image",) if has_mask else ("image", "mask")
+    with storage.open(manifest) as raw, _readable(manifest), _text(raw) as text:
+        yield from _rows(manifest, text, known, required)
+
+
+@contextmanager
+def _readable(manifest: str) -> Iterator[None]:
     try:
-        with storage.open(manifest) as raw, _text(raw) as text:
-            yield from _rows(manifest, text, known, required)
+        yield
     except UnicodeDecodeError as error:
+        byte = error.object[error.start]
         raise ManifestError(
-            f"{manifest}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+            f"{manifest}: not UTF-8 (byte {byte:#04x}: {error.reason}); save it as UTF-8"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ManifestError(f"{manifest}: the gzip data is damaged: {error}") from error
@@ -98,7 +107,7 @@ def _rows(
 ) -> Iterator[Row | Problem]:
     extension = name(manifest).removesuffix(".gz").rpartition(".")[2].lower()
     if extension in ("jsonl", "ndjson"):
-        return _jsonl(text, known)
+        return _jsonl(manifest, text, known)
     if extension in ("csv", "tsv", "txt"):
         return _csv(manifest, text, known, required, "\t" if extension == "tsv" else ",")
     raise ManifestError(
@@ -137,7 +146,18 @@ def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
     stripped = {
         column: value for column, cell in zip(header, cells, strict=True) if (value := cell.strip())
     }
-    return Row(line=line, cells=stripped)
+    return _storable(Row(line=line, cells=stripped))
+
+
+def _storable(row: Row) -> Row | Problem:
+    """The row, unless a cell holds what no database and no file name can."""
+    text = "".join(row.cells.values())
+    if text.isprintable() or not _UNSTORABLE.search(text):
+        return row
+    column = next(column for column, cell in row.cells.items() if _UNSTORABLE.search(cell))
+    return Problem(
+        line=row.line, text=f"{column}: {row.cells[column]!r} holds NUL or half a character"
+    )
 
 
 def check_columns(
@@ -161,8 +181,13 @@ def check_columns(
         raise ManifestError(f"{manifest}: line 1: " + "; ".join(problems))
 
 
-def _jsonl(text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
-    for line, content in enumerate(text, start=1):
+def _jsonl(manifest: str, text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
+    for line, content in enumerate(iter(lambda: text.readline(LINE_LIMIT), ""), start=1):
+        if len(content) >= LINE_LIMIT:
+            raise ManifestError(
+                f"{manifest}: line {line}: longer than {LINE_LIMIT:,} characters; "
+                "write one JSON object a line"
+            )
         if content.strip():
             yield _json_row(line, content, known)
 
@@ -170,7 +195,7 @@ def _jsonl(text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
 def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
     try:
         values = json.loads(content, object_pairs_hook=_no_doubled_key)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Problem(line=line, text=f"not JSON: {error}")
     if not isinstance(values, dict):
         return Problem(line=line, text='not a JSON object; write {"image": ..., "mask": ...}')
@@ -186,7 +211,7 @@ def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
             return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
         if value is not None and (cell := str(value).strip()):
             cells[column] = cell
-    return Row(line=line, cells=cells)
+    return _storable(Row(line=line, cells=cells))
 
 
 def _no_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:

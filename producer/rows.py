@@ -105,11 +105,11 @@ class Resolver:
         if "output" in cells:
             base = self._options.output if self._options.has_output else self._base
             location = self._location(cells["output"], base=base)
+        elif "image" not in found:
+            return ""  # the row is bad already, and this is not why
         else:
-            source = cells.get("image", "")
+            source = str(found["image"])
             location = self._location(f"{self._options.output.rstrip('/')}/{name(source)}")
-        if location.endswith("/"):
-            raise InputError(f"{location!r} is a folder; name the file")
         if location in (found.get("image"), found.get("mask")):
             raise InputError(f"{location!r} is also an input; choose another output")
         return location
@@ -129,6 +129,8 @@ class Resolver:
         return None if given is None else int(str(given))
 
     def _location(self, reference: str, *, base: str | None = None) -> str:
+        if reference.endswith("/"):
+            raise InputError(f"{reference!r} is a folder; name the file")
         uri = absolute(reference, base=base or self._base)
         self._storage.check(uri)
         return uri

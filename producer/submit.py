@@ -115,9 +115,13 @@ def check(options: Options, storage: Storage, *, report: Callable[[Problem], Non
         checked.engines.add(job.engine)
         outputs.add(job.output)
         inputs.add(job.image)
+        if masks.is_file(job.mask) and job.mask != options.mask:
+            inputs.add(job.mask)
         digest.update(b"%s %d %d\n" % (job.content_key, job.line, job.priority))
     if checked.rows == 0:
         raise ManifestError(f"{options.manifest}: no rows under the header; nothing to do")
+    if options.mask is not None:
+        inputs.add(options.mask)
     _check_outputs(checked, outputs, inputs, report)
     checked.digest = digest.hexdigest()
     return checked
@@ -151,12 +155,18 @@ def _check_outputs(
     repeated, clashing = outputs.repeated(), outputs.shared_with(inputs)
     if not repeated and not clashing:
         return
-    read_at = {job.image: job.line for job in checked.spool if _hash(job.image) in clashing}
+    read_at = {
+        source: (what, job.line)
+        for job in checked.spool
+        for what, source in (("image", job.image), ("mask", job.mask))
+        if clashing and _hash(source) in clashing
+    }
     first: dict[str, NewJob] = {}
     for job in checked.spool:
         text = None
         if job.output in read_at:
-            text = f"output: {job.output!r} is the image of line {read_at[job.output]}"
+            what, line = read_at[job.output]
+            text = f"output: {job.output!r} is the {what} of line {line}"
         elif _hash(job.output) in repeated:
             same = first.setdefault(job.output, job)
             if same.content_key != job.content_key:
