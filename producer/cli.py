@@ -21,7 +21,7 @@ from producer.manifest import Problem, stem
 from producer.rows import Options, normalised_engine
 from producer.submit import Again, Checked, Summary, check
 from producer.submit import submit as submit_rows
-from shared import embedded, schema, settings
+from shared import embedded, masks, schema, settings
 from shared.db import Database
 from shared.errors import InpaintError, ParameterError
 from shared.params import PRIORITY, find_parameter, find_presets, placeholders
@@ -126,8 +126,10 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
     here = str(Path.cwd())
     output = given["output"] and _folder(given["output"], base=here)
     mask = given["mask"]
-    if mask and mask != "alpha" and not mask.startswith("box:"):
+    if mask and masks.is_file(mask):
         mask = absolute(mask, base=here)
+    elif mask and mask != "alpha":
+        masks.parse_box(mask)
     if given["preset"]:
         find_presets(given["preset"])
     if given["prompt"]:

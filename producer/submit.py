@@ -12,6 +12,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b, sha256
 from itertools import islice
@@ -97,6 +98,16 @@ def check(options: Options, storage: Storage, *, report: Callable[[Problem], Non
     Raises ManifestError for what spoils the whole file, an empty one included.
     """
     checked = Checked(spool=Spool())
+    with ExitStack() as undo:
+        undo.callback(checked.spool.close)
+        _check_into(checked, options, storage, report)
+        undo.pop_all()
+    return checked
+
+
+def _check_into(
+    checked: Checked, options: Options, storage: Storage, report: Callable[[Problem], None]
+) -> None:
     resolver = Resolver(options, storage)
     outputs = _Names()
     inputs = _Names()
@@ -124,7 +135,6 @@ def check(options: Options, storage: Storage, *, report: Callable[[Problem], Non
         inputs.add(options.mask)
     _check_outputs(checked, outputs, inputs, report)
     checked.digest = digest.hexdigest()
-    return checked
 
 
 class _Names:

@@ -1,0 +1,575 @@
+"""inpaint-submit as a user runs it: what it records, prints and exits with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.rows import Options
+from producer.submit import CHUNK, Spool, check
+from shared import schema, submissions
+from shared.db import Database
+from shared.params import Params
+from shared.queue import Queue
+from shared.settings import load
+from shared.storage import Storage
+from tests.conftest import Bucket
+from tests.job_table import JobTable
+from tests.producer.desk import Desk, Ran
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(
+    request: pytest.FixtureRequest, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[JobTable]:
+    """The desk's tables on each kind of database."""
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres_url")
+        monkeypatch.setenv("INPAINT_DATABASE_URL", url)
+        db = Database(load().database)
+        schema.upgrade(db)
+        db.close()
+    table = desk.table()
+    yield table
+    table.db.close()
+
+
+def job_ids(table: JobTable) -> list[int]:
+    with table.db.read() as connection:
+        return list(connection.exec_driver_sql("SELECT id FROM jobs ORDER BY id").scalars())
+
+
+def all_jobs(table: JobTable) -> list[Any]:
+    return [table.job(job) for job in job_ids(table)]
+
+
+def finish(table: JobTable, **found: Any) -> None:
+    """Takes every job that is queued to its end, with the versions that its inputs have now."""
+    store = Storage(roots=[Path("/")], buckets=())
+    for row in all_jobs(table):
+        if row.state != "queued":
+            continue
+        leased = table.acquire(row.id, seen=row.attempt)
+        assert leased is not None
+        versions = [store.stat(uri) for uri in (row.image, row.mask)]
+        from shared import jobs
+
+        record = jobs.AttemptRecord(
+            image_version=versions[0].version if versions[0] else None,
+            mask_version=versions[1].version if versions[1] else None,
+            **found,
+        )
+        jobs.succeed(table.db, leased, record)
+
+
+def refused(ran: Ran, *expected: str) -> None:
+    assert ran.status == 2
+    assert ran.out == ""
+    for text in expected:
+        assert text in ran.err
+
+
+# --- recorded and queued ---------------------------------------------------------------------
+
+
+def test_every_row_becomes_a_queued_job(desk: Desk, either: JobTable, redis_url: str) -> None:
+    ran = desk.submit(desk.catalog(3))
+    assert ran.status == 0
+    assert ran.out.splitlines() == [
+        "submission 1: 3 rows, 3 accepted",
+        f"results: {desk.folder}/m-out",
+        "work: inpaint-worker --engine opencv",
+        "watch: inpaint-jobs status 1 --watch",
+    ]
+    assert ran.err == ""
+    rows = all_jobs(either)
+    assert [row.line for row in rows] == [2, 3, 4]
+    assert [row.image for row in rows] == [f"{desk.folder}/in/{n}.png" for n in (1, 2, 3)]
+    assert [row.output for row in rows] == [f"{desk.folder}/m-out/{n}.png" for n in (1, 2, 3)]
+    assert {row.state for row in rows} == {"queued"}
+    queue = Queue(redis_url)
+    assert queue.waiting("opencv") == {(row.id, 0) for row in rows}
+    queue.close()
+    (submission,) = either.submissions()
+    assert (submission.rows, submission.invalid) == (3, 0)
+    assert submission.recorded_at is not None
+    assert json.loads(submission.options)["engine"] == "opencv"
+
+
+def test_json_is_one_object_with_exactly_the_promised_keys(desk: Desk) -> None:
+    ran = desk.submit(desk.catalog(2), "--json")
+    assert ran.json == {
+        "submission": 1,
+        "rows": 2,
+        "accepted": 2,
+        "duplicates": 0,
+        "invalid": 0,
+    }
+    assert list(ran.json) == ["submission", "rows", "accepted", "duplicates", "invalid"]
+    assert len(ran.out.splitlines()) == 1
+
+
+def test_the_same_manifest_again_adds_nothing_and_says_so(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(3)
+    desk.submit(manifest)
+    again = desk.submit(manifest)
+    assert again.status == 0
+    assert again.out.splitlines()[0] == (
+        "submission 1: 3 rows, 0 accepted, 3 already there; "
+        "nothing added (--force or --changed run rows again)"
+    )
+    assert desk.submit(manifest, "--json").json["duplicates"] == 3
+    assert len(job_ids(either)) == 3
+    assert len(either.submissions()) == 1
+
+
+def test_a_manifest_that_grew_adds_its_new_rows_only(desk: Desk, table: JobTable) -> None:
+    desk.submit(desk.catalog(2))
+    assert desk.submit(desk.catalog(3), "--json").json == {
+        "submission": 2,
+        "rows": 3,
+        "accepted": 1,
+        "duplicates": 2,
+        "invalid": 0,
+    }
+    assert len(job_ids(table)) == 3
+
+
+def test_identical_rows_are_one_job(desk: Desk, either: JobTable) -> None:
+    desk.catalog(1)
+    manifest = desk.manifest([("in/1.png", "masks/1.png")] * 3)
+    assert desk.submit(manifest, "--json").json == {
+        "submission": 1,
+        "rows": 3,
+        "accepted": 1,
+        "duplicates": 2,
+        "invalid": 0,
+    }
+    assert len(job_ids(either)) == 1
+    finish(either)
+    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 1
+    finish(either)
+    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 1
+
+
+def test_a_run_that_was_cut_off_is_completed(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(4)
+    _record_part_of(desk, either, manifest, rows=2)
+    assert len(job_ids(either)) == 2
+    ran = desk.submit(manifest)
+    assert ran.out.splitlines()[0] == (
+        "submission 1: 4 rows, 2 accepted, 2 already there; it had been cut off and is complete now"
+    )
+    assert [row.line for row in all_jobs(either)] == [2, 3, 4, 5]
+    assert {row.state for row in all_jobs(either)} == {"queued"}
+    assert "nothing added" in desk.submit(manifest).out
+
+
+def _record_part_of(desk: Desk, table: JobTable, manifest: Path, *, rows: int) -> None:
+    """What a producer has done when it is killed between two chunks."""
+    options = Options(manifest=str(manifest), output=f"{desk.folder}/m-out", engine="opencv")
+    checked = check(options, Storage(roots=[desk.folder], buckets=()), report=pytest.fail)
+    opened = submissions.open_submission(
+        table.db,
+        manifest=options.manifest,
+        digest=checked.digest,
+        options="{}",
+        rows=checked.rows,
+        invalid=0,
+    )
+    submissions.record(table.db, opened.id, list(checked.jobs())[:rows])
+    checked.spool.close()
+
+
+def test_two_producers_with_one_manifest_record_each_row_once(desk: Desk, either: JobTable) -> None:
+    count = 4000
+    manifest = desk.manifest([(f"in/{n}.png", "alpha") for n in range(count)])
+    command = [sys.executable, "-m", "tests.producer.run_submit", str(manifest), "--json"]
+    running = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        )
+        for _ in range(2)
+    ]
+    answers = [one.communicate(timeout=60) for one in running]
+    assert [err for _, err in answers] == [b"", b""]
+    summaries = [json.loads(out) for out, _ in answers]
+    assert sum(summary["accepted"] for summary in summaries) == count
+    assert sum(summary["duplicates"] for summary in summaries) == count
+    assert {summary["submission"] for summary in summaries} == {1}
+    assert len(job_ids(either)) == count
+
+
+def test_a_broker_that_is_down_costs_nothing_but_time(
+    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
+    ran = desk.submit(desk.catalog(2))
+    assert ran.status == 0
+    assert "submission 1: 2 rows, 2 accepted" in ran.out
+    assert ran.err.endswith("; workers enqueue the jobs when it is back\n")
+    assert ran.err.startswith("broker redis://")
+    assert "hush" not in ran.err
+    assert len(job_ids(table)) == 2
+
+
+def test_a_database_that_is_down_is_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
+    ran = desk.submit(desk.catalog(1))
+    refused(ran, "inpaint-submit: database: ")
+    assert len(ran.err.splitlines()) == 1
+    assert "hush" not in ran.err
+
+
+def test_a_database_without_tables_names_the_remedy(
+    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
+    refused(desk.submit(desk.catalog(1)), "run: inpaint-jobs upgrade")
+    assert desk.jobs("upgrade").status == 0
+    assert desk.submit(desk.catalog(1)).status == 0
+
+
+def test_more_rows_than_the_queue_holds_wait_in_the_table(
+    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_QUEUE_BOUND", "2")
+    desk.submit(desk.catalog(5))
+    assert sorted(table.states()) == ["pending"] * 3 + ["queued"] * 2
+
+
+def test_a_submission_of_several_chunks_is_whole(desk: Desk, table: JobTable) -> None:
+    count = 2 * CHUNK + 7
+    manifest = desk.manifest([(f"{n}.png", "alpha") for n in range(count)])
+    assert desk.submit(manifest, "--json").json["accepted"] == count
+    with table.db.read() as connection:
+        lines = connection.exec_driver_sql("SELECT count(DISTINCT line) FROM jobs").scalar_one()
+    assert lines == count
+
+
+# --- bad manifests ---------------------------------------------------------------------------
+
+
+def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
+    desk: Desk, table: JobTable
+) -> None:
+    desk.catalog(1)
+    manifest = desk.manifest(
+        [
+            ("in/1.png", "masks/1.png", "0.8", ""),
+            ("in/1.png", "masks/1.png", "2", "x"),
+            ("in/1.png",),
+            ("http://h/1.png", "masks/1.png", "", ""),
+            ("", "box:1", "", ""),
+        ],
+        columns=("image", "mask", "strength", "seed"),
+    )
+    ran = desk.submit(manifest)
+    refused(ran)
+    lines = ran.err.splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("line 3", "line 3", "line 4", "line 5", "line 6", "line 6"),
+        "inpaint-submit",
+    ]
+    assert "line 3: seed: 'x' is not allowed; use a whole number from 0 to" in ran.err
+    assert "line 3: strength: '2' is not allowed; use a number above 0" in ran.err
+    assert "line 4: 1 cells under 4 columns; quote cells that hold the delimiter" in ran.err
+    assert "line 5: image: 'http://h/1.png': http:// is not supported; use s3://" in ran.err
+    assert "line 6: image: empty; name the picture" in ran.err
+    assert lines[-1] == (
+        "inpaint-submit: 4 of 5 rows are not valid; nothing was enqueued. "
+        "Mend them, or submit the others with --skip-invalid."
+    )
+    assert (job_ids(table), table.submissions()) == ([], [])
+
+
+def test_good_rows_can_be_submitted_without_the_bad_ones(desk: Desk, table: JobTable) -> None:
+    desk.catalog(2)
+    manifest = desk.manifest([("in/1.png", "alpha"), ("../x.png", "alpha"), ("in/2.png", "alpha")])
+    ran = desk.submit(manifest, "--skip-invalid")
+    assert ran.status == 0
+    assert "3 rows, 2 accepted, 1 invalid and skipped" in ran.out
+    assert "line 3: image: '../x.png': '..' is refused" in ran.err
+    assert [row.line for row in all_jobs(table)] == [2, 4]
+
+
+def test_a_manifest_without_one_good_row_is_refused_all_the_same(desk: Desk) -> None:
+    manifest = desk.manifest([("../x.png", "alpha")])
+    refused(desk.submit(manifest, "--skip-invalid"), "1 of 1 rows are not valid; nothing was")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("m.csv", b"", "empty; the first line must name the columns"),
+        ("m.csv", b"image,mask\n", "no rows under the header; nothing to do"),
+        ("m.jsonl", b"\n\n", "no rows"),
+        ("m.csv", b"image,msk\na,b\n", "column 'msk' is not known"),
+        ("m.csv", b'image,mask\n"a,b\n', "mend the quoting"),
+        ("m.csv", "image,mask\na,b\n".encode("utf-16"), "save it as UTF-8"),
+        ("m.csv.gz", gzip.compress(b"image,mask\na,b\n")[:-3], "the gzip data is damaged"),
+        ("m.xlsx", b"PK", "is not a manifest"),
+        ("m.csv", b"image,mask,id\na,b,x\x00y\n", "line 2: id: "),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_refused_in_a_line(
+    desk: Desk, name: str, data: bytes, expected: str
+) -> None:
+    refused(desk.submit(desk.write(name, data)), expected)
+
+
+def test_a_manifest_that_is_not_there_is_refused_in_a_line(desk: Desk) -> None:
+    ran = desk.submit("nowhere.csv")
+    assert ran.err == f"inpaint-submit: '{desk.folder}/nowhere.csv' does not exist\n"
+    refused(ran)
+    refused(desk.submit("http://host/m.csv"), "http:// is not supported")
+    refused(desk.submit(desk.folder), "is not a regular file")
+
+
+def test_outputs_that_collide_name_both_lines(desk: Desk, table: JobTable) -> None:
+    manifest = desk.manifest(
+        [("a/1.png", "alpha"), ("b/1.png", "alpha"), ("a/2.png", "alpha"), ("c/1.png", "alpha")]
+    )
+    ran = desk.submit(manifest)
+    out = f"'{desk.folder}/m-out/1.png'"
+    refused(
+        ran,
+        f"line 3: output: {out} is also written by line 2; give the row an output of its own",
+        f"line 5: output: {out} is also written by line 2",
+        "2 of 4 rows are not valid",
+    )
+    assert job_ids(table) == []
+    assert desk.submit(manifest, "--skip-invalid", "--json").json["accepted"] == 2
+
+
+def test_an_output_may_not_be_another_rows_image_or_mask(desk: Desk) -> None:
+    manifest = desk.manifest(
+        [("1.png", "m1.png", "2.png"), ("2.png", "m2.png", "m1.png"), ("3.png", "alpha", "4.png")],
+        columns=("image", "mask", "output"),
+    )
+    refused(
+        desk.submit(manifest),
+        f"line 2: output: '{desk.folder}/2.png' is the image of line 3; give the row an output",
+        f"line 3: output: '{desk.folder}/m1.png' is the mask of line 2",
+        "2 of 3 rows",
+    )
+
+
+def test_an_output_may_not_be_the_mask_for_all_rows(desk: Desk) -> None:
+    manifest = desk.manifest([("1.png", "all.png")], columns=("image", "output"))
+    refused(
+        desk.submit(manifest, "--mask", "all.png"),
+        f"line 2: output: '{desk.folder}/all.png' is also an input; choose another output",
+    )
+    manifest = desk.manifest(
+        [("1.png", "alpha", "all.png"), ("2.png", "", "x.png")],
+        columns=("image", "mask", "output"),
+    )
+    refused(desk.submit(manifest, "--mask", "all.png"), "is the mask of line 3")
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def test_options_apply_to_every_row_that_says_nothing_else(desk: Desk, table: JobTable) -> None:
+    manifest = desk.manifest(
+        [("1.png", "cup", "", ""), ("2.png", "pot", "0.6", "7")],
+        columns=("image", "product", "strength", "priority"),
+    )
+    ran = desk.submit(
+        *(manifest, "--mask", "box:1,2,30,40", "--preset", "ecommerce+preview"),
+        *("--prompt", "photo of a {product}", "--set", "guidance_scale=5"),
+        *("--set", "seed=11", "--set", "strength=0.9", "--priority", "3"),
+        *("--engine", "sd2", "--output", "results/"),
+    )
+    assert ran.status == 0, ran.err
+    first, second = all_jobs(table)
+    params = [Params.from_json(row.params, seed=row.seed) for row in (first, second)]
+    assert [one.prompt for one in params] == ["photo of a cup", "photo of a pot"]
+    assert [one.strength for one in params] == [0.9, 0.6]
+    assert {one.guidance_scale for one in params} == {5.0}
+    assert {one.num_inference_steps for one in params} == {20}
+    assert {one.seed for one in params} == {11}
+    assert [row.priority for row in (first, second)] == [3, 7]
+    assert {row.mask for row in (first, second)} == {"box:1,2,30,40"}
+    assert first.output == f"{desk.folder}/results/1.png"
+    assert {row.engine for row in (first, second)} == {"sd2"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--set", "strength"), "--set 'strength': write NAME=VALUE"),
+        (("--set", "stength=1"), "'stength' is not a parameter; did you mean 'strength'?"),
+        (("--set", "strength=2"), "strength: '2' is not allowed"),
+        (("--preset", "ecomerce"), "did you mean 'ecommerce'?"),
+        (("--prompt", "{"), "prompt: '{': "),
+        (("--prompt", "{thing}"), "prompt: nothing fills {thing}"),
+        (("--priority", "1001"), "priority: '1001' is not allowed"),
+        (("--engine", "sd3"), "engine: 'sd3' is not known; use sd2, opencv"),
+        (("--output", "http://h/x"), "http:// is not supported"),
+        (("--output", "s3://Bad_Name/x"), "is not a bucket name"),
+        (("--mask", "../m.png"), "'..' is refused"),
+        (("--mask", "box:1,2"), "is no box"),
+        (("--set", "eta=0.5", "--set", "scheduler=euler"), "eta: 0.5 has no meaning"),
+        (("--root", "/nowhere"), "does not exist"),
+        (("--unknown",), "No such option"),
+    ],
+)
+def test_a_bad_option_is_refused_with_the_remedy(
+    desk: Desk, options: tuple[str, ...], expected: str
+) -> None:
+    refused(desk.submit(desk.catalog(1), *options), expected)
+
+
+def test_bad_settings_are_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_QUEUE_BOUND", "many")
+    monkeypatch.setenv("INPAINT_ENGIN", "opencv")
+    ran = desk.submit(desk.catalog(1))
+    refused(ran, "inpaint-submit: settings: INPAINT_ENGIN is not", "INPAINT_QUEUE_BOUND: ")
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_files_outside_the_manifests_folder_need_a_root(desk: Desk, tmp_path: Path) -> None:
+    elsewhere = tmp_path.resolve() / "elsewhere"
+    elsewhere.mkdir()
+    manifest = desk.manifest([(f"{elsewhere}/1.png", "alpha")])
+    refused(desk.submit(manifest), f"image: '{elsewhere}/1.png' is outside the allowed folders")
+    assert desk.submit(manifest, "--root", elsewhere).status == 0
+    assert desk.submit(manifest, "--root", tmp_path, "--root", elsewhere).status == 0
+
+
+def test_a_mask_for_all_rows_and_the_output_may_lie_anywhere(desk: Desk, tmp_path: Path) -> None:
+    manifest = desk.manifest([("1.png",)], columns=("image",))
+    ran = desk.submit(manifest, "--mask", f"{tmp_path}/all.png", "--output", f"{tmp_path}/results")
+    assert ran.status == 0, ran.err
+
+
+# --- again -----------------------------------------------------------------------------------
+
+
+def test_force_runs_every_finished_row_again(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(3)
+    desk.submit(manifest)
+    finish(either)
+    assert desk.submit(manifest, "--json").json["accepted"] == 0
+    assert desk.submit(manifest, "--force", "--json").json == {
+        "submission": 1,
+        "rows": 3,
+        "accepted": 3,
+        "duplicates": 0,
+        "invalid": 0,
+    }
+    assert either.states() == ["queued"] * 3
+
+
+def test_force_leaves_alone_what_is_not_finished(desk: Desk, table: JobTable) -> None:
+    manifest = desk.catalog(2)
+    desk.submit(manifest)
+    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 0
+
+
+def test_changed_runs_only_the_row_whose_picture_was_touched(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(3)
+    desk.submit(manifest)
+    finish(either)
+    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 0
+    desk.picture("in/2.png", colour=200)
+    assert desk.submit(manifest, "--changed", "--json").json == {
+        "submission": 1,
+        "rows": 3,
+        "accepted": 1,
+        "duplicates": 2,
+        "invalid": 0,
+    }
+    assert either.states() == ["succeeded", "queued", "succeeded"]
+    finish(either)
+    os.utime(desk.folder / "masks/3.png", ns=(1, 1))
+    desk.submit(manifest, "--changed")
+    assert either.states() == ["succeeded", "succeeded", "queued"]
+
+
+def test_changed_on_s3_goes_by_the_etag(
+    desk: Desk, table: JobTable, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
+    for n in (1, 2):
+        s3.client.put_object(Bucket=s3.name, Key=f"jobs/{n}.png", Body=b"%d" % n)
+    body = gzip.compress(
+        b'{"image": "1.png", "mask": "alpha"}\n{"image": "2.png", "mask": "alpha"}'
+    )
+    s3.client.put_object(Bucket=s3.name, Key="jobs/m.jsonl.gz", Body=body)
+    assert desk.submit(s3.uri("jobs/m.jsonl.gz"), "--json").json["accepted"] == 2
+    assert all_jobs(table)[0].output == s3.uri("jobs/m-out/1.png")
+    _finish_on_s3(table, s3)
+    s3.client.put_object(Bucket=s3.name, Key="jobs/1.png", Body=b"1")  # the same bytes again
+    s3.client.put_object(Bucket=s3.name, Key="jobs/2.png", Body=b"two")
+    assert desk.submit(s3.uri("jobs/m.jsonl.gz"), "--changed", "--json").json["accepted"] == 1
+    assert table.states() == ["succeeded", "queued"]
+
+
+def _finish_on_s3(table: JobTable, s3: Bucket) -> None:
+    store = Storage(roots=(), buckets=(s3.name,))
+    for row in all_jobs(table):
+        found = store.stat(row.image)
+        assert found is not None
+        table.succeed(row.id, image_version=found.version)
+
+
+def test_a_bucket_that_is_not_allowed_is_refused(
+    desk: Desk, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_BUCKETS", "others")
+    refused(desk.submit(s3.uri("m.csv")), f"bucket '{s3.name}' is not allowed")
+    manifest = desk.manifest([(s3.uri("1.png"), "alpha")])
+    refused(desk.submit(manifest), "line 2: image: ", "add it to INPAINT_BUCKETS")
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_rows(desk: Desk) -> None:
+    small = desk.manifest([(f"{n}.png", "alpha") for n in range(2_000)], name="small.csv")
+    large = desk.manifest([(f"{n}.png", "alpha") for n in range(100_000)], name="large.csv")
+    few, many = _peak_megabytes(small), _peak_megabytes(large)
+    assert many - few < 40, f"{few:.0f} MB for 2,000 rows, {many:.0f} MB for 100,000"
+
+
+def _peak_megabytes(manifest: Path) -> float:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.producer.run_submit", str(manifest), "--json", "--peak"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return float(done.stderr) / 1024
+
+
+def test_a_spool_gives_its_rows_again_and_in_order() -> None:
+    from tests.job_table import new_job
+
+    spool = Spool()
+    rows = [new_job(line) for line in range(CHUNK + 3)]
+    for row in rows:
+        spool.append(row)
+    assert list(spool) == list(spool) == rows
+    spool.append(new_job(CHUNK + 3))
+    next(iter(spool))  # a reader that gives up half-way
+    spool.append(new_job(CHUNK + 4))
+    assert [row.line for row in spool] == list(range(CHUNK + 5))
+    spool.close()
