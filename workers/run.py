@@ -101,10 +101,10 @@ def _released() -> Released:
     return Released("the worker is shutting down")
 
 
-def run_job(bench: Bench, *, job: int, seen_attempt: int) -> None:
-    """Runs the job a message names, and records what came of it.
+def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None:
+    """Runs the job a message names, records what came of it, and returns what went wrong.
 
-    Returns quietly where the message is stale. Raises DatabaseUnavailable where nothing
+    Nothing did where the message is stale. Raises DatabaseUnavailable where nothing
     could be recorded: the lease then runs out and another worker takes over.
     """
     leased = jobs.acquire(
@@ -116,7 +116,7 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> None:
     )
     if leased is None:
         log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
-        return
+        return None
     record = AttemptRecord()
     with bench.running.holding(leased, record) as interruption:
         try:
@@ -131,6 +131,7 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> None:
             log.exception("job %s: unexpected error", job)
             ended = InpaintError(f"{type(error).__name__}: {error}")
         _conclude(bench, leased, record, ended)
+    return ended
 
 
 def _inpaint(

@@ -129,7 +129,10 @@ def _register(app: Celery, bench: Bench) -> None:
     def task(job: int, attempt: int) -> None:
         if bench.running.stopping:
             raise Reject("the worker is shutting down", requeue=True)
-        run_job(bench, job=job, seen_attempt=attempt)
+        ended = run_job(bench, job=job, seen_attempt=attempt)
+        if ended is not None and ended.code == "device_lost":
+            # CUDA does not recover inside a process; the launcher starts a fresh one.
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _install_signals(bench: Bench) -> None:
