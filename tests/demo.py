@@ -30,7 +30,7 @@ from tests import pictures
 
 Pixels = npt.NDArray[np.uint8]
 
-RUNS = (("catalog", "ecommerce"), ("archive", "photo-restoration"))
+RUNS = (("catalog", ""), ("archive", "photo-restoration"))
 SHEET = "contact-sheet.png"
 
 
@@ -58,6 +58,8 @@ class Outcome:
 def demo(folder: Path, engine: str) -> None:
     """Mend a catalog and an archive, and show the results."""
     folder = folder.resolve()
+    if (folder.parent / ".env").exists():
+        raise click.UsageError(f"{folder.parent}/.env may lead to a real installation; move it")
     _clear(folder)
     manifests = [
         pictures.write_catalog(folder / "catalog"),
@@ -80,18 +82,20 @@ def _clear(folder: Path) -> None:
 
 
 def _submit(manifest: Path, *, preset: str, engine: str, folder: Path) -> None:
-    command = ["inpaint-submit", str(manifest.relative_to(folder)), "--local"]
-    command += ["--engine", engine, "--preset", preset]
+    command = ["inpaint-submit", str(manifest.relative_to(folder.parent)), "--local"]
+    command += ["--engine", engine]
+    if preset:
+        command += ["--preset", preset]
     click.echo(f"$ {' '.join(command)}")
     _run(command, folder)
 
 
 def _run(command: Sequence[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run one of our commands in ``folder``; exit as it did when it fails."""
+    """Run one of our commands beside ``folder``; exit as it did when it fails."""
     program = Path(sysconfig.get_path("scripts")) / command[0]
     done = subprocess.run(
         [program, *command[1:]],
-        cwd=folder,
+        cwd=folder.parent,
         env=_environment(folder),
         text=True,
         check=False,

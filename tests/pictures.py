@@ -117,7 +117,6 @@ def _catalog() -> tuple[Photograph, ...]:
         Photograph(
             file="stars.png", source="hubble_deep_field.jpg", product="a star map", mark=_cross
         ),
-        Photograph(file="coins.png", source="coins.png", product="ancient coins", mark=_tiled),
     )
 
 
