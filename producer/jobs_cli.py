@@ -136,7 +136,8 @@ def retry(
 ) -> None:
     """Run jobs again: those named in any final state, else the failed ones."""
     with _opened() as (configured, db):
-        _require_choice(job_ids, submission, error)
+        if not job_ids and submission is None and error is None:
+            raise InputError("name jobs, --submission or --error")
         _require_submission(db, submission)
         _require_jobs(db, job_ids)
         _require_final(db, job_ids)
@@ -153,7 +154,8 @@ def retry(
 def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
     """Cancel jobs that are not final; running ones stop at their next step."""
     with _opened() as (_, db):
-        _require_choice(job_ids, submission, None)
+        if not job_ids and submission is None:
+            raise InputError("name jobs or --submission")
         _require_submission(db, submission)
         _require_jobs(db, job_ids)
         done = jobs.cancel(db, _selection(job_ids, submission, None, states=None))
@@ -178,7 +180,8 @@ def export(kind: str, submission: int | None, state: str | None) -> None:
 
 
 def _write_csv(records: Iterable[dict[str, Any]]) -> None:
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    # All text is quoted: before Python 3.13 a carriage return alone would not be.
+    writer = csv.writer(sys.stdout, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(audit.EXPORTED)
     for record in records:
         writer.writerow([_cell(value) for value in record.values()])
@@ -250,11 +253,6 @@ def _selection(
     states: tuple[str, ...] | None,
 ) -> Selection:
     return Selection(jobs=job_ids or None, submission=submission, states=states, error_code=error)
-
-
-def _require_choice(job_ids: tuple[int, ...], submission: int | None, error: str | None) -> None:
-    if not job_ids and submission is None and error is None:
-        raise InputError("name jobs, --submission or --error")
 
 
 def _require_jobs(db: Database, job_ids: tuple[int, ...]) -> None:

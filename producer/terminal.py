@@ -126,7 +126,7 @@ def _facts(title: str, facts: Mapping[str, Any]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        if value is not None and value != "":
+        if value is not None:
             table.add_row(name, _state(value) if name in ("state", "outcome") else _plain(value))
     return table
 
