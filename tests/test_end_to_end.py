@@ -75,9 +75,7 @@ def kind(path: Path) -> tuple[object, ...]:
 
 def test_on_a_laptop_one_command_does_it_all(shell: Shell) -> None:
     manifest = pictures.write_catalog(shell.folder / "catalog")
-    output = shell.run(
-        "inpaint-submit", str(manifest), "--local", "--engine", "opencv", "--json"
-    )
+    output = shell.run("inpaint-submit", str(manifest), "--local", "--engine", "opencv", "--json")
     summary = json.loads(output)
     rows = table(manifest)
     assert summary["submission"] == 1
@@ -106,9 +104,7 @@ def test_a_failed_job_exits_1_and_says_why(shell: Shell) -> None:
     rows = manifest.read_text().splitlines()
     broken = manifest.parent / rows[1].split(",")[1]
     broken.write_bytes(b"<html>not found</html>")
-    output = shell.run(
-        "inpaint-submit", str(manifest), "--local", "--engine", "opencv", status=1
-    )
+    output = shell.run("inpaint-submit", str(manifest), "--local", "--engine", "opencv", status=1)
     assert "1 failed" in output
     assert "bad_image" in output
     listed = shell.run("inpaint-jobs", "list", "--state", "failed", "--json").splitlines()

@@ -100,7 +100,9 @@ def find_places(devices: str, *, engine: str) -> list[Place]:
     missing = [part for part in wanted if part not in found]
     if missing:
         known = ", ".join(found) or "none"
-        raise EngineUnavailable(f"--devices: no CUDA device {missing[0]!r} here; there are: {known}")
+        raise EngineUnavailable(
+            f"--devices: no CUDA device {missing[0]!r} here; there are: {known}"
+        )
     return [Place(name=f"{host}-cuda{index}", cuda=index) for index in wanted]
 
 

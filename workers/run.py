@@ -25,12 +25,12 @@ from shared.errors import (
 )
 from shared.images import Picture
 from shared.jobs import AttemptRecord, Holder, LeasedJob
+from shared.masks import Mask
 from shared.params import MAX_SEED, is_native
 from shared.regions import Region
 from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage, remove_leftovers
-from shared.masks import Mask
 from workers import composite
 from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork
 
@@ -258,9 +258,7 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> None
     for left in reversed(range(PUT_TRIES)):
         jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
         try:
-            bench.storage.put(
-                job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}"
-            )
+            bench.storage.put(job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}")
             return
         except OutputConflict:
             if not left:

@@ -36,6 +36,7 @@ from workers.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 
+EX_OK = 0
 EX_UNAVAILABLE = 69
 JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
@@ -125,7 +126,7 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
 
 
 def _register(app: Celery, bench: Bench) -> None:
-    @app.task(name=TASK)  # type: ignore[untyped-decorator]
+    @app.task(name=TASK)
     def task(job: int, attempt: int) -> None:
         if bench.running.stopping:
             raise Reject("the worker is shutting down", requeue=True)
@@ -142,7 +143,7 @@ def _install_signals(bench: Bench) -> None:
         if bench.running.stopping:
             os._exit(1)
         bench.running.release_all()
-        celery_state.should_stop = 0
+        celery_state.should_stop = EX_OK  # type: ignore[assignment]
         threading.Thread(target=_leave, args=(bench,), name="leave", daemon=True).start()
 
     def install(**_: Any) -> None:

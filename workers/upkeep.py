@@ -107,8 +107,6 @@ def dispatch(bench: Bench, queue: Queue) -> None:
 
 
 def redeliver(bench: Bench, queue: Queue) -> None:
-    found = jobs.redeliver(
-        bench.db, queue, bench.engine.name, grace_seconds=REDELIVER_SECONDS
-    )
+    found = jobs.redeliver(bench.db, queue, bench.engine.name, grace_seconds=REDELIVER_SECONDS)
     if found:
         log.warning("queued %s jobs again whose messages Redis had lost", found)

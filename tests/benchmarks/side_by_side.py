@@ -52,4 +52,8 @@ def machine() -> str:
 
 
 def row(*cells: object) -> None:
-    print("  ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, (44, 22, 22, 14), strict=False)))
+    print(
+        "  ".join(
+            f"{cell!s:<{width}}" for cell, width in zip(cells, (44, 22, 22, 14), strict=False)
+        )
+    )

@@ -1,6 +1,6 @@
 """Submitting a million rows: rows a second and peak memory, into SQLite and into PostgreSQL.
 
-    python -m tests.benchmarks.submitting [ROWS]
+python -m tests.benchmarks.submitting [ROWS]
 """
 
 from __future__ import annotations

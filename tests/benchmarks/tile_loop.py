@@ -77,9 +77,7 @@ def _ours(engine: Any, source: bytes, mask_source: bytes) -> int:
     futures = []
     for region in plan:
         image, cut_mask = composite.cut(picture.rgb(), mask, region)
-        work = RegionWork(
-            image=image, mask=cut_mask, windows=region.windows, params=PARAMS, seed=1
-        )
+        work = RegionWork(image=image, mask=cut_mask, windows=region.windows, params=PARAMS, seed=1)
         futures.append(engine.submit(work))
     results = [future.result() for future in futures]
     encode(composite.composite(picture, mask, plan, results, PARAMS))

@@ -76,9 +76,7 @@ class Workbench:
     def close(self) -> None:
         self.db.close()
 
-    def add(
-        self, *, image: str, mask: str, output: str, engine: str = "sd2", **params: Any
-    ) -> int:
+    def add(self, *, image: str, mask: str, output: str, engine: str = "sd2", **params: Any) -> int:
         """Records one job and returns its id."""
         self._lines += 1
         resolved = Params(**{"mask_feather": 0, "seed": 7, **params})
@@ -147,9 +145,7 @@ class Workbench:
         image = Image.fromarray(noise, "RGBA").convert(mode)
         return self.write(name, _encoded(image, name))
 
-    def mask(
-        self, name: str, size: tuple[int, int], *boxes: tuple[int, int, int, int]
-    ) -> str:
+    def mask(self, name: str, size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> str:
         mask = np.zeros((size[1], size[0]), np.uint8)
         for left, top, right, bottom in boxes:
             mask[top:bottom, left:right] = 255

@@ -52,7 +52,12 @@ def test_a_job_ends_with_its_result_published_and_everything_recorded(bench: Wor
     bench.run(job)
     row, (attempt,) = bench.job(job), bench.attempts(job)
     result = Path(bench.path("out/result.png")).read_bytes()
-    assert (row.state, row.attempt, row.worker, row.lease_expires_at) == ("succeeded", 1, None, None)
+    assert (row.state, row.attempt, row.worker, row.lease_expires_at) == (
+        "succeeded",
+        1,
+        None,
+        None,
+    )
     assert row.result_sha256 == attempt.result_sha256 == sha256(result).hexdigest()
     assert attempt.image_sha256 == sha256(Path(bench.path("in.png")).read_bytes()).hexdigest()
     assert attempt.mask_sha256 == sha256(Path(bench.path("mask.png")).read_bytes()).hexdigest()
@@ -85,9 +90,9 @@ def test_an_empty_mask_copies_the_input_and_says_that_nothing_ran(bench: Workben
     bench.run(job)
     (attempt,) = bench.attempts(job)
     assert (attempt.outcome, attempt.regions, attempt.windows) == ("succeeded", 0, 0)
-    assert Path(bench.path("out/result.png")).read_bytes() == Path(
-        bench.path("in.png")
-    ).read_bytes()
+    assert (
+        Path(bench.path("out/result.png")).read_bytes() == Path(bench.path("in.png")).read_bytes()
+    )
 
 
 def test_a_large_photograph_with_a_small_mark_runs_one_window(sqlite_bench: Workbench) -> None:
