@@ -18,13 +18,13 @@ from producer import dryrun, terminal
 from producer.audit import Progress, errors, progress
 from producer.local import LocalWorkers, running_redis, running_workers
 from producer.manifest import Problem, stem
-from producer.rows import Options, normalised_engine
+from producer.rows import Options
 from producer.submit import Again, Checked, Summary, check
 from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
 from shared.errors import InpaintError, ParameterError
-from shared.params import PRIORITY, find_parameter, find_presets, placeholders
+from shared.params import PRIORITY, engine_name, find_parameter, find_presets, placeholders
 from shared.queue import Queue
 from shared.settings import Settings
 from shared.storage import Storage, absolute, is_s3, parent
@@ -138,7 +138,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
         manifest=uri,
         output=output or f"{parent(uri).rstrip('/')}/{stem(uri)}-out",
         has_output=bool(output),
-        engine=normalised_engine(given["engine"] or configured.engine),
+        engine=engine_name(given["engine"] or configured.engine),
         mask=mask,
         preset=given["preset"],
         prompt=given["prompt"],

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Problem, Row
 from shared import masks
-from shared.errors import InputError, ParameterError
+from shared.errors import InputError
 from shared.jobs import content_key, derived_seed
-from shared.params import PARAMETERS, PRIORITY, Params, placeholders, presets, resolve
+from shared.params import PARAMETERS, PRIORITY, Params, engine_name, placeholders, presets, resolve
 from shared.storage import Storage, absolute, name, parent
 from shared.submissions import NewJob
 
@@ -42,21 +40,6 @@ class Options:
         templates = [self.prompt or ""] + [preset.prompt for preset in presets().values()]
         names = {name for template in templates for name in placeholders(template)}
         return frozenset(names - _OURS)
-
-
-def normalised_engine(text: str) -> str:
-    """One name per engine: a model's local folder becomes absolute. Raises ParameterError."""
-    kind, _, model = text.partition(":")
-    if text in ("sd2", "opencv"):
-        return text
-    if kind != "diffusers" or not model:
-        raise ParameterError(
-            f"engine: {text!r} is not known; use sd2, opencv or "
-            "diffusers:FOLDER_OR_HUB_ID[@REVISION]"
-        )
-    if Path(model).is_dir():
-        return f"diffusers:{os.path.realpath(model)}"
-    return text
 
 
 class Resolver:
@@ -115,7 +98,7 @@ class Resolver:
         return location
 
     def _engine(self, cells: Mapping[str, str], _found: object) -> str:
-        return normalised_engine(cells["engine"]) if "engine" in cells else self._options.engine
+        return engine_name(cells["engine"]) if "engine" in cells else self._options.engine
 
     def _priority(self, cells: Mapping[str, str], _found: object) -> int:
         if "priority" not in cells:

@@ -15,8 +15,8 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Update,
     Integer,
+    Update,
     and_,
     bindparam,
     case,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import string
 import tomllib
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shared.errors import ParameterError
@@ -274,6 +276,21 @@ def changed(params: Params, values: Mapping[str, Any]) -> Params:
             "use 0, or scheduler ddim"
         )
     return found
+
+
+def engine_name(text: str) -> str:
+    """One name per engine and queue: a model's folder becomes absolute. Raises ParameterError."""
+    kind, _, model = text.partition(":")
+    if text in ("sd2", "opencv"):
+        return text
+    if kind != "diffusers" or not model:
+        raise ParameterError(
+            f"engine: {text!r} is not known; use sd2, opencv or "
+            "diffusers:FOLDER_OR_HUB_ID[@REVISION]"
+        )
+    if Path(model).is_dir():
+        return f"diffusers:{os.path.realpath(model)}"
+    return text
 
 
 def is_native(engine: str) -> bool:

@@ -18,7 +18,7 @@ import click
 from shared import embedded, processes, schema, settings
 from shared.db import Database
 from shared.errors import EngineUnavailable, InpaintError, UnavailableError
-from shared.params import is_native
+from shared.params import engine_name, is_native
 from shared.settings import Settings
 
 EX_UNAVAILABLE = 69
@@ -46,7 +46,7 @@ def worker(
     """
     try:
         configured = settings.load()
-        chosen = engine or configured.engine
+        chosen = engine_name(engine or configured.engine)
         places = find_places(devices, engine=chosen)
         options = [
             *("--engine", chosen),

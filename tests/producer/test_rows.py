@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from producer.manifest import Problem, Row
-from producer.rows import Options, Resolver, normalised_engine
+from producer.rows import Options, Resolver
 from shared.errors import ParameterError
-from shared.params import Params
+from shared.params import Params, engine_name
 from shared.storage import Storage
 from shared.submissions import NewJob
 
@@ -263,13 +263,13 @@ def test_one_engine_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to("model")
     monkeypatch.chdir(tmp_path)
-    assert normalised_engine("sd2") == "sd2"
-    assert normalised_engine("diffusers:owner/name@rev") == "diffusers:owner/name@rev"
+    assert engine_name("sd2") == "sd2"
+    assert engine_name("diffusers:owner/name@rev") == "diffusers:owner/name@rev"
     for text in ("diffusers:model", "diffusers:./link", f"diffusers:{tmp_path}/model/"):
-        assert normalised_engine(text) == f"diffusers:{tmp_path.resolve()}/model"
+        assert engine_name(text) == f"diffusers:{tmp_path.resolve()}/model"
 
 
 @pytest.mark.parametrize("text", ["", "SD2", "diffusers", "diffusers:", "onnx:x"])
 def test_another_engine_is_refused(text: str) -> None:
     with pytest.raises(ParameterError, match="use sd2, opencv or diffusers:"):
-        normalised_engine(text)
+        engine_name(text)
