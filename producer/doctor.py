@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from shared import embedded, schema
 from shared.db import Database
-from shared.errors import InpaintError, UnavailableError
+from shared.errors import DatabaseUnavailable, InpaintError, UnavailableError
 from shared.queue import Queue
 from shared.settings import Settings
 
@@ -51,10 +51,18 @@ def _verdict(what: str, examined: Callable[[], str]) -> Verdict:
 def _database(settings: Settings) -> str:
     db = Database(settings.database)
     try:
+        _reach(db)
         schema.ensure(db)
         return f"{db}, revision {schema.revision(db)}"
     finally:
         db.close()
+
+
+def _reach(db: Database) -> None:
+    try:
+        schema.revision(db)
+    except DatabaseUnavailable as error:
+        raise DatabaseUnavailable(f"{error}; check INPAINT_DATABASE_URL and the server") from error
 
 
 def _broker(settings: Settings) -> Verdict:
@@ -83,7 +91,9 @@ def _storage(settings: Settings) -> Iterator[Verdict]:
         yield Verdict(
             what="storage",
             verdict="ok" if writable else "bad",
-            text=f"{root} {'can be read and written' if writable else 'cannot be written'}",
+            text=f"{root} can be read and written"
+            if writable
+            else f"{root} cannot be written; make it, give this user rights, or see INPAINT_ROOTS",
         )
     for bucket in settings.buckets:
         yield _verdict("storage", lambda bucket=bucket: _bucket(bucket))  # type: ignore[misc]
@@ -95,7 +105,10 @@ def _storage(settings: Settings) -> Iterator[Verdict]:
 def _bucket(bucket: str) -> str:
     from shared.storage import Storage
 
-    Storage(roots=(), buckets=(bucket,)).list_one(bucket)
+    try:
+        Storage(roots=(), buckets=(bucket,)).list_one(bucket)
+    except InpaintError as error:
+        raise type(error)(f"{error}; check INPAINT_BUCKETS and AWS_ENDPOINT_URL") from error
     return f"s3://{bucket} answers"
 
 

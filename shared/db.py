@@ -83,7 +83,9 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DatabaseUnavailable(f"database: {folder}: {error.strerror}") from error
+        raise DatabaseUnavailable(
+            f"database: {folder}: {error.strerror}; see INPAINT_HOME"
+        ) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import kombu
 import redis
 from kombu.exceptions import KombuError
 from kombu.exceptions import OperationalError as KombuOperationalError
+from kombu.utils.url import maybe_sanitize_url
 
 from shared.errors import BrokerUnavailable
 
@@ -124,7 +125,7 @@ class Queue:
             raise BrokerUnavailable(f"broker {self}: {str(error).rstrip('.')}") from error
 
     def __str__(self) -> str:
-        return str(self._connection.as_uri())
+        return str(maybe_sanitize_url(self.url))
 
 
 def _publish(producer: Any, message: Message) -> None:

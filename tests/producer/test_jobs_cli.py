@@ -408,7 +408,7 @@ def test_a_database_that_cannot_be_opened_is_one_line(
     desk.write("file", "")
     monkeypatch.setenv("INPAINT_HOME", "file/home")
     ran = desk.jobs(command)
-    refused(ran, f"database: {desk.folder}/file/home: Not a directory")
+    refused(ran, f"database: {desk.folder}/file/home: Not a directory; see INPAINT_HOME")
     desk.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
     monkeypatch.setenv("INPAINT_DATABASE_URL", "sqlite:///inpaint.db")
     refused(desk.jobs(command), "database: file is not a database")

