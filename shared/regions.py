@@ -189,13 +189,11 @@ def _cell_boxes(mask: NDArray[np.bool_], cell: int) -> tuple[Boxes, NDArray[np.b
 
 
 def _neighbours(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of 8-connected cells. number: (h, w), the cell's number or -1 where it is clean."""
-    pairs = [
-        (number[:, :-1], number[:, 1:]),
-        (number[:-1], number[1:]),
-        (number[:-1, :-1], number[1:, 1:]),
-        (number[:-1, 1:], number[1:, :-1]),
-    ]
+    """Pairs of cells side by side or one above the other; ``_merged`` finds the diagonal ones.
+
+    number: (h, w), the cell's number or -1 where it is clean.
+    """
+    pairs = [(number[:, :-1], number[:, 1:]), (number[:-1], number[1:])]
     both = [(one >= 0) & (other >= 0) for one, other in pairs]
     ones = [one[where] for (one, _), where in zip(pairs, both, strict=True)]
     others = [other[where] for (_, other), where in zip(pairs, both, strict=True)]
@@ -255,22 +253,24 @@ def _grown(boxes: Boxes, px: int) -> Boxes:
 
 
 def _share_windows(boxes: Boxes, size: tuple[int, int], window: tuple[int, int]) -> Boxes:
-    """Joins groups that one window still holds with their context, the tightest pairs first."""
-    waiting, joined = list(range(len(boxes))), []
-    while waiting:
-        box = boxes[waiting.pop(0)]
-        while waiting:
-            others = boxes[waiting]
-            unions = np.concatenate(
-                [np.minimum(box[:2], others[:, :2]), np.maximum(box[2:], others[:, 2:])], axis=1
+    """Joins groups that one window still holds with their context, the tightest pairs first.
+
+    boxes: sorted by top, so that only the first few can share the topmost one's window.
+    """
+    waiting, joined = boxes, []
+    while len(waiting):
+        box, waiting = waiting[0], waiting[1:]
+        while True:
+            others = waiting[: np.searchsorted(waiting[:, 1], box[1] + window[1])]
+            unions = np.hstack(
+                [np.minimum(box[:2], others[:, :2]), np.maximum(box[2:], others[:, 2:])]
             )
             sides = _context_sides(unions, size)
             fits = (sides <= window).all(axis=1)
             if not fits.any():
                 break
             nearest = int(np.where(fits, sides.prod(axis=1), np.iinfo(np.int64).max).argmin())
-            box = unions[nearest]
-            del waiting[nearest]
+            box, waiting = unions[nearest], np.delete(waiting, nearest, axis=0)
         joined.append(box)
     return np.stack(joined)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from shared.errors import FidelityError
 from shared.images import Array, Picture, as_rgb, from_rgb
-from shared.masks import Mask, dilate, slices, squared_distances, tiles
+from shared.masks import Mask, slices, squared_distances, tiles
 from shared.params import Params
 from shared.regions import CONTEXT_PX, Box, Region
 
@@ -63,14 +63,13 @@ def composite(
 ) -> Picture:
     """The picture with each result pasted into its region, in the picture's own mode.
 
-    mask: (H, W) True = repaint; the dilation happens here, as it did before planning.
+    mask: (H, W) True = repaint, already dilated: the same that was planned and cut.
     results: (h, w, 3) uint8, one of each region's size.
     fill_alpha: repainted pixels become opaque, for masks that are the picture's own holes;
     otherwise alpha stays as it is. Raises FidelityError if a pixel outside the feather
     would change.
     """
     pixels = picture.pixels.copy()
-    mask = dilate(mask, params.mask_dilation) if regions else mask
     for region, result in zip(regions, results, strict=True):
         paste(
             pixels,

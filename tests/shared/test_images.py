@@ -207,6 +207,14 @@ def test_webp_stays_lossless_only_if_it_was() -> None:
     assert b"VP8L" not in repainted(save(CAT, "WEBP", quality=80))
 
 
+def test_lossless_webp_keeps_the_colour_of_transparent_pixels() -> None:
+    image = cat("RGB")
+    image.putalpha(Image.fromarray(np.zeros((100, 150), np.uint8)))
+    before = save(image, "WEBP", lossless=True, exact=True)
+    after = decode(repainted(before)).rgb()
+    assert np.array_equal(after[50:], np.asarray(CAT)[50:])
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_orientation_is_applied_once_and_reset(format: str, orientation: int) -> None:
