@@ -28,7 +28,7 @@ from shared.jobs import AttemptRecord, LeasedJob, Selection
 from shared.models import Attempt, Job
 from shared.params import Params
 from shared.queue import Message, Queue
-from shared.submissions import open_submission, record
+from shared.submissions import record
 from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, new_job
 
 BROKEN = OutOfMemory("the device is full")
@@ -694,47 +694,3 @@ def test_a_content_key_depends_on_every_part_and_on_where_the_parts_end() -> Non
 def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -> None:
     key = jobs.content_key(image="i", mask="m", output="o", engine="e", params="p", seed=None)
     assert jobs.derived_seed(key) == jobs.derived_seed(key) < 2**32
-
-
-# --- submissions -----------------------------------------------------------------------------
-
-
-def test_the_same_digest_opens_the_same_submission(table: JobTable) -> None:
-    def opened() -> Any:
-        return open_submission(
-            table.db, manifest="/m.csv", digest="d", options="{}", rows=2, invalid=0
-        )
-
-    first, second = opened(), opened()
-    assert first.id == second.id
-    assert (first.resumed, second.resumed, second.cut_off) == (False, True, True)
-
-
-def test_many_producers_open_one_submission_and_record_each_row_once(table: JobTable) -> None:
-    rows = [new_job(line) for line in range(2, 202)]
-    together = Barrier(4)
-
-    def submit(_: int) -> int:
-        together.wait()
-        submission = table.submission("same")
-        return sum(
-            len(chunk) - len(record(table.db, submission, chunk))
-            for chunk in (rows[:100], rows[100:])
-        )
-
-    with ThreadPoolExecutor(4) as pool:
-        added = list(pool.map(submit, range(4)))
-    assert sum(added) == 200
-    assert len(table.states()) == 200
-    assert len(table.submissions()) == 1
-
-
-def test_record_returns_the_rows_that_existed_already(table: JobTable) -> None:
-    submission = table.submission()
-    rows = [new_job(line) for line in range(2, 6)]
-    assert record(table.db, submission, rows[:2]) == []
-    assert record(table.db, submission, rows) == rows[:2]
-    twins = [new_job(9, image="/x"), new_job(10, image="/x", content_key=b"twin")]
-    twins[0] = new_job(9, image="/x", content_key=b"twin")
-    assert record(table.db, submission, twins) == [twins[1]]
-    assert record(table.db, submission, []) == []
