@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from shared.errors import EngineUnavailable
 from workers.engines.memory import is_out_of_memory
 from workers.engines.model_files import ModelFiles, find_model, read_json
-from workers.engines.registry import Attention, Dtype, EngineOptions
+from workers.engines.options import Attention, Dtype, EngineOptions
 
 NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,

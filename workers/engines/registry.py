@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from shared.errors import EngineUnavailable
 from shared.params import did_you_mean
+from workers.engines.options import Attention, Dtype, EngineOptions
 from workers.engines.protocol import Engine
-
-Attention = Literal["xformers", "sliced"]
-Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 SD2_ID = "sd2-community/stable-diffusion-2-inpainting"
 SD2_REVISION = "main"  # a branch until somebody with the hub at hand writes the commit here
 SD2_GONE = "stabilityai/stable-diffusion-2-inpainting"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How an engine runs, whatever it is; the OpenCV engine uses none of it.
-
-    device: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-    max_batch: most rows of one UNet forward; a window with guidance takes two.
-    attention: None is torch's own scaled dot product; ``sliced`` trades speed for memory.
-    """
-
-    device: str = "auto"
-    max_batch: int = 8
-    dtype: Dtype = "auto"
-    attention: Attention | None = None
 
 
 def load_engine(

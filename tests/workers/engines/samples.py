@@ -15,8 +15,8 @@ from shared.params import Params
 from shared.regions import Box
 from workers.engines.diffusers_loading import Components, load_components
 from workers.engines.diffusion import DiffusionEngine
+from workers.engines.options import EngineOptions
 from workers.engines.protocol import Interruption, Pixels, RegionWork
-from workers.engines.registry import EngineOptions
 
 WINDOW = Box(0, 0, 64, 64)
 
