@@ -31,7 +31,7 @@ GRACE_SECONDS = 10.0
 @click.option("--engine", help="sd2, opencv or diffusers:FOLDER_OR_HUB_ID[@REVISION].")
 @click.option("--devices", default="all", show_default=True, help="all, cpu, or 0,1,...")
 @click.option("--concurrency", type=click.IntRange(0, 256), help="Jobs in hand per process.")
-@click.option("--max-batch", type=click.IntRange(1, 256), help="Windows per forward pass.")
+@click.option("--max-batch", type=click.IntRange(1, 256), help="Rows per forward pass.")
 @click.option("--check", is_flag=True, help="Load the engine on each device, say so, exit.")
 def worker(
     engine: str | None,
