@@ -29,7 +29,7 @@ from shared.queue import Queue
 from shared.settings import Settings
 from shared.storage import Storage, absolute, is_s3, parent
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
 NO_WORKER_SECONDS = 10.0
 
 
@@ -272,7 +272,10 @@ def _wait(
     with terminal.job_progress(console) as bar:
         task = bar.add_task("inpainting", total=None, note="")
         while True:
+            asked = time.monotonic()
             found = progress(db, submission)
+            # Counting a million rows takes a while; the database has better things to do.
+            pause = max(POLL_SECONDS, 10 * (time.monotonic() - asked))
             note = f"{found.counts['failed']} failed" if found.counts["failed"] else ""
             bar.update(task, total=found.total, completed=found.total - found.left, note=note)
             if not found.left:
@@ -286,7 +289,7 @@ def _wait(
                     f"no worker has taken a job yet; start: inpaint-worker --engine {engine}"
                 )
                 said = True
-            time.sleep(POLL_SECONDS if workers is None else 0.1)
+            time.sleep(pause)
 
 
 def _print_end(
