@@ -5,6 +5,7 @@ The servers start at the first test that wants them and live as long as the sess
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from uuid import uuid4
 import boto3
 import pytest
 import redis
+from sqlalchemy.engine import make_url
 
+from shared import schema
+from shared.db import Database
 from tests import servers
 
 
@@ -69,6 +73,43 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'inpaint.db'}"
     return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with our empty tables, to copy: quicker than the migrations."""
+    path = tmp_path_factory.mktemp("migrated") / "inpaint.db"
+    _upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_url(postgres_cluster: str) -> Iterator[str]:
+    """A PostgreSQL database with our tables, to empty: quicker than a database per test."""
+    url = servers.create_database(postgres_cluster)
+    _upgrade(url)
+    yield url
+    servers.drop_database(url)
+
+
+def _upgrade(url: str) -> None:
+    database = Database(make_url(url))
+    schema.upgrade(database)
+    database.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """Our empty tables; the test runs once on SQLite and once on PostgreSQL."""
+    if request.param == "sqlite":
+        migrated = request.getfixturevalue("migrated_file")
+        database = Database(make_url(f"sqlite:///{shutil.copy(migrated, tmp_path)}"))
+    else:
+        database = Database(make_url(request.getfixturevalue("migrated_url")))
+        with database.write() as connection:
+            connection.exec_driver_sql("TRUNCATE submissions, jobs, attempts RESTART IDENTITY")
+    yield database
+    database.close()
 
 
 @dataclass(frozen=True, kw_only=True)

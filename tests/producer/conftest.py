@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from tests.producer.desk import Desk
 
 
 @pytest.fixture
-def desk(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def desk(
+    tmp_path: Path, redis_url: str, migrated_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Desk:
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         monkeypatch.delenv(name)
     folder = tmp_path.resolve() / "desk"
@@ -23,6 +26,8 @@ def desk(tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Des
     monkeypatch.setenv("INPAINT_BROKER_URL", redis_url)
     monkeypatch.setenv("INPAINT_ENGINE", "opencv")
     monkeypatch.setenv("COLUMNS", "200")
+    (folder / ".inpaint").mkdir()
+    shutil.copy(migrated_file, folder / ".inpaint")
     return Desk(folder)
 
 

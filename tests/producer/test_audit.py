@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy.engine import make_url
 
 from producer import audit
-from shared import jobs, schema, submissions
+from shared import jobs, submissions
 from shared.db import Database
 from shared.errors import ImageError, InpaintError, OutOfMemory
 from shared.jobs import AttemptRecord, Selection
@@ -18,11 +16,8 @@ from tests.job_table import AT_ONCE, JobTable, new_job
 
 
 @pytest.fixture
-def table(database_url: str) -> Iterator[JobTable]:
-    db = Database(make_url(database_url))
-    schema.upgrade(db)
-    yield JobTable(db)
-    db.close()
+def table(db: Database) -> JobTable:
+    return JobTable(db)
 
 
 def fail(table: JobTable, job: int, error: InpaintError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,12 @@ def counts(*numbers: int) -> dict[str, int]:
 
 def test_a_good_manifest_is_counted_and_nothing_is_recorded(desk: Desk) -> None:
     manifest = desk.catalog(3)
+    shutil.rmtree(desk.folder / ".inpaint")
     before = sorted(desk.folder.rglob("*"))
     found, ran = rehearsed(desk, manifest)
     assert ran.status == 0
     assert found == counts(3, 0, 3, 3, 0, 0)
-    assert sorted(desk.folder.rglob("*")) == before, "not even a database"
+    assert sorted(desk.folder.rglob("*")) == before
     assert desk.submit(manifest, "--dry-run").out == (
         "dry run: 3 rows, 0 invalid; would run 3 regions in 3 windows; 0 rows have an empty "
         "mask; 0 results would be overwritten\n"

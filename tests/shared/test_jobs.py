@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 import redis
 from sqlalchemy import insert, update
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
 
 from shared import jobs
@@ -163,9 +166,10 @@ def test_a_message_that_may_be_on_its_way_is_not_sent_again(
 
 
 def test_more_lost_messages_than_a_statement_has_parameters_come_back(
-    db: Database, redis_url: str
+    migrated_file: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    count, queue = 33_000, Queue(redis_url)
+    db = Database(make_url(f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"))
+    count, queue = 33_000, Queue(redis_url)  # SQLite has the lower limit
     submission = JobTable(db).submission()
     record(db, submission, [new_job(line, content_key=b"%16d" % line) for line in range(count)])
     with db.write() as connection:
@@ -173,6 +177,7 @@ def test_more_lost_messages_than_a_statement_has_parameters_come_back(
     assert jobs.redeliver(db, queue, ENGINE, grace_seconds=5) == count
     assert queue.length(ENGINE) == count
     queue.close()
+    db.close()
 
 
 # --- queued -> running ----------------------------------------------------------------------
