@@ -294,14 +294,21 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 # The tags that say how pixels are stored; every other one is metadata.
-_TIFF_NEEDED = frozenset(
+TIFF_NEEDED = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324}
     | {325, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532}
 )
 
 
+# Pillow warns where one of these has several values.
+_TIFF_SINGLE = (256, 257, 259, 262, 266, 277, 278, 284, 292, 293, 317, 322, 323, 332, 512, 513)
+
+
 def _read_tiff(data: bytes) -> Header:
     directory = tags.read_directory(data)
+    entries = [entry for tag, entry in directory.entries.items() if tag in _TIFF_SINGLE]
+    if any(entry.count != 1 for entry in entries):
+        raise truncated("TIFF")
     width, height = directory.integer(data, 256, 0), directory.integer(data, 257, 0)
     orientation = directory.integer(data, tags.ORIENTATION, 1)
     return Header(
@@ -349,7 +356,7 @@ def _tiff_bytes(data: bytes, directory: tags.Directory, tag: int) -> bytes:
 
 def _bare_tiff(data: bytes, directory: tags.Directory) -> bytes:
     """The file with a new directory at its end that holds only what the pixels need."""
-    entries = [entry for tag, entry in sorted(directory.entries.items()) if tag in _TIFF_NEEDED]
+    entries = [entry for tag, entry in sorted(directory.entries.items()) if tag in TIFF_NEEDED]
     word, inline = ("Q", 8) if directory.big else ("I", 4)
     lines = []
     for entry in entries:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 ORIENTATION = 0x0112
+SUBDIRECTORIES = frozenset({34665, 34853, 40965})  # EXIF, GPS, interoperability
 THUMBNAIL_OFFSET = 0x0201
 THUMBNAIL_LENGTH = 0x0202
 
@@ -15,6 +16,12 @@ THUMBNAIL_LENGTH = 0x0202
 TYPE_SIZES: Mapping[int, int] = {
     **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8},
     **{11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8},
+}
+# Bytes of one number, where values are made of numbers; a rational is two of 4.
+_WORDS: Mapping[int, int] = {
+    **dict.fromkeys((3, 8), 2),
+    **dict.fromkeys((4, 5, 9, 10, 11, 13), 4),
+    12: 8,
 }
 _INTEGERS: Mapping[int, str] = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 
@@ -107,21 +114,90 @@ def upright(exif: bytes) -> bytes:
     block = bytearray(exif)
     try:
         first = read_directory(block)
-        if entry := first.entries.get(ORIENTATION):
-            struct.pack_into(
-                f"{first.order}{_INTEGERS.get(entry.type, 'H')}", block, entry.place, 1
-            )
-        if first.next:
-            _drop_thumbnail(block, first)
     except DirectoryError:
         return exif
+    entry = first.entries.get(ORIENTATION)
+    if entry and entry.count and entry.type in _INTEGERS:
+        struct.pack_into(f"{first.order}{_INTEGERS[entry.type]}", block, entry.place, 1)
+    if first.next:
+        _drop_thumbnail(block, first)
     return bytes(block)
 
 
 def _drop_thumbnail(block: bytearray, first: Directory) -> None:
-    second = read_directory(block, first.next)
+    struct.pack_into(f"{first.order}I", block, first.next_place, 0)
+    try:
+        second = read_directory(block, first.next)
+    except DirectoryError:
+        return
     start = second.integer(block, THUMBNAIL_OFFSET, 0)
     end = start + second.integer(block, THUMBNAIL_LENGTH, 0)
     if 0 < start < end <= len(block):
         block[start:end] = bytes(end - start)
-    struct.pack_into(f"{first.order}I", block, first.next_place, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Value:
+    """One tag on its way into another file: little-endian bytes, or a directory of its own."""
+
+    tag: int
+    type: int
+    count: int
+    body: bytes = b""
+    inner: tuple[_Value, ...] = ()
+
+
+def with_tags(file: bytes, source: bytes, *, but: frozenset[int]) -> bytes:
+    """A little-endian TIFF file with the source's tags added, except ``but`` and its own.
+
+    The new directory goes to the end and nothing else moves. Raises DirectoryError where one
+    of the two is no TIFF.
+    """
+    ours, theirs = read_directory(file), read_directory(source)
+    values = _values(file, ours, but=frozenset())
+    values += _values(source, theirs, but=but | frozenset(ours.entries))
+    start = len(file) + len(file) % 2
+    head = file[:4] + struct.pack("<I", start) + file[8:]
+    return head.ljust(start, b"\0") + _packed(values, start)
+
+
+def _values(data: bytes, directory: Directory, *, but: frozenset[int]) -> tuple[_Value, ...]:
+    found = []
+    for tag, entry in directory.entries.items():
+        body = data[entry.place : entry.place + entry.length]
+        if tag in SUBDIRECTORIES and tag not in but:
+            found += _subdirectory(data, directory, tag)
+        elif tag not in but and entry.type < 16:
+            body = body if directory.order == "<" else _swapped(body, _WORDS.get(entry.type, 1))
+            found.append(_Value(tag=tag, type=entry.type, count=entry.count, body=body))
+    return tuple(found)
+
+
+def _subdirectory(data: bytes, directory: Directory, tag: int) -> list[_Value]:
+    """The directory that a tag points to; nothing where it is damaged."""
+    try:
+        offset = directory.integer(data, tag, 0)
+        found = _read(data, offset, directory.order, big=directory.big)
+    except (DirectoryError, struct.error):
+        return []
+    # A directory that points at itself would never end.
+    inner = _values(data, found, but=SUBDIRECTORIES)
+    return [_Value(tag=tag, type=4, count=1, inner=inner)] if inner else []
+
+
+def _swapped(body: bytes, size: int) -> bytes:
+    return b"".join(body[at : at + size][::-1] for at in range(0, len(body), size))
+
+
+def _packed(values: tuple[_Value, ...], start: int) -> bytes:
+    """A directory that is to lie at the offset, with what it points to behind it."""
+    behind = start + 2 + 12 * len(values) + 4
+    lines, tail = [struct.pack("<H", len(values))], b""
+    for value in sorted(values, key=lambda one: one.tag):
+        place = behind + len(tail)
+        body = _packed(value.inner, place) if value.inner else value.body
+        inline = len(body) <= 4 and not value.inner
+        lines.append(struct.pack("<HHI", value.tag, value.type, value.count))
+        lines.append(body.ljust(4, b"\0") if inline else struct.pack("<I", place))
+        tail += b"" if inline else body + bytes(len(body) % 2)
+    return b"".join([*lines, bytes(4), tail])

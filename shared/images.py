@@ -26,7 +26,16 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from shared.containers import FORMATS, Header, jpeg_segment, png_chunk, read_header, truncated
+from shared import exif
+from shared.containers import (
+    FORMATS,
+    TIFF_NEEDED,
+    Header,
+    jpeg_segment,
+    png_chunk,
+    read_header,
+    truncated,
+)
 from shared.errors import ImageError, ObjectTooLarge
 
 Array = NDArray[Any]  # uint8, uint16 or bool, as Picture.pixels says
@@ -456,6 +465,9 @@ def _write_webp(image: Image.Image, picture: Picture, quality: int | None) -> by
 
 
 def _write_tiff(image: Image.Image, picture: Picture) -> bytes:
+    if picture.format == "TIFF":
+        written = _saved(image, "TIFF", compression=picture.coding.compression)
+        return exif.with_tags(written, picture.source, but=_TIFF_CHANGED)
     metadata = picture.metadata
     options: dict[str, Any] = {"compression": picture.coding.compression}
     if metadata.dpi:
@@ -470,6 +482,8 @@ def _write_bmp(image: Image.Image, picture: Picture) -> bytes:
     return _saved(image, "BMP", **({"dpi": dpi} if dpi else {}))
 
 
+# How pixels are stored, the orientation, and directories of other versions of the picture.
+_TIFF_CHANGED = TIFF_NEEDED | {exif.ORIENTATION, 254, 255, 330}
 # Lossy compressions inside TIFF are left out: what they would do to untouched pixels is worse
 # than a larger file.
 _TIFF_COMPRESSIONS = {

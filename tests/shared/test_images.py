@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import IFDRational
 from skimage import data
 
 from shared import images, masks
 from shared.containers import png_chunk
 from shared.errors import ImageError, MaskError, ObjectTooLarge
+from shared.exif import read_directory, with_tags
 
 LIMIT = 10_000_000
 CAT = Image.fromarray(data.chelsea()).resize((150, 100))
@@ -202,6 +204,27 @@ def test_tiff_keeps_its_compression() -> None:
     assert open_(repainted(save(CAT, "TIFF", compression="jpeg"))).info["compression"] != "jpeg"
 
 
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_tiff_keeps_its_tags_and_exif_in_either_byte_order(order: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E], exif[0x013B], exif[0x0112] = "a cat", "somebody", 3
+    exif.get_ifd(0x8769)[0x829A] = IFDRational(1, 300)
+    exif.get_ifd(0x8769)[0x9003] = "2026:01:02 03:04:05"
+    exif.get_ifd(0x8825)[1] = "N"
+    exif.endian = {"II": "<", "MM": ">"}[order]
+    block = exif.tobytes()[6:]
+    assert block[:2] == order.encode()
+    written = save(CAT, "TIFF", dpi=(300, 150), icc_profile=ICC)
+    before = with_tags(written, block, but=frozenset())
+    after = open_(repainted(before)).getexif()
+    assert (after[0x010E], after[0x013B], after.get(0x0112)) == ("a cat", "somebody", None)
+    assert after.get_ifd(0x8769)[0x829A] == pytest.approx(1 / 300)
+    assert after.get_ifd(0x8769)[0x9003] == "2026:01:02 03:04:05"
+    assert after.get_ifd(0x8825)[1] == "N"
+    assert open_(repainted(before)).info["dpi"] == (300, 150)
+    assert open_(repainted(before)).info["icc_profile"] == ICC
+
+
 def test_webp_stays_lossless_only_if_it_was() -> None:
     assert b"VP8L" in repainted(save(CAT, "WEBP", lossless=True))
     assert b"VP8L" not in repainted(save(CAT, "WEBP", quality=80))
@@ -232,8 +255,7 @@ def test_orientation_is_applied_once_and_reset(format: str, orientation: int) ->
     assert after.getexif().get(0x0112, 1) == 1
     difference = np.abs(np.asarray(after.convert("RGB")).astype(int) - shown)
     assert difference[10:, 10:].max() <= (6 if format == "JPEG" else 0)
-    if format != "TIFF":
-        assert after.getexif()[0x010F] == "camera"
+    assert after.getexif()[0x010F] == "camera"
 
 
 def test_the_thumbnail_which_shows_the_old_picture_goes() -> None:
@@ -244,6 +266,14 @@ def test_the_thumbnail_which_shows_the_old_picture_goes() -> None:
     after = repainted(save(CAT, "JPEG", exif=exif))
     assert b"THUMBNAIL" not in after
     assert b"Exif\0\0II" in after
+
+
+def test_a_damaged_thumbnail_does_not_keep_the_orientation_from_being_reset() -> None:
+    entry = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 1) + entry + struct.pack("<I", 9999)
+    after = repainted(save(CAT, "PNG", exif=exif))
+    assert open_(after).size == (100, 150)
+    assert open_(after).getexif()[0x0112] == 1
 
 
 # Refusals
@@ -276,6 +306,14 @@ def test_what_cannot_be_read_is_refused_in_one_line(case: str) -> None:
     with pytest.raises(ImageError, match=word) as caught:
         decode(file)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tiff_that_says_its_width_twice_is_refused_without_a_warning() -> None:
+    file = bytearray(save(CAT, "TIFF"))
+    width = read_directory(file).entries[256]
+    struct.pack_into("<I", file, width.place - 4, 2)
+    with pytest.raises(ImageError, match="damaged"):
+        decode(bytes(file))
 
 
 def test_sixteen_bits_of_colour_are_refused_not_cut_to_eight() -> None:
