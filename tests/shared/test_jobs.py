@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
 import pytest
 import redis
 from sqlalchemy import insert, update
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError
 
 from shared import jobs
@@ -28,11 +25,10 @@ from shared.errors import (
     ParameterError,
 )
 from shared.jobs import AttemptRecord, LeasedJob, Selection
-from shared.models import Attempt, Job
+from shared.models import Attempt
 from shared.params import Params
 from shared.queue import Message, Queue
-from shared.submissions import record
-from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, new_job
+from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, Sent
 
 BROKEN = OutOfMemory("the device is full")
 HOPELESS = ImageError("not a picture")
@@ -165,19 +161,32 @@ def test_a_message_that_may_be_on_its_way_is_not_sent_again(
     queue.close()
 
 
-def test_more_lost_messages_than_a_statement_has_parameters_come_back(
-    migrated_file: Path, tmp_path: Path, redis_url: str
+def test_a_job_that_is_taken_while_redis_is_asked_is_not_published_again(table: JobTable) -> None:
+    job = table.one()
+    table.dispatch()
+
+    class TakenMeanwhile(Sent):
+        def waiting(self, _engine: str) -> set[tuple[int, int]]:
+            assert table.acquire(job)
+            return set()
+
+    queue = TakenMeanwhile()
+    assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 0  # type: ignore[arg-type]
+    assert queue.messages == []
+    assert table.state(job) == "running"
+
+
+def test_more_lost_messages_than_a_statement_may_name_come_back(
+    table: JobTable, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    db = Database(make_url(f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"))
-    count, queue = 33_000, Queue(redis_url)  # SQLite has the lower limit
-    submission = JobTable(db).submission()
-    record(db, submission, [new_job(line, content_key=b"%16d" % line) for line in range(count)])
-    with db.write() as connection:
-        connection.execute(update(Job).values(state="queued", queued_at=clock(-60)))
-    assert jobs.redeliver(db, queue, ENGINE, grace_seconds=5) == count
-    assert queue.length(ENGINE) == count
+    assert jobs._IDS_PER_STATEMENT < 32_766, "SQLite's limit, the lower one"
+    monkeypatch.setattr(jobs, "_IDS_PER_STATEMENT", 2)
+    queue = Queue(redis_url)
+    ids = table.add(5)
+    table.dispatch()
+    assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 5
+    assert queue.waiting(ENGINE) == {(job, 0) for job in ids}
     queue.close()
-    db.close()
 
 
 # --- queued -> running ----------------------------------------------------------------------
