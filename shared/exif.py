@@ -111,6 +111,18 @@ def upright(exif: bytes) -> bytes:
 
     Everything else keeps its bytes and its place, so maker notes with absolute offsets survive.
     """
+    block = bytearray(oriented(exif, 1))
+    try:
+        first = read_directory(block)
+    except DirectoryError:
+        return exif
+    if first.next:
+        _drop_thumbnail(block, first)
+    return bytes(block)
+
+
+def oriented(exif: bytes, orientation: int) -> bytes:
+    """The block with that orientation, 1 to 8, where it names one; otherwise as it is."""
     block = bytearray(exif)
     try:
         first = read_directory(block)
@@ -118,9 +130,7 @@ def upright(exif: bytes) -> bytes:
         return exif
     entry = first.entries.get(ORIENTATION)
     if entry and entry.count and entry.type in _INTEGERS:
-        struct.pack_into(f"{first.order}{_INTEGERS[entry.type]}", block, entry.place, 1)
-    if first.next:
-        _drop_thumbnail(block, first)
+        struct.pack_into(f"{first.order}{_INTEGERS[entry.type]}", block, entry.place, orientation)
     return bytes(block)
 
 

@@ -7,6 +7,7 @@ called one by one: ``Image.open`` would try formats that are not allowed and war
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from shared import exif
+from shared import exif, jpeg
 from shared.containers import (
     FORMATS,
     TIFF_NEEDED,
@@ -36,7 +37,9 @@ from shared.containers import (
     read_header,
     truncated,
 )
-from shared.errors import ImageError, ObjectTooLarge
+from shared.errors import FidelityError, ImageError, ObjectTooLarge
+
+log = logging.getLogger(__name__)
 
 Array = NDArray[Any]  # uint8, uint16 or bool, as Picture.pixels says
 Pixels = NDArray[np.uint8]
@@ -225,8 +228,10 @@ def encode(picture: Picture, *, format: str | None = None, quality: int | None =
     """The picture's file: its source's own bytes where nothing was touched.
 
     format: one of ``FORMATS``, or the source's. quality: 1 to 100 for JPEG and WebP; without
-    it JPEG keeps the source's tables and WebP its losslessness. Raises ImageError where the
-    format cannot hold the picture's depth or alpha.
+    it JPEG keeps the source's tables and every block that nothing touched, as ``shared.jpeg``
+    says, and WebP its losslessness. Raises ImageError where the format cannot hold the
+    picture's depth or alpha, and FidelityError where a JPEG would decode otherwise outside
+    what was touched.
     """
     name = format or picture.format
     if name not in FORMATS:
@@ -234,6 +239,11 @@ def encode(picture: Picture, *, format: str | None = None, quality: int | None =
     same = name == picture.format
     if same and picture.touched is None and picture.source and quality is None:
         return picture.source
+    if same and name == "JPEG" and picture.source and quality is None:
+        try:
+            return _spliced(picture)
+        except jpeg.CannotSplice as error:
+            log.warning("a JPEG is encoded as a whole and changes a little everywhere: %s", error)
     image = _image(*_fitted(picture, name))
     try:
         return _written(name, image, picture, quality)
@@ -394,6 +404,32 @@ def _written(name: str, image: Image.Image, picture: Picture, quality: int | Non
             return _write_tiff(image, picture)
         case _:
             return _write_bmp(image, picture)
+
+
+def _spliced(picture: Picture) -> bytes:
+    """The source with its touched blocks rewritten, stored the way round that it was.
+
+    Raises CannotSplice, and FidelityError where a pixel out of reach decodes otherwise.
+    """
+    header, touched = read_header(picture.source), picture.touched
+    assert touched is not None  # noqa: S101 - encode returns the source then
+    back = {6: 8, 8: 6}.get(header.orientation, header.orientation)
+    stored = exif.oriented(header.exif, header.orientation)
+    spliced = jpeg.splice(
+        picture.source,
+        _turned(picture.pixels, back),
+        _turned(touched, back),
+        metadata=picture.metadata.segments.replace(header.exif, stored)
+        if header.orientation > 1
+        else picture.metadata.segments,
+    )
+    result = decode(spliced.data, max_pixels=touched.size)
+    differs = result.pixels != picture.pixels
+    outside = ~_turned(spliced.reach, header.orientation)
+    wrong = np.count_nonzero((differs if differs.ndim == 2 else differs.any(axis=-1)) & outside)
+    if wrong or result.mode != picture.mode:
+        raise FidelityError(f"{wrong} pixels outside the mask would have changed; report this")
+    return spliced.data
 
 
 def _write_jpeg(image: Image.Image, picture: Picture, quality: int | None) -> bytes:

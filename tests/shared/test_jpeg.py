@@ -1,0 +1,450 @@
+"""JPEG results: what was not repainted decodes exactly as before, in every kind of file."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import struct
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jpeglib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from skimage import data
+
+from shared import images, jpeg
+from shared.errors import EngineUnavailable, FidelityError, StorageUnavailable
+
+Pixels = NDArray[Any]
+Mask = NDArray[np.bool_]
+Area = tuple[int, int, int, int]  # left, top, right, bottom
+
+PHOTOGRAPHS = {name: Image.fromarray(getattr(data, name)()) for name in ("coffee", "astronaut")}
+COFFEE = PHOTOGRAPHS["coffee"].crop((150, 60, 353, 231))  # 203 x 171: no whole blocks
+BOX = (61, 43, 102, 90)
+TEMPORARY = tempfile.TemporaryDirectory()
+
+
+def save(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **{"quality": 85, **options})
+    return buffer.getvalue()
+
+
+def opened(file: bytes) -> Any:
+    image = Image.open(io.BytesIO(file))
+    image.load()
+    return image
+
+
+def by_pillow(file: bytes) -> Pixels:
+    return np.asarray(opened(file))
+
+
+def by_opencv(file: bytes) -> Pixels:
+    flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+    decoded = cv2.imdecode(np.frombuffer(file, np.uint8), flags)
+    assert decoded is not None
+    return decoded
+
+
+def decode(file: bytes) -> images.Picture:
+    return images.decode(file, max_pixels=20_000_000)
+
+
+def boxed(shape: tuple[int, ...], box: Area) -> Mask:
+    touched = np.zeros(shape[:2], np.bool_)
+    touched[box[1] : box[3], box[0] : box[2]] = True
+    return touched
+
+
+def repainted(file: bytes, touched: Mask) -> images.Picture:
+    """The file's picture with other parts of itself where it is touched."""
+    picture = decode(file)
+    pixels = picture.pixels.copy()
+    pixels[touched] = np.roll(pixels, (37, 53), (0, 1))[touched] ^ 1
+    return picture.replace(pixels, touched=touched)
+
+
+def differs(one: Pixels, other: Pixels) -> Mask:
+    assert one.shape == other.shape
+    return (one != other).reshape(*one.shape[:2], -1).any(axis=-1)
+
+
+def allowed(file: bytes, touched: Mask) -> Mask:
+    """The touched MCUs, and one colour sample around them where colour is subsampled."""
+    layers = opened(file).layer
+    across, down = max(one[1] for one in layers), max(one[2] for one in layers)
+    if len(layers) == 1:
+        across = down = 1
+    height, width = touched.shape
+    grid = np.pad(touched, ((0, -height % (8 * down)), (0, -width % (8 * across))))
+    blocks = grid.reshape(grid.shape[0] // (8 * down), 8 * down, -1, 8 * across).any(axis=(1, 3))
+    whole = blocks.repeat(8 * down, axis=0).repeat(8 * across, axis=1)
+    near = whole.copy()
+    for axis, factor in ((0, down), (1, across)):
+        grown = near.copy()
+        for step in range(-factor if factor > 1 else 0, factor + 1 if factor > 1 else 1):
+            grown |= np.roll(near, step, axis)
+        near = grown
+    return near[:height, :width]
+
+
+def error(pixels: Pixels, wanted: Pixels, where: Mask) -> float:
+    """Root of the mean square difference."""
+    return float(np.sqrt(((pixels[where].astype(float) - wanted[where]) ** 2).mean()))
+
+
+def with_sampling(folder: Path, *factors: tuple[int, int]) -> bytes:
+    """The photograph with sampling factors (down, across) that Pillow does not write."""
+    image = jpeglib.from_spatial(np.array(COFFEE))
+    image.samp_factor = np.array(factors)
+    image.write_spatial(str(folder / "sampled.jpg"), qt=85)
+    return (folder / "sampled.jpg").read_bytes()
+
+
+def transformed(file: bytes, transform: int) -> bytes:
+    """The file with another colour space in its Adobe segment: strange colours, but valid."""
+    at = file.index(b"Adobe") + 11
+    return file[:at] + bytes([transform]) + file[at + 1 :]
+
+
+def unmarked(file: bytes) -> bytes:
+    """The file without its Adobe segment."""
+    start = file.index(b"\xff\xee")
+    return file[:start] + file[start + 16 :]
+
+
+def renamed(file: bytes) -> bytes:
+    """An RGB file whose components are numbered 1 to 3, so that only its Adobe segment tells."""
+    start = file.index(b"\xff\xc0") + 10
+    scan = file.index(b"\xff\xda") + 5
+    names = {start: 1, start + 3: 2, start + 6: 3, scan: 1, scan + 2: 2, scan + 4: 3}
+    return bytes(names.get(at, byte) for at, byte in enumerate(file))
+
+
+FILES = {
+    **{
+        f"{name}, {kind}": save(COFFEE, subsampling=number, progressive=kind == "progressive")
+        for kind in ("baseline", "progressive")
+        for number, name in enumerate(("4:4:4", "4:2:2", "4:2:0"))
+    },
+    "grey": save(COFFEE.convert("L")),
+    "grey, progressive": save(COFFEE.convert("L"), progressive=True),
+    "CMYK": save(COFFEE.convert("CMYK")),
+    "CMYK, progressive": save(COFFEE.convert("CMYK"), progressive=True),
+    "YCCK": transformed(save(COFFEE.convert("CMYK")), 2),
+    "CMYK, unmarked": unmarked(save(COFFEE.convert("CMYK"))),
+    "RGB": save(COFFEE, keep_rgb=True),
+    "RGB, numbered": renamed(save(COFFEE, keep_rgb=True)),
+    "RGB, unmarked": unmarked(save(COFFEE, keep_rgb=True)),
+    "YCC, numbered as RGB": transformed(save(COFFEE, keep_rgb=True), 1),
+    "restarts": save(COFFEE, restart_marker_blocks=3),
+    "restarts, progressive": save(COFFEE, restart_marker_rows=1, progressive=True),
+    "finest": save(COFFEE, quality=100, subsampling=0),
+    "coarse": save(COFFEE, quality=5),
+    "16-bit tables": save(COFFEE, qtables=[[300] * 64, [400] * 64]),
+    "one pixel": save(COFFEE.crop((100, 50, 101, 51))),
+    "one row": save(COFFEE.crop((0, 50, 203, 51))),
+    "smaller than a block": save(COFFEE.crop((100, 50, 107, 53))),
+    "one block and a column": save(COFFEE.crop((100, 50, 117, 66))),
+    "retina": save(Image.fromarray(data.retina()).resize((706, 705))),
+    **{name: save(photograph) for name, photograph in PHOTOGRAPHS.items()},
+}
+
+
+def assert_same_outside(before: bytes, after: bytes, touched: Mask) -> None:
+    outside = ~allowed(before, touched)
+    for read in (by_pillow, by_opencv):
+        assert not (differs(read(before), read(after)) & outside).any()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
+    before = FILES[name]
+    picture = repainted(before, boxed(decode(before).pixels.shape, BOX))
+    touched = picture.touched
+    if touched is None:
+        touched = boxed(picture.pixels.shape, (0, 0, 1, 1))
+        picture = repainted(before, touched)
+    after = images.encode(picture)
+    assert after != before
+    assert_same_outside(before, after, touched)
+    assert opened(after).layer == opened(before).layer
+    assert opened(after).quantization == opened(before).quantization
+    assert opened(after).info.get("progressive") == opened(before).info.get("progressive")
+
+
+@pytest.mark.parametrize(
+    "name", ["4:4:4, baseline", "4:2:0, baseline", "4:2:0, progressive", "grey", "RGB", "coarse"]
+)
+def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
+    picture = repainted(FILES[name], boxed((171, 203), BOX))
+    spliced, whole = images.encode(picture), images._write_jpeg(*as_whole(picture))
+    assert picture.touched is not None
+    ours, theirs = (
+        error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
+    )
+    assert ours <= theirs * 1.03 + 0.05
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name[:3] in ("CMY", "YCC", "RGB")])
+def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
+    picture, touched = decode(FILES[name]), boxed((171, 203), BOX)
+    colour = (30, 90, 120, 60)[: picture.pixels.shape[2]]
+    pixels = picture.pixels.copy()
+    pixels[touched] = colour
+    after = by_pillow(images.encode(picture.replace(pixels, touched=touched)))
+    whole_blocks = after[48:88, 64:96].astype(int)
+    assert np.abs(whole_blocks - colour).max() <= 3
+
+
+def as_whole(picture: images.Picture) -> tuple[Image.Image, images.Picture, None]:
+    return Image.fromarray(np.array(picture.pixels)), picture, None
+
+
+@pytest.mark.parametrize("name", ["4:2:2, baseline", "4:2:0, baseline", "4:2:0, progressive"])
+def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_as_a_whole(
+    name: str,
+) -> None:
+    picture = repainted(FILES[name], boxed((171, 203), BOX))
+    assert picture.touched is not None
+    beside = allowed(FILES[name], picture.touched) & ~picture.touched
+    before = by_pillow(FILES[name])
+    ours = error(by_pillow(images.encode(picture)), before, beside)
+    assert ours < error(by_pillow(images._write_jpeg(*as_whole(picture))), before, beside)
+
+
+def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
+    marked = np.zeros((64, 64, 3), np.uint8)
+    marked[:, 3::7] = 255
+    before = save(Image.fromarray(marked), quality=40)
+    picture = decode(before)
+    touched = boxed((64, 64), (16, 16, 48, 48))
+    pixels = picture.pixels.copy()
+    pixels[touched] = 128
+    after = by_pillow(images.encode(picture.replace(pixels, touched=touched)))
+    assert np.abs(after[touched].astype(int) - 128).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["coffee", "astronaut", "retina", "4:2:0, progressive"])
+def test_blocks_are_copied_and_the_file_keeps_its_size(name: str) -> None:
+    before = FILES[name]
+    touched = boxed(by_pillow(before).shape, BOX)
+    picture = repainted(before, touched)
+    spliced = jpeg.splice(before, picture.pixels, touched, metadata=b"")
+    blocks = touched.size / 64
+    assert 1 - spliced.copied < 100 / blocks
+    assert len(spliced.data) < len(before) * 1.05
+
+
+def test_brightness_is_copied_in_blocks_of_eight_pixels_whatever_colour_does() -> None:
+    before = FILES["4:2:0, baseline"]
+    picture = repainted(before, boxed((171, 203), (40, 40, 44, 44)))
+    reach = jpeg.splice(before, picture.pixels, boxed((171, 203), (40, 40, 44, 44)), metadata=b"")
+    old, new = (coefficients(file) for file in (before, reach.data))
+    changed = [(one != other).any(axis=(2, 3)) for one, other in zip(old, new, strict=True)]
+    brightness, *colours = [np.argwhere(one).tolist() for one in changed]
+    assert brightness == [[5, 5]]
+    assert all(colour in ([[2, 2]], []) for colour in colours)
+
+
+def coefficients(file: bytes) -> list[NDArray[np.int16]]:
+    path = Path(TEMPORARY.name) / "read.jpg"
+    path.write_bytes(file)
+    image = jpeglib.read_dct(path)
+    image.load()
+    return [image.Y, image.Cb, image.Cr]
+
+
+@pytest.mark.parametrize(
+    "factors",
+    [((1, 4), (1, 1), (1, 1)), ((2, 1), (1, 1), (1, 1)), ((2, 2), (1, 2), (1, 1))],
+    ids=["4:1:1", "4:4:0", "mixed"],
+)
+def test_unusual_subsampling_is_kept(factors: tuple[tuple[int, int], ...], tmp_path: Path) -> None:
+    before = with_sampling(tmp_path, *factors)
+    touched = boxed((171, 203), BOX)
+    after = images.encode(repainted(before, touched))
+    assert_same_outside(before, after, touched)
+    assert opened(after).layer == opened(before).layer
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    width=st.integers(1, 70),
+    height=st.integers(1, 70),
+    subsampling=st.integers(0, 2),
+    progressive=st.booleans(),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    seed=st.integers(0, 1000),
+)
+def test_any_size_and_any_touched_pixels(
+    width: int, height: int, subsampling: int, progressive: bool, mode: str, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    image = COFFEE.crop((20, 30, 20 + width, 30 + height)).convert(mode)
+    before = save(image, subsampling=subsampling, progressive=progressive)
+    touched = random.random((height, width)) < random.choice([0.001, 0.02, 0.3])
+    touched[random.integers(height), random.integers(width)] = True
+    after = images.encode(repainted(before, touched))
+    assert_same_outside(before, after, touched)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_turned_picture_stays_stored_as_it_was(orientation: int, subsampling: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "camera"
+    before = save(COFFEE, exif=exif, subsampling=subsampling)
+    picture = repainted(before, boxed(decode(before).pixels.shape, BOX))
+    after = images.encode(picture)
+    assert opened(after).getexif()[0x0112] == orientation
+    assert opened(after).getexif()[0x010F] == "camera"
+    old, new = (np.asarray(ImageOps.exif_transpose(opened(file))) for file in (before, after))
+    left, top, right, bottom = BOX
+    outside = ~boxed(old.shape, (left - 18, top - 18, right + 18, bottom + 18))
+    assert not (differs(old, new) & outside).any()
+    inside = boxed(old.shape, BOX)
+    assert error(new, picture.pixels, inside) < error(new, old, inside) / 4
+    assert np.array_equal(decode(after).pixels, new)
+
+
+def test_every_segment_is_kept_and_the_thumbnail_goes() -> None:
+    directory = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, 6, 0, 26)
+    thumbnail = struct.pack("<HHHIIHHIII", 2, 0x201, 4, 1, 56, 0x202, 4, 1, 9, 0)
+    exif = b"Exif\0\0" + directory + thumbnail + b"THUMBNAIL"
+    before = save(
+        COFFEE, exif=exif, icc_profile=b"profile" * 20_000, comment=b"hello", dpi=(300, 200)
+    )
+    after = images.encode(repainted(before, boxed((203, 171), BOX)))
+    for name in ("icc_profile", "comment", "dpi", "jfif"):
+        assert opened(after).info[name] == opened(before).info[name]
+    assert opened(after).getexif()[0x112] == 6
+    assert b"THUMBNAIL" in before
+    assert b"THUMBNAIL" not in after
+
+
+def test_a_file_without_jfif_gets_none_and_keeps_its_component_names() -> None:
+    plain = FILES["4:2:0, baseline"]
+    start = plain.index(b"\xff\xe0")
+    before = plain[:start] + plain[start + 18 :]
+    after = images.encode(repainted(before, boxed((171, 203), BOX)))
+    assert b"JFIF" not in after[:300]
+    assert_same_outside(before, after, boxed((171, 203), BOX))
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    names = ["4:2:0, baseline", "4:2:0, progressive", "grey, progressive", "CMYK", "restarts"] * 8
+    pictures = [repainted(FILES[name], boxed((171, 203), BOX)) for name in names]
+    alone = {name: images.encode(one) for name, one in zip(names[:5], pictures[:5], strict=True)}
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(images.encode, pictures))
+    assert together == [alone[name] for name in names]
+
+
+# What cannot be spliced
+
+
+def without_last_scan(file: bytes) -> bytes:
+    return file[: file.rindex(b"\xff\xda")] + b"\xff\xd9"
+
+
+def with_tables_between_scans(file: bytes) -> bytes:
+    start = file.index(b"\xff\xdb")
+    table = file[start : start + 2 + int.from_bytes(file[start + 2 : start + 4])]
+    place = file.index(b"\xff\xc4", file.index(b"\xff\xda"))
+    return file[:place] + table + file[place:]
+
+
+def with_huge_coefficient() -> bytes:
+    """8x8 grey whose one coefficient needs 15 bits: decoders clip it, encoders give up."""
+    frame = struct.pack(">HHBHHBBBB", 0xFFC0, 11, 8, 8, 8, 1, 1, 0x11, 0)
+    tables = b"\xff\xdb\0\x43\0" + b"\1" * 64
+    for number, symbol in ((0x00, 15), (0x10, 0)):
+        tables += struct.pack(">HHB", 0xFFC4, 20, number) + b"\1" + bytes(15) + bytes([symbol])
+    scan = struct.pack(">HHBBBBBB", 0xFFDA, 8, 1, 1, 0, 0, 63, 0) + b"\x7f\xfe\x7f"
+    return b"\xff\xd8" + tables + frame + scan + b"\xff\xd9"
+
+
+REFUSED = {
+    "scans are missing": without_last_scan(FILES["4:2:0, progressive"]),
+    "between scans": with_tables_between_scans(FILES["4:2:0, progressive"]),
+    "out of range": with_huge_coefficient(),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_spliced_is_encoded_as_a_whole_and_the_log_says_so(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = REFUSED[reason]
+    touched = boxed(decode(before).pixels.shape, (2, 2, 6, 6))
+    with caplog.at_level(logging.WARNING):
+        after = images.encode(repainted(before, touched))
+    assert opened(after).size == opened(before).size
+    assert [reason in message for message in caplog.messages] == [True]
+
+
+def test_arithmetic_coding_is_not_spliced() -> None:
+    path = Path(TEMPORARY.name) / "arithmetic.jpg"
+    path.write_bytes(FILES["grey"])
+    with jpeglib.version("turbo210"):
+        image = jpeglib.read_dct(path)
+        image.load()
+        image.write_dct(str(path), flags=["ARITH_CODE"])
+    pixels = np.zeros((171, 203), np.uint8)
+    with pytest.raises(jpeg.CannotSplice, match="arithmetic"):
+        jpeg.splice(path.read_bytes(), pixels, pixels == 0, metadata=b"")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("name", ["4:2:0, baseline", "4:2:0, progressive", "restarts"])
+def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: float) -> None:
+    file = bytearray(FILES[name])
+    place = int(len(file) * share)
+    file[place : place + 8] = b"\x5a" * 8
+    try:
+        picture = repainted(bytes(file), boxed((171, 203), BOX))
+    except images.ImageError:
+        return
+    try:
+        assert opened(images.encode(picture)).size == (203, 171)
+    except FidelityError:
+        pass
+
+
+def test_a_file_that_would_decode_otherwise_is_not_handed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jpeg, "_reach", lambda image, rewritten, shape: np.zeros(shape, np.bool_))
+    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    with pytest.raises(FidelityError, match="outside the mask would have changed"):
+        images.encode(picture)
+
+
+def test_without_jpeglib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jpeglib", None)
+    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    with pytest.raises(EngineUnavailable, match=r"inpaint-batch\[opencv\]"):
+        images.encode(picture)
+
+
+def test_a_full_disk_is_noticed_before_the_c_library_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    full = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    with pytest.raises(StorageUnavailable, match="no room"):
+        images.encode(picture)
