@@ -625,10 +625,10 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
     same = table.submission("second")
     twin = table.add(submission=same, content_key=asked_key)[0]
     table.succeed(twin)
-    line = table.job(changed).line
+    line, twins_line = table.job(changed).line, table.job(twin).line
     assert jobs.rerun(table.db, {asked_key: (first, line)}) == 1
     row = table.job(twin)
-    assert (row.state, row.submission_id) == ("pending", same)
+    assert (row.state, row.submission_id, row.line) == ("pending", same, twins_line)
 
 
 # --- the database holds the invariants too ---------------------------------------------------
