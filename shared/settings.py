@@ -126,7 +126,10 @@ class Settings(BaseSettings):
         default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
     )
     max_batch: int = Field(
-        default=8, ge=1, le=256, description="Most rows of one forward pass; a window takes two with guidance."
+        default=8,
+        ge=1,
+        le=256,
+        description="Most rows of one forward pass; a window takes two with guidance.",
     )
     max_object_bytes: int = Field(
         default=512 * 2**20, ge=1024, description="Largest image or mask that is read, in bytes."
