@@ -35,6 +35,7 @@ _APP0, _APP14, _APP15, _COMMENT, _TABLES, _SCAN = 0xE0, 0xEE, 0xEF, 0xFE, 0xDB, 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN_FRAMES, _PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC2}), 0xC2
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_MOST_BLOCKS = 10  # in one MCU of an interleaved scan: ITU-T T.81, B.2.3
 _CHUNK = 1024  # blocks worked on at once
 
 # jpeglib keeps what it reads of a file's markers, and its choice of libjpeg, in globals.
@@ -139,6 +140,9 @@ def _read_stream(data: bytes) -> _Stream:
         raise CannotSplice("it has no single frame with scans")
     if frames[0][1] not in _HUFFMAN_FRAMES:
         raise CannotSplice("its pixels are arithmetic-coded or lossless")
+    factors = frames[0][11::3]
+    if len(factors) > 1 and sum((one >> 4) * (one & 15) for one in factors) > _MOST_BLOCKS:
+        raise CannotSplice("its colours are sampled too finely to be written together")
     if frames[0][1] == _PROGRESSIVE:
         _check_complete(frames[0], scans)
     first = parts.index(scans[0])
@@ -282,7 +286,7 @@ def _mixed(
     changed = touched.reshape(split).any(axis=(2, 4))
     wanted = asked.reshape(split).mean(axis=(2, 4)) - 128
     samples = np.where(changed, wanted, _DCT.T @ (blocks * table) @ _DCT)
-    quantised = np.floor(_DCT @ samples @ _DCT.T / table + (0.5 + 1e-6))
+    quantised = np.floor(_DCT @ samples @ _DCT.T / np.maximum(table, 1) + (0.5 + 1e-6))
     return np.clip(quantised, -1023, 1023).astype(np.int16)
 
 

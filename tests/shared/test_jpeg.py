@@ -7,7 +7,6 @@ import logging
 import shutil
 import struct
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ Area = tuple[int, int, int, int]  # left, top, right, bottom
 PHOTOGRAPHS = {name: Image.fromarray(getattr(data, name)()) for name in ("coffee", "astronaut")}
 COFFEE = PHOTOGRAPHS["coffee"].crop((150, 60, 353, 231))  # 203 x 171: no whole blocks
 BOX = (61, 43, 102, 90)
-TEMPORARY = tempfile.TemporaryDirectory()
 
 
 def save(image: Image.Image, **options: Any) -> bytes:
@@ -115,8 +113,12 @@ def with_sampling(folder: Path, *factors: tuple[int, int]) -> bytes:
 
 def transformed(file: bytes, transform: int) -> bytes:
     """The file with another colour space in its Adobe segment: strange colours, but valid."""
-    at = file.index(b"Adobe") + 11
-    return file[:at] + bytes([transform]) + file[at + 1 :]
+    return with_byte(file, b"Adobe", 11, transform)
+
+
+def with_byte(file: bytes, segment: bytes, offset: int, value: int) -> bytes:
+    place = file.index(segment) + offset
+    return file[:place] + bytes([value]) + file[place + 1 :]
 
 
 def unmarked(file: bytes) -> bytes:
@@ -140,6 +142,8 @@ FILES = {
         for number, name in enumerate(("4:4:4", "4:2:2", "4:2:0"))
     },
     "grey": save(COFFEE.convert("L")),
+    "grey, sampled by two": with_byte(save(COFFEE.convert("L")), b"\xff\xc0", 11, 0x22),
+    "table with a zero": with_byte(save(COFFEE), b"\xff\xdb", 9, 0),
     "grey, progressive": save(COFFEE.convert("L"), progressive=True),
     "CMYK": save(COFFEE.convert("CMYK")),
     "CMYK, progressive": save(COFFEE.convert("CMYK"), progressive=True),
@@ -248,19 +252,20 @@ def test_blocks_are_copied_and_the_file_keeps_its_size(name: str) -> None:
     assert len(spliced.data) < len(before) * 1.05
 
 
-def test_brightness_is_copied_in_blocks_of_eight_pixels_whatever_colour_does() -> None:
+def test_brightness_is_copied_in_blocks_of_eight_pixels_whatever_colour_does(
+    tmp_path: Path,
+) -> None:
     before = FILES["4:2:0, baseline"]
-    picture = repainted(before, boxed((171, 203), (40, 40, 44, 44)))
-    reach = jpeg.splice(before, picture.pixels, boxed((171, 203), (40, 40, 44, 44)), metadata=b"")
-    old, new = (coefficients(file) for file in (before, reach.data))
+    after = images.encode(repainted(before, boxed((171, 203), (40, 40, 44, 44))))
+    old, new = (coefficients(file, tmp_path) for file in (before, after))
     changed = [(one != other).any(axis=(2, 3)) for one, other in zip(old, new, strict=True)]
     brightness, *colours = [np.argwhere(one).tolist() for one in changed]
     assert brightness == [[5, 5]]
     assert all(colour in ([[2, 2]], []) for colour in colours)
 
 
-def coefficients(file: bytes) -> list[NDArray[np.int16]]:
-    path = Path(TEMPORARY.name) / "read.jpg"
+def coefficients(file: bytes, folder: Path) -> list[NDArray[np.int16]]:
+    path = folder / "read.jpg"
     path.write_bytes(file)
     image = jpeglib.read_dct(path)
     image.load()
@@ -396,8 +401,8 @@ def test_what_cannot_be_spliced_is_encoded_as_a_whole_and_the_log_says_so(
     assert [reason in message for message in caplog.messages] == [True]
 
 
-def test_arithmetic_coding_is_not_spliced() -> None:
-    path = Path(TEMPORARY.name) / "arithmetic.jpg"
+def test_arithmetic_coding_is_not_spliced(tmp_path: Path) -> None:
+    path = tmp_path / "arithmetic.jpg"
     path.write_bytes(FILES["grey"])
     with jpeglib.version("turbo210"):
         image = jpeglib.read_dct(path)
@@ -406,6 +411,13 @@ def test_arithmetic_coding_is_not_spliced() -> None:
     pixels = np.zeros((171, 203), np.uint8)
     with pytest.raises(jpeg.CannotSplice, match="arithmetic"):
         jpeg.splice(path.read_bytes(), pixels, pixels == 0, metadata=b"")
+
+
+def test_more_blocks_than_a_scan_can_hold_never_reach_the_c_library() -> None:
+    file = with_byte(FILES["4:4:4, progressive"], b"\xff\xc2", 14, 0x44)
+    pixels = np.zeros((171, 203, 3), np.uint8)
+    with pytest.raises(jpeg.CannotSplice, match="too finely"):
+        jpeg.splice(file, pixels, pixels[..., 0] == 0, metadata=b"")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
