@@ -24,10 +24,11 @@ from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
 from shared.errors import InpaintError, ParameterError
+from shared.locations import absolute, is_s3, parent
 from shared.params import PRIORITY, engine_name, find_parameter, find_presets, placeholders
 from shared.queue import Queue
 from shared.settings import Settings
-from shared.storage import Storage, absolute, is_s3, parent
+from shared.storage import Storage
 
 POLL_SECONDS = 0.1
 NO_WORKER_SECONDS = 10.0

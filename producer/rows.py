@@ -9,8 +9,9 @@ from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Prob
 from shared import masks
 from shared.errors import InputError
 from shared.jobs import content_key, derived_seed
+from shared.locations import absolute, name, parent
 from shared.params import PARAMETERS, PRIORITY, Params, engine_name, placeholders, presets, resolve
-from shared.storage import Storage, absolute, name, parent
+from shared.storage import Storage
 from shared.submissions import NewJob
 
 RESOLVED_CACHE = 10_000

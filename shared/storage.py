@@ -8,9 +8,8 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,11 +27,7 @@ from shared.errors import (
     SettingsError,
     StorageUnavailable,
 )
-
-_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-# A secret may hold a slash; a key may hold "@". Before the first slash, ":" tells the two apart.
-_CREDENTIALS = re.compile(r"^([a-zA-Z0-9+.-]+://)([^/@:]*:[^@]*|[^/@]*)@")
+from shared.locations import is_s3, split_s3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,70 +42,6 @@ class Stat:
 class Object:
     data: bytes
     version: str
-
-
-# --- names ---------------------------------------------------------------------------------
-
-
-def is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
-
-
-def split_s3(uri: str) -> tuple[str, str]:
-    """Bucket and key; the key is taken byte for byte, ``+`` and ``%2F`` included."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    return bucket, key
-
-
-def absolute(reference: str, *, base: str) -> str:
-    """The URI a reference means, seen from a folder or an S3 prefix ``base``.
-
-    Raises LocationError for other schemes, credentials in a URI, ``..``, a bucket without
-    a key, and NUL.
-    """
-    scheme = _SCHEME.match(reference)
-    if scheme and scheme[1] not in ("s3", "file"):
-        raise LocationError(
-            f"{redacted(reference)!r}: {scheme[1]}:// is not supported; use s3:// or a path"
-        )
-    if scheme and _CREDENTIALS.search(reference):
-        raise LocationError(f"{redacted(reference)!r}: credentials do not belong in a URI")
-    if "\x00" in reference:
-        raise LocationError(f"{reference!r}: a name cannot hold NUL")
-    if ".." in reference.split("/"):
-        raise LocationError(f"{reference!r}: '..' is refused; name the folder itself")
-    if scheme and scheme[1] == "s3":
-        return _checked_s3(reference)
-    path = reference.removeprefix("file://")
-    if is_s3(base) and not scheme and not path.startswith("/"):
-        steps = (step for step in path.split("/") if step != ".")
-        return _checked_s3(f"{base.rstrip('/')}/{'/'.join(steps)}")
-    return os.path.normpath(os.path.join("" if is_s3(base) else base, path))  # noqa: PTH118 - hot
-
-
-def _checked_s3(uri: str) -> str:
-    bucket, key = split_s3(uri)
-    if not _BUCKET.match(bucket):
-        raise LocationError(f"{uri!r}: {bucket!r} is not a bucket name")
-    if not key:
-        raise LocationError(f"{uri!r}: the key is missing; use s3://bucket/key")
-    return uri
-
-
-def redacted(uri: str) -> str:
-    return _CREDENTIALS.sub(r"\1***@", uri)
-
-
-def parent(uri: str) -> str:
-    """The folder or prefix that relative references beside ``uri`` resolve against."""
-    return uri.rpartition("/")[0] or "/"
-
-
-def name(uri: str) -> str:
-    return uri.rpartition("/")[2]
-
-
-# --- the store -----------------------------------------------------------------------------
 
 
 class Storage:
@@ -128,14 +59,21 @@ class Storage:
         self._client_lock = threading.Lock()
 
     def check(self, uri: str) -> None:
-        """Raises LocationError where the place is not allowed."""
+        """Raises LocationError where the place is not allowed.
+
+        Quick, for the rows of a manifest: a folder's symlinks are looked at once. Reading
+        and writing look again.
+        """
+        self._allow(uri, _kept_real)
+
+    def _allow(self, uri: str, real: Callable[[str], str]) -> None:
         if is_s3(uri):
             bucket = split_s3(uri)[0]
             if self._buckets and bucket not in self._buckets:
                 raise LocationError(
                     f"{uri!r}: bucket {bucket!r} is not allowed; add it to INPAINT_BUCKETS"
                 )
-        elif not _is_under(_real(uri), self._roots):
+        elif not _is_under(real(uri), self._roots):
             raise LocationError(
                 f"{uri!r} is outside the allowed folders; "
                 "add its folder with --root or INPAINT_ROOTS"
@@ -143,7 +81,7 @@ class Storage:
 
     def stat(self, uri: str) -> Stat | None:
         """None where nothing is there."""
-        self.check(uri)
+        self._allow(uri, os.path.realpath)
         try:
             with _translated(uri):
                 return self._stat_s3(uri) if is_s3(uri) else _stat_file(uri)
@@ -152,7 +90,7 @@ class Storage:
 
     def get(self, uri: str, *, max_bytes: int) -> Object:
         """Raises ObjectTooLarge over ``max_bytes``, before the body is read."""
-        self.check(uri)
+        self._allow(uri, os.path.realpath)
         with _translated(uri):
             if is_s3(uri):
                 return self._get_s3(uri, max_bytes)
@@ -160,7 +98,7 @@ class Storage:
 
     def head(self, uri: str, *, max_bytes: int) -> bytes:
         """The first ``max_bytes`` of an object, or all of a smaller one."""
-        self.check(uri)
+        self._allow(uri, os.path.realpath)
         with _translated(uri):
             if not is_s3(uri):
                 with _open_regular(uri) as file:
@@ -170,7 +108,7 @@ class Storage:
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
         """A stream over the whole object, for reading once."""
-        self.check(uri)
+        self._allow(uri, os.path.realpath)
         with _translated(uri):
             if is_s3(uri):
                 bucket, key = split_s3(uri)
@@ -187,7 +125,7 @@ class Storage:
         token: unique to this attempt; names the temporary file. Returns the new version.
         Raises OutputConflict where another version is there.
         """
-        self.check(uri)
+        self._allow(uri, os.path.realpath)
         with _translated(uri):
             if is_s3(uri):
                 return self._put_s3(uri, data, if_version)
@@ -249,8 +187,8 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _real(path: str) -> str:
-    """The path without symlinks. The folder's answer is kept: a manifest names few folders."""
+def _kept_real(path: str) -> str:
+    """The path without symlinks; the folder's answer is kept, as a manifest names few folders."""
     if os.path.islink(path):  # noqa: PTH114 - hot
         return os.path.realpath(path)
     folder, _, leaf = path.rpartition("/")

@@ -24,7 +24,7 @@ from shared.errors import (
     OutOfMemory,
     ParameterError,
 )
-from shared.jobs import AttemptRecord, LeasedJob, Selection
+from shared.jobs import AttemptRecord, LeasedJob, Selection, publishing
 from shared.models import Attempt
 from shared.params import Params
 from shared.queue import Message, Queue
@@ -179,8 +179,8 @@ def test_a_job_that_is_taken_while_redis_is_asked_is_not_published_again(table: 
 def test_more_lost_messages_than_a_statement_may_name_come_back(
     table: JobTable, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert jobs._IDS_PER_STATEMENT < 32_766, "SQLite's limit, the lower one"
-    monkeypatch.setattr(jobs, "_IDS_PER_STATEMENT", 2)
+    assert publishing._IDS_PER_STATEMENT < 32_766, "SQLite's limit, the lower one"
+    monkeypatch.setattr(publishing, "_IDS_PER_STATEMENT", 2)
     queue = Queue(redis_url)
     ids = table.add(5)
     table.dispatch()

@@ -20,7 +20,8 @@ from shared.errors import (
     SettingsError,
     StorageUnavailable,
 )
-from shared.storage import Storage, absolute, redacted
+from shared.locations import absolute, redacted, split_s3
+from shared.storage import Storage
 from tests.conftest import Bucket
 
 MEGABYTE = 2**20
@@ -168,7 +169,7 @@ def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
     if storage.is_s3(uri):
         import boto3
 
-        bucket, key = storage.split_s3(uri)
+        bucket, key = split_s3(uri)
         boto3.client("s3").delete_object(Bucket=bucket, Key=key)
     else:
         Path(uri).unlink()

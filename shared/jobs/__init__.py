@@ -1,0 +1,48 @@
+"""Job states: the only code that changes them. Each change has its condition in the UPDATE.
+
+SQL is the truth, a message in Redis only a hint that a job may be due: messages may be
+lost, doubled or reordered, and ``acquire`` sorts them out. The clock is the database's.
+"""
+
+from shared.jobs.endings import AttemptRecord, fail, finish_cancelled, release, succeed
+from shared.jobs.identity import content_key, derived_seed
+from shared.jobs.leases import (
+    LOSSES_BEFORE_QUARANTINE,
+    Beat,
+    Holder,
+    LeasedJob,
+    Reaped,
+    acquire,
+    confirm,
+    heartbeat,
+    reap,
+)
+from shared.jobs.publishing import dispatch, redeliver
+from shared.jobs.requests import Cancellation, Reopened, Selection, cancel, rerun, retry
+
+__all__ = [
+    "LOSSES_BEFORE_QUARANTINE",
+    "AttemptRecord",
+    "Beat",
+    "Cancellation",
+    "Holder",
+    "LeasedJob",
+    "Reaped",
+    "Reopened",
+    "Selection",
+    "acquire",
+    "cancel",
+    "confirm",
+    "content_key",
+    "derived_seed",
+    "dispatch",
+    "fail",
+    "finish_cancelled",
+    "heartbeat",
+    "reap",
+    "redeliver",
+    "release",
+    "rerun",
+    "retry",
+    "succeed",
+]

@@ -1,0 +1,149 @@
+"""running -> succeeded, failed, pending, cancelled: how a worker ends its attempt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy import Update, bindparam, case, null, update
+
+from shared.db import Database, clock
+from shared.errors import InpaintError
+from shared.jobs.leases import HELD, UNLEASED, LeasedJob, lost, token
+from shared.models import Attempt, Job
+from shared.retry import RetryPolicy
+
+
+@dataclass(kw_only=True)
+class AttemptRecord:
+    """What an attempt has found out so far; filled in as ``run_job`` goes along.
+
+    timings: stage name to seconds.
+    """
+
+    image_sha256: str | None = None
+    mask_sha256: str | None = None
+    result_sha256: str | None = None
+    image_version: str | None = None
+    mask_version: str | None = None
+    width: int | None = None
+    height: int | None = None
+    regions: int | None = None
+    windows: int | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def to_row(self) -> dict[str, Any]:
+        row = asdict(self)
+        row["timings"] = json.dumps({k: round(v, 6) for k, v in self.timings.items()})
+        return row
+
+
+NO_ERROR: Mapping[str, Any] = {"error_code": null(), "error_message": null()}
+
+# A job that its user cancelled meanwhile neither waits again nor counts as failed.
+_waits = (
+    update(Job)
+    .where(*HELD)
+    .values(
+        **UNLEASED,
+        state=case((Job.cancel_requested, "cancelled"), else_="pending"),
+        finished_at=case((Job.cancel_requested, clock()), else_=null()),
+        run_after=clock(bindparam("wait")),
+    )
+    .returning(Job.state)
+)
+_fails = (
+    update(Job)
+    .where(*HELD)
+    .values(
+        **UNLEASED,
+        state=case((Job.cancel_requested, "cancelled"), else_="failed"),
+        finished_at=clock(),
+    )
+    .returning(Job.state)
+)
+_cancels = (
+    update(Job)
+    .where(*HELD)
+    .values(**UNLEASED, state="cancelled", finished_at=clock())
+    .returning(Job.state)
+)
+_succeeds = (
+    update(Job)
+    .where(*HELD)
+    .values(**UNLEASED, **NO_ERROR, state="succeeded", finished_at=clock())
+    .returning(Job.state)
+)
+_end_attempt = (
+    update(Attempt)
+    .where(Attempt.job_id == bindparam("of_job"), Attempt.attempt == bindparam("of_attempt"))
+    .values(finished_at=clock())
+)
+
+
+def succeed(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
+    """Raises LeaseLost, as do all that end an attempt; the attempt is then the reaper's."""
+    found = {
+        "image_version": record.image_version,
+        "mask_version": record.mask_version,
+        "result_sha256": record.result_sha256,
+    }
+    _finish(db, job, record, _succeeds, found, outcome="succeeded")
+
+
+def fail(
+    db: Database, job: LeasedJob, record: AttemptRecord, error: InpaintError, policy: RetryPolicy
+) -> float | None:
+    """Fails the job, or sends it back to wait; returns the wait in seconds, None if final."""
+    failures = job.failures + 1
+    wait = policy.delay_seconds(failures) if error.retryable else None
+    found: dict[str, Any] = {
+        "error_code": error.code,
+        "error_message": str(error),
+        "failures": failures,
+    }
+    if wait is None:
+        _finish(db, job, record, _fails, found, outcome="failed", error=error)
+        return None
+    found["wait"] = wait
+    state = _finish(db, job, record, _waits, found, outcome="retried", error=error)
+    return wait if state == "pending" else None
+
+
+def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
+    """Gives the job back on shutdown; it is due at once and no failure is counted."""
+    _finish(db, job, record, _waits, {"wait": 0.0}, outcome="released")
+
+
+def finish_cancelled(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
+    _finish(db, job, record, _cancels, {}, outcome="cancelled")
+
+
+def _finish(
+    db: Database,
+    job: LeasedJob,
+    record: AttemptRecord,
+    ends: Update,
+    found: Mapping[str, Any],
+    *,
+    outcome: str,
+    error: InpaintError | None = None,
+) -> str:
+    """Ends the attempt in the job's own transaction, and gives the job's new state."""
+    ended = {
+        **token(job),
+        **record.to_row(),
+        "outcome": outcome,
+        "error_code": error.code if error else None,
+        "error_message": str(error) if error else None,
+    }
+    with db.write() as connection:
+        state = connection.execute(ends, {**token(job), **found}).scalar()
+        if state is None:
+            raise lost(job)
+        if outcome == "retried" and state == "cancelled":
+            ended["outcome"] = "failed"
+        connection.execute(_end_attempt, ended)
+    return str(state)

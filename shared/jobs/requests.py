@@ -1,0 +1,175 @@
+"""What a person asks for: cancel, retry, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Integer,
+    bindparam,
+    case,
+    exists,
+    false,
+    null,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
+
+from shared.db import Database, clock
+from shared.errors import InputError
+from shared.jobs.endings import NO_ERROR
+from shared.jobs.identity import content_key
+from shared.models import FINAL_STATES, BigId, Job
+from shared.params import Params, changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which jobs a command means; what is None does not restrict."""
+
+    jobs: tuple[int, ...] | None = None
+    submission: int | None = None
+    states: tuple[str, ...] | None = None
+    error_code: str | None = None
+
+    def conditions(self) -> tuple[ColumnElement[bool], ...]:
+        chosen: list[ColumnElement[bool]] = [true()]
+        if self.jobs is not None:
+            chosen.append(Job.id.in_(self.jobs))
+        if self.submission is not None:
+            chosen.append(Job.submission_id == self.submission)
+        if self.states is not None:
+            chosen.append(Job.state.in_(self.states))
+        if self.error_code is not None:
+            chosen.append(Job.error_code == self.error_code)
+        return tuple(chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancellation:
+    """cancelled: at once. requested: running, stops at its next step or heartbeat."""
+
+    cancelled: int
+    requested: int
+
+
+def cancel(db: Database, selection: Selection) -> Cancellation:
+    where = selection.conditions()
+    with db.write() as connection:
+        # Running ones first: what is queued now may not slip past both statements.
+        requested = connection.execute(
+            update(Job).where(*where, Job.state == "running").values(cancel_requested=true())
+        ).rowcount
+        cancelled = connection.execute(
+            update(Job)
+            .where(*where, Job.state.in_(("pending", "queued")))
+            .values(state="cancelled", finished_at=clock())
+        ).rowcount
+        late = connection.execute(
+            update(Job)
+            .where(*where, Job.state == "running", Job.cancel_requested.is_(False))
+            .values(cancel_requested=true())
+        ).rowcount
+    return Cancellation(cancelled=cancelled, requested=requested + late)
+
+
+_REOPENED: Mapping[str, Any] = {
+    **NO_ERROR,
+    "state": "pending",
+    "finished_at": null(),
+    "failures": 0,
+    "losses": 0,
+    "cancel_requested": false(),
+    "run_after": clock(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reopened:
+    """How many jobs wait again, and the engines they wait for."""
+
+    count: int
+    engines: set[str]
+
+
+def retry(
+    db: Database, selection: Selection, *, changes: Mapping[str, Any] | None = None
+) -> Reopened:
+    """Reopens final jobs, with changed parameters if given.
+
+    changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
+    Raises ParameterError where the changes do not go together with a job's other values,
+    and InputError where a changed job would ask for what another job already does.
+    """
+    where = (*selection.conditions(), Job.state.in_(FINAL_STATES))
+    with db.write() as connection:
+        if changes:
+            _change(connection, where, changes)
+        rows = connection.execute(
+            update(Job).where(*where).values(**_REOPENED).returning(Job.engine)
+        ).all()
+    return Reopened(count=len(rows), engines={row.engine for row in rows})
+
+
+def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:
+    rows = connection.execute(select(Job).where(*where)).all()
+    for row in rows:
+        params = changed(Params.from_json(row.params, seed=row.seed), changes)
+        text, seed = params.to_json(), params.seed
+        key = content_key(
+            image=row.image,
+            mask=row.mask,
+            output=row.output,
+            engine=row.engine,
+            params=text,
+            seed=seed,
+        )
+        try:
+            with connection.begin_nested():
+                connection.execute(
+                    update(Job)
+                    .where(Job.id == row.id, Job.state.in_(FINAL_STATES))
+                    .values(params=text, seed=seed, content_key=key)
+                )
+        except IntegrityError as error:
+            raise InputError(
+                f"job {row.id}: another job already does exactly this; retry that one"
+            ) from error
+
+
+def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]]) -> int:
+    """Reopens final jobs by content key and moves each to a (submission, line).
+
+    A job belongs to the submission that last asked for it, unless a job whose parameters
+    were changed since has that line. Returns how many were reopened.
+    """
+    to_submission, to_line = (
+        bindparam("to_submission", type_=BigId),
+        bindparam("to_line", type_=Integer),
+    )
+    other = aliased(Job)
+    taken = exists().where(
+        other.submission_id == to_submission, other.line == to_line, other.id != Job.id
+    )
+    moved = (
+        update(Job)
+        .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES))
+        .values(
+            submission_id=case((taken, Job.submission_id), else_=to_submission),
+            line=case((taken, Job.line), else_=to_line),
+            **_REOPENED,
+        )
+    )
+    rows = [
+        {"of_key": key, "to_submission": submission, "to_line": line}
+        for key, (submission, line) in keys.items()
+    ]
+    with db.write() as connection:
+        return sum(connection.execute(moved, row).rowcount for row in rows)
