@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Problem, Row
 from shared import masks
 from shared.errors import InputError
+from shared.images import format_of
 from shared.jobs import content_key, derived_seed
 from shared.locations import absolute, name, parent
 from shared.params import PARAMETERS, PRIORITY, Params, engine_name, placeholders, presets, resolve
@@ -89,6 +90,7 @@ class Resolver:
         if "output" in cells:
             base = self._options.output if self._options.has_output else self._base
             location = self._location(cells["output"], base=base)
+            _check_format(name(location))
         elif "image" not in found:
             return ""  # the row is bad already, and this is not why
         else:
@@ -138,6 +140,15 @@ class Resolver:
         texts = {k: v for k, v in cells.items() if k not in _OURS}
         return resolve(
             engine=engine, preset=preset, prompt=self._options.prompt, values=values, columns=texts
+        )
+
+
+def _check_format(output: str) -> None:
+    """A name without extension gets the image's own format; another one has to be ours."""
+    if "." in output and format_of(output) is None:
+        raise InputError(
+            f"{output!r}: .{output.rpartition('.')[2]} is not a format that can be written; "
+            "use .jpg, .png, .webp, .tif or .bmp"
         )
 
 

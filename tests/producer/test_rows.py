@@ -273,3 +273,10 @@ def test_one_engine_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_another_engine_is_refused(text: str) -> None:
     with pytest.raises(ParameterError, match="use sd2, opencv or diffusers:"):
         engine_name(text)
+
+
+def test_an_output_is_named_after_a_format_that_can_be_written() -> None:
+    (text,) = problems(image="a.png", mask="m.png", output="out/a.gif")
+    assert "'a.gif': .gif is not a format that can be written; use .jpg" in text
+    assert isinstance(resolved(image="a.png", mask="m.png", output="out/A.WebP"), NewJob)
+    assert isinstance(resolved(image="a.png", mask="m.png", output="out/sku-1"), NewJob)
