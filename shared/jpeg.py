@@ -96,7 +96,7 @@ def splice(source: bytes, pixels: NDArray[Any], touched: Mask, *, metadata: byte
     return Spliced(
         data=b"".join([_SOI, metadata, *stream.adobe, body, _EOI]),
         reach=_reach(image, rewritten, touched.shape),
-        copied=1 - sum(map(np.count_nonzero, rewritten)) / sum(one.size for one in rewritten),
+        copied=1 - sum(int(one.sum()) for one in rewritten) / sum(one.size for one in rewritten),
     )
 
 
