@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from producer import dryrun, terminal
 from producer.audit import Progress, errors, progress
@@ -106,7 +105,7 @@ def submit(
         summary = _record(
             checked, options=options, configured=configured, db=db, storage=storage, given=given
         )
-        _print_summary(summary, checked, options, as_json=as_json, waits=wait or local)
+        _print_summary(configured, summary, checked, options, as_json=as_json, waits=wait or local)
         if not (wait or local):
             return
         workers = _local_workers(stack, configured, checked, roots, given) if local else None
@@ -219,16 +218,29 @@ def _record(
             queue.close()
 
 
+def broker_note(configured: Settings, error: str) -> str:
+    """What it means for the jobs that no broker answers."""
+    if configured.broker_url is None:
+        return "the jobs wait for a worker: inpaint-worker starts a Redis and enqueues them"
+    return f"{error}; workers enqueue the jobs when it is back"
+
+
 def _print_summary(
-    summary: Summary, checked: Checked, options: Options, *, as_json: bool, waits: bool
+    configured: Settings,
+    summary: Summary,
+    checked: Checked,
+    options: Options,
+    *,
+    as_json: bool,
+    waits: bool,
 ) -> None:
     if as_json:
         if not waits:
             click.echo(json.dumps(summary.to_json()))
         return
     click.echo(_describe(summary))
-    if summary.broker_error and not waits:
-        click.echo(f"{summary.broker_error}; workers enqueue the jobs when it is back", err=True)
+    if summary.broker_error:
+        click.echo(broker_note(configured, summary.broker_error), err=True)
     if not waits:
         engines = " and ".join(
             f"inpaint-worker --engine {name}" for name in sorted(checked.engines)
@@ -246,7 +258,11 @@ def _describe(summary: Summary) -> str:
     if summary.cut_off:
         line += "; it had been cut off and is complete now"
     elif summary.resumed and not summary.accepted:
-        line += "; nothing added (--force or --changed run rows again)"
+        line += "; nothing added"
+    if summary.left > summary.accepted:
+        line += f"; {summary.left:,} still to run"
+    elif summary.resumed and not summary.accepted and not summary.again:
+        line += " (--force or --changed run rows again)"
     return line
 
 
@@ -312,7 +328,7 @@ def _print_end(
         f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {terminal.duration(seconds)}"
     )
     for code, count, message in errors(db, summary.submission):
-        terminal.out().print(f"  [red]{code}[/red] {count:,}: {escape(message)}")
+        terminal.out().print(f"  [red]{code}[/red] {count:,}: {terminal.escape(message)}")
     if failed:
         click.echo(f"again: inpaint-jobs retry --submission {summary.submission}")
     click.echo(f"results: {options.output}")

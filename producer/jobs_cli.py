@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from producer import audit, doctor, terminal
-from producer.cli import friendly, parse_sets
+from producer.cli import broker_note, friendly, parse_sets
 from shared import embedded, jobs, params, schema, settings
 from shared.db import Database
 from shared.errors import BrokerUnavailable, InputError
@@ -240,7 +240,7 @@ def _dispatch(configured: Settings, db: Database, engines: set[str]) -> None:
         for engine in sorted(engines):
             jobs.dispatch(db, queue, engine, bound=configured.queue_bound)
     except BrokerUnavailable as error:
-        click.echo(f"{error}; workers enqueue the jobs when it is back", err=True)
+        click.echo(broker_note(configured, str(error)), err=True)
     finally:
         queue.close()
 

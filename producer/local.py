@@ -60,7 +60,7 @@ class LocalWorkers:
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
-    processes.stop(process, grace_seconds=GRACE_SECONDS)
+    processes.await_end(process, grace_seconds=GRACE_SECONDS)
 
 
 @contextmanager

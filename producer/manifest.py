@@ -120,7 +120,7 @@ def _csv(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str], delimiter: str
 ) -> Iterator[Row | Problem]:
     csv.field_size_limit(FIELD_LIMIT)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(manifest, text), delimiter=delimiter, strict=True)
     try:
         header = [cell.strip() for cell in next(reader, [])]
         check_columns(manifest, header, known, required)
@@ -135,6 +135,17 @@ def _csv(
         raise ManifestError(
             f"{manifest}: line {reader.line_num}: {error}; mend the quoting"
         ) from error
+
+
+def _lines(manifest: str, text: IO[str]) -> Iterator[str]:
+    """The text's lines; raises ManifestError before a huge one fills the memory."""
+    for number, content in enumerate(iter(lambda: text.readline(LINE_LIMIT), ""), start=1):
+        if len(content) >= LINE_LIMIT:
+            raise ManifestError(
+                f"{manifest}: line {number}: longer than {LINE_LIMIT:,} characters; "
+                "is this a manifest?"
+            )
+        yield content
 
 
 def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
@@ -183,12 +194,7 @@ def check_columns(
 
 
 def _jsonl(manifest: str, text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
-    for line, content in enumerate(iter(lambda: text.readline(LINE_LIMIT), ""), start=1):
-        if len(content) >= LINE_LIMIT:
-            raise ManifestError(
-                f"{manifest}: line {line}: longer than {LINE_LIMIT:,} characters; "
-                "write one JSON object a line"
-            )
+    for line, content in enumerate(_lines(manifest, text), start=1):
         if content.strip():
             yield _json_row(line, content, known)
 

@@ -94,7 +94,7 @@ class Resolver:
         elif "image" not in found:
             return ""  # the row is bad already, and this is not why
         else:
-            source = str(found["image"])
+            source = cells["image"]
             location = self._location(f"{self._options.output.rstrip('/')}/{name(source)}")
         if location in (found.get("image"), found.get("mask")):
             raise InputError(f"{location!r} is also an input; choose another output")
@@ -118,8 +118,7 @@ class Resolver:
         if reference.endswith("/"):
             raise InputError(f"{reference!r} is a folder; name the file")
         uri = absolute(reference, base=base or self._base)
-        self._storage.check(uri)
-        return uri
+        return self._storage.check(uri)
 
     def _params(self, cells: Mapping[str, str], engine: str) -> str:
         """Canonical JSON of the row's parameters without the seed."""

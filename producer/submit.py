@@ -18,8 +18,11 @@ from hashlib import blake2b, sha256
 from itertools import islice
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import select
 
+from producer import audit
 from producer.manifest import Problem, Row, read
 from producer.rows import Options, Resolver
 from shared import jobs, masks, submissions
@@ -147,11 +150,14 @@ class _Names:
         self._hashes.append(_hash(name))
 
     def repeated(self) -> set[int]:
-        ordered = sorted(self._hashes)
-        return {a for a, b in zip(ordered, islice(ordered, 1, None), strict=False) if a == b}
+        ordered = np.sort(self._array())
+        return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
     def shared_with(self, other: _Names) -> set[int]:
-        return set(self._hashes).intersection(other._hashes)
+        return set(np.intersect1d(self._array(), other._array()).tolist())
+
+    def _array(self) -> NDArray[np.uint64]:
+        return np.frombuffer(self._hashes, np.uint64)
 
 
 def _hash(name: str) -> int:
@@ -194,7 +200,8 @@ def _check_outputs(
 class Summary:
     """What one submission did. ``accepted``: rows that will run because of it.
 
-    duplicates: rows whose job existed already and was left as it is.
+    duplicates: rows whose job existed already and was left as it is. left: jobs of the
+    submission that are not final. again: --force or --changed was given.
     """
 
     submission: int
@@ -204,6 +211,8 @@ class Summary:
     invalid: int = 0
     resumed: bool = False
     cut_off: bool = False
+    again: bool = False
+    left: int = 0
     broker_error: str | None = None
 
     def to_json(self) -> dict[str, int]:
@@ -249,6 +258,7 @@ def submit(
         invalid=checked.invalid,
         resumed=opened.resumed,
         cut_off=opened.cut_off,
+        again=again.everything or again.changed,
     )
     for chunk in _chunks(checked.jobs()):
         existing = submissions.record(db, opened.id, chunk)
@@ -258,6 +268,7 @@ def submit(
         _dispatch(db, queue, checked.engines, bound, summary)
         progress(len(chunk))
     submissions.close_submission(db, opened.id)
+    summary.left = audit.progress(db, opened.id).left
     return summary
 
 
@@ -293,8 +304,11 @@ def _run_again(
     return jobs.rerun(db, keys)
 
 
+_Versions = tuple[str | None, ...]
+
+
 def _changed(db: Database, storage: Storage, existing: list[NewJob]) -> list[NewJob]:
-    """Those whose image or mask is not the version that the last finished run read."""
+    """Those whose image, mask or result is not the version that the last finished run left."""
     seen = _recorded_versions(db, existing)
     rows = [job for job in existing if job.content_key in seen]
     with ThreadPoolExecutor(STAT_THREADS) as pool:
@@ -302,19 +316,17 @@ def _changed(db: Database, storage: Storage, existing: list[NewJob]) -> list[New
         return [job for job, found in zip(rows, now, strict=True) if found != seen[job.content_key]]
 
 
-def _recorded_versions(
-    db: Database, existing: list[NewJob]
-) -> dict[bytes, tuple[str | None, str | None]]:
+def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Versions]:
     keys = [job.content_key for job in existing]
-    columns = (Job.content_key, Job.image_version, Job.mask_version)
+    columns = (Job.content_key, Job.image_version, Job.mask_version, Job.output_version)
     with db.read() as connection:
         rows = connection.execute(
             select(*columns).where(Job.content_key.in_(keys), Job.state.in_(FINAL_STATES))
         ).all()
-    return {row.content_key: (row.image_version, row.mask_version) for row in rows}
+    return {key: tuple(versions) for key, *versions in rows}
 
 
-def _versions(storage: Storage, job: NewJob) -> tuple[str | None, str | None]:
-    image = storage.stat(job.image)
-    mask = storage.stat(job.mask) if masks.is_file(job.mask) else None
-    return (image.version if image else None, mask.version if mask else None)
+def _versions(storage: Storage, job: NewJob) -> _Versions:
+    places = (job.image, job.mask if masks.is_file(job.mask) else None, job.output)
+    found = [storage.stat(place) if place else None for place in places]
+    return tuple(one.version if one else None for one in found)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sqlalchemy import RowMapping
@@ -32,6 +32,12 @@ def err() -> Console:
     return Console(
         stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE
     )
+
+
+def escape(text: str) -> str:
+    """Text from outside, for a terminal: no markup, and no control character takes effect."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escape_markup(shown)
 
 
 def job_progress(console: Console) -> Progress:
@@ -69,7 +75,10 @@ def counts_line(counts: Counts) -> str:
 
 
 def submissions_table(listed: Iterable[Listed]) -> Table:
-    table = _table("submission", "manifest", "submitted", "rows", "done", "failed", "left")
+    table = _table(
+        *("submission", "manifest", "submitted (UTC)", "rows"),
+        *("done", "failed", "cancelled", "left"),
+    )
     for one in listed:
         counts = one.counts
         left = sum(counts.get(state, 0) for state in ("pending", "queued", "running"))
@@ -80,6 +89,7 @@ def submissions_table(listed: Iterable[Listed]) -> Table:
             f"{one.rows:,}",
             f"{counts.get('succeeded', 0):,}",
             f"{counts.get('failed', 0):,}",
+            f"{counts.get('cancelled', 0):,}",
             f"{left:,}",
         )
     return table
@@ -143,7 +153,17 @@ def _state(state: str) -> str:
 
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numbers = ("submission", "rows", "done", "failed", "left", "job", "line", "attempts")
+    numbers = (
+        "submission",
+        "rows",
+        "done",
+        "failed",
+        "cancelled",
+        "left",
+        "job",
+        "line",
+        "attempts",
+    )
     for heading in headings:
         table.add_column(
             heading,

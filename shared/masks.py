@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import MaskError
+from shared.errors import ImageError, MaskError
 from shared.images import Picture, as_rgb, decode
 from shared.regions import Box
 
@@ -28,11 +28,14 @@ def is_file(text: str) -> bool:
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     """(H, W) uint8 grey, upright, 255 = repaint, from any picture that ``decode`` reads.
 
-    Transparent parts of a mask count as black, that is as kept. Raises ImageError and
-    ObjectTooLarge as ``decode`` does, and MaskError for a mask in colours, which nobody
+    Transparent parts of a mask count as black, that is as kept. Raises ObjectTooLarge as
+    ``decode`` does, and MaskError for what it cannot read and for a mask in colours, which nobody
     could tell to be light or dark.
     """
-    picture = decode(data, max_pixels=max_pixels)
+    try:
+        picture = decode(data, max_pixels=max_pixels)
+    except ImageError as error:
+        raise MaskError(f"the mask: {error}") from error
     if picture.mode in ("L", "LA", "1", "I;16"):
         grey = as_rgb(picture.pixels, picture.mode)[..., 0]
     else:

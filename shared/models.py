@@ -118,6 +118,7 @@ class Job(Base):
     error_message: Mapped[str | None]
     image_version: Mapped[str | None]
     mask_version: Mapped[str | None]
+    output_version: Mapped[str | None]
     result_sha256: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]

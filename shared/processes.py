@@ -50,6 +50,11 @@ def stop(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
     """SIGTERM, then SIGKILL after the grace; returns the exit status."""
     if process.poll() is None:
         process.terminate()
+    return await_end(process, grace_seconds=grace_seconds)
+
+
+def await_end(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
+    """Waits for a process that was asked to end; SIGKILL after the grace."""
     try:
         return process.wait(grace_seconds)
     except subprocess.TimeoutExpired:

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Self
+from urllib.parse import parse_qs, urlsplit
 
 from dotenv import dotenv_values
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
@@ -21,6 +22,9 @@ PREFIX = "INPAINT_"
 DOTENV = ".env"
 
 # Host and port, then the number of a database and options; or a socket's path.
+_BROKER_OPTIONS = frozenset(
+    {"virtual_host", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
+)
 _BROKER = re.compile(
     r"rediss?://([^/?#]*@)?[^/?#@:]+(:\d{1,5})?(/\d*)?(\?.*)?|redis\+socket:///.+", re.DOTALL
 )
@@ -29,6 +33,12 @@ _BROKER = re.compile(
 def _split(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":
+        raise ValueError("empty; name a folder or leave the variable unset")
     return value
 
 
@@ -53,13 +63,30 @@ def _database(value: SecretStr | None) -> SecretStr | None:
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ValueError(f"{url.drivername!r} is not supported; use postgresql+psycopg or sqlite")
+    if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ValueError("a database in memory is not shared; use sqlite:///file")
     return SecretStr(url.render_as_string(hide_password=False))
 
 
 def _broker(value: SecretStr | None) -> SecretStr | None:
     if value is not None and not _BROKER.fullmatch(value.get_secret_value()):
         raise ValueError("use redis://host:6379/0, rediss:// or redis+socket:///path")
+    if value is not None:
+        _check_broker(value.get_secret_value())
     return value
+
+
+def _check_broker(url: str) -> None:
+    """Raises ValueError without the URL, which may hold a password."""
+    try:
+        port = urlsplit(url).port
+    except ValueError:
+        raise ValueError("the port must be a number from 1 to 65535") from None
+    if port == 0:
+        raise ValueError("the port must be a number from 1 to 65535")
+    unknown = set(parse_qs(urlsplit(url).query)) - _BROKER_OPTIONS
+    if unknown:
+        raise ValueError(f"{min(unknown)!r} is no option of a Redis URL")
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
@@ -78,7 +105,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    home: Annotated[Path, AfterValidator(_absolute)] = Field(
+    home: Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_absolute)] = Field(
         default=Path(".inpaint"),
         description="Folder of the SQLite database and the embedded Redis.",
     )

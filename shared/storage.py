@@ -58,13 +58,14 @@ class Storage:
         self._client: Any = None
         self._client_lock = threading.Lock()
 
-    def check(self, uri: str) -> None:
-        """Raises LocationError where the place is not allowed.
+    def check(self, uri: str) -> str:
+        """The place itself, without symlinks; raises LocationError where it is not allowed.
 
         Quick, for the rows of a manifest: a folder's symlinks are looked at once. Reading
         and writing look again.
         """
         self._allow(uri, _kept_real)
+        return uri if is_s3(uri) else _kept_real(uri)
 
     def _allow(self, uri: str, real: Callable[[str], str]) -> None:
         if is_s3(uri):
@@ -75,8 +76,8 @@ class Storage:
                 )
         elif not _is_under(real(uri), self._roots):
             raise LocationError(
-                f"{uri!r} is outside the allowed folders; "
-                "add its folder with --root or INPAINT_ROOTS"
+                f"{uri!r} is outside the allowed folders ({', '.join(self._roots) or 'none'}); "
+                "add its folder with inpaint-submit --root, or INPAINT_ROOTS on a worker"
             )
 
     def stat(self, uri: str) -> Stat | None:
@@ -335,6 +336,8 @@ def _translated(uri: str) -> Iterator[None]:
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise ObjectDenied(f"{uri!r}: {error.strerror or error}") from error
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise ObjectDenied(f"{uri!r}: {error.strerror}") from error
         hopeless = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
         found = LocationError if hopeless else StorageUnavailable
         raise found(f"{uri!r}: {error.strerror or error}") from error

@@ -25,6 +25,7 @@ EX_UNAVAILABLE = 69
 STABLE_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
+SAME_SIGNAL_SECONDS = 1.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -143,6 +144,7 @@ class Supervisor:
         self._redis = embedded.EmbeddedRedis(configured)
         self._children = [_Child(place, options) for place in places]
         self._stopping = False
+        self._asked = 0.0
 
     def run(self) -> int:
         """Returns the exit status: 0 after a signal, 69 where no engine can be loaded."""
@@ -168,9 +170,11 @@ class Supervisor:
             child.tend(time.monotonic())
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self._stopping:
+        if self._stopping and time.monotonic() - self._asked > SAME_SIGNAL_SECONDS:
             for child in self._children:
                 child.kill()
+        if not self._stopping:
+            self._asked = time.monotonic()
         self._stopping = True
 
     def _stop_children(self) -> int:
@@ -228,7 +232,7 @@ class _Child:
 
     def wait(self, seconds: float) -> None:
         if self._process is not None:
-            processes.stop(self._process, grace_seconds=seconds)
+            processes.await_end(self._process, grace_seconds=seconds)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,9 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None
         return None
     record = AttemptRecord()
     with bench.running.holding(leased, record) as interruption:
+        output_version = ended = None
         try:
-            _inpaint(bench, leased, record, interruption)
-            ended: InpaintError | None = None
+            output_version = _inpaint(bench, leased, record, interruption)
         except InpaintError as error:
             ended = error
         except MemoryError:
@@ -130,14 +130,14 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None
         except Exception as error:
             log.exception("job %s: unexpected error", job)
             ended = InpaintError(f"{type(error).__name__}: {error}")
-        _conclude(bench, leased, record, ended)
+        _conclude(bench, leased, record, ended, output_version)
     return ended
 
 
 def _inpaint(
     bench: Bench, job: LeasedJob, record: AttemptRecord, interruption: Interruption
-) -> None:
-    """Everything between the lease and the result's publication."""
+) -> str:
+    """Everything between the lease and the result's publication; the output's new version."""
     stage = _Stages(record, interruption)
     with stage("fetch"):
         fetched = _fetch(bench, job, record)
@@ -154,10 +154,10 @@ def _inpaint(
             picture, mask, plan, filled, job.params, fill_alpha=job.mask == "alpha"
         )
     with stage("encode"):
-        data = images.encode(result, format=images.format_of(job.output))
+        data = images.encode(result, format=_output_format(job))
         record.result_sha256 = sha256(data).hexdigest()
     with stage("put"):
-        _put(bench, job, data, seen=fetched.output_version)
+        return _put(bench, job, data, seen=fetched.output_version)
 
 
 class _Stages:
@@ -249,7 +249,16 @@ def _fill(
     return [np.asarray(future.result()) for future in futures]
 
 
-def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> None:
+def _output_format(job: LeasedJob) -> str | None:
+    """What the output's name asks for; None, the image's own, where it asks for no change.
+
+    The image may not be what its name says; a PNG called .jpg stays a PNG.
+    """
+    asked = images.format_of(job.output)
+    return None if asked == images.format_of(job.image) else asked
+
+
+def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
     """Writes over the version seen, and over a newer one only while the lease is ours.
 
     A newer version comes from an attempt that lost its lease to us and wrote all the same.
@@ -258,32 +267,42 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> None
     for left in reversed(range(PUT_TRIES)):
         jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
         try:
-            bench.storage.put(job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}")
-            return
+            return bench.storage.put(
+                job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}"
+            )
         except OutputConflict:
             if not left:
                 raise
             found = bench.storage.stat(job.output)
             seen = found.version if found else None
+    raise AssertionError("the last try returns or raises")
 
 
 def _conclude(
-    bench: Bench, job: LeasedJob, record: AttemptRecord, ended: InpaintError | None
+    bench: Bench,
+    job: LeasedJob,
+    record: AttemptRecord,
+    ended: InpaintError | None,
+    output_version: str | None,
 ) -> None:
     if isinstance(ended, LeaseLost):
         log.warning("%s", ended)
         return
     try:
-        _persist(bench, lambda: _write_end(bench, job, record, ended))
+        _persist(bench, lambda: _write_end(bench, job, record, ended, output_version))
     except LeaseLost as error:
         log.warning("%s", error)
 
 
 def _write_end(
-    bench: Bench, job: LeasedJob, record: AttemptRecord, ended: InpaintError | None
+    bench: Bench,
+    job: LeasedJob,
+    record: AttemptRecord,
+    ended: InpaintError | None,
+    output_version: str | None,
 ) -> None:
     if ended is None:
-        jobs.succeed(bench.db, job, record)
+        jobs.succeed(bench.db, job, record, output_version=output_version)
         seconds = sum(record.timings.values())
         log.info("job %s: succeeded in %.2f s, %s windows", job.id, seconds, record.windows)
     elif isinstance(ended, Cancelled):

@@ -40,6 +40,7 @@ EX_OK = 0
 EX_UNAVAILABLE = 69
 JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
+SAME_SIGNAL_SECONDS = 1.0
 
 
 @click.command()
@@ -137,11 +138,19 @@ def _register(app: Celery, bench: Bench) -> None:
 
 
 def _install_signals(bench: Bench) -> None:
-    """The first SIGTERM or SIGINT releases every job; the second exits at once."""
+    """The first SIGTERM or SIGINT releases every job; a later one exits at once.
+
+    Within a second it counts as the same: a launcher and a service manager, or a terminal,
+    may both pass one on.
+    """
+    asked: list[float] = []
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        if bench.running.stopping:
-            os._exit(1)
+        if asked:
+            if time.monotonic() - asked[0] > SAME_SIGNAL_SECONDS:
+                os._exit(1)
+            return
+        asked.append(time.monotonic())
         bench.running.release_all()
         celery_state.should_stop = EX_OK  # type: ignore[assignment]
         threading.Thread(target=_leave, args=(bench,), name="leave", daemon=True).start()

@@ -69,6 +69,7 @@ def _jobs() -> None:
         sa.Column("error_message", sa.Text()),
         sa.Column("image_version", sa.Text()),
         sa.Column("mask_version", sa.Text()),
+        sa.Column("output_version", sa.Text()),
         sa.Column("result_sha256", sa.String(64)),
         sa.Column("created_at", INSTANT, nullable=False),
         sa.Column("queued_at", INSTANT),

@@ -83,11 +83,17 @@ _end_attempt = (
 )
 
 
-def succeed(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
-    """Raises LeaseLost, as do all that end an attempt; the attempt is then the reaper's."""
+def succeed(
+    db: Database, job: LeasedJob, record: AttemptRecord, *, output_version: str | None = None
+) -> None:
+    """Raises LeaseLost, as do all that end an attempt; the attempt is then the reaper's.
+
+    output_version: of the object that now lies at the output.
+    """
     found = {
         "image_version": record.image_version,
         "mask_version": record.mask_version,
+        "output_version": output_version,
         "result_sha256": record.result_sha256,
     }
     _finish(db, job, record, _succeeds, found, outcome="succeeded")

@@ -74,8 +74,8 @@ def test_status_lists_the_newest_submissions_first(desk: Desk, table: JobTable) 
     lines = desk.jobs("status").out.splitlines()
     first, second = (line.split() for line in lines if ".csv" in line)
     assert (first[0], first[1]) == ("2", "/[b]other[/b].csv")
-    assert first[-4:] == ["1", "1", "0", "0"]
-    assert (second[0], second[-4:]) == ("1", ["1", "0", "0", "2"])
+    assert first[-5:] == ["1", "1", "0", "0", "0"]
+    assert (second[0], second[-5:]) == ("1", ["1", "0", "0", "0", "2"])
 
 
 def test_status_can_be_of_one_submission(desk: Desk, table: JobTable) -> None:

@@ -114,7 +114,10 @@ def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
         ({"mask": "box:5,2,5,4"}, "mask: 'box:5,2,5,4' is empty"),
         ({"image": "http://h/a.png"}, "image: 'http://h/a.png': http:// is not supported"),
         ({"image": "../a.png"}, "image: '../a.png': '..' is refused"),
-        ({"image": "/etc/a.png"}, "image: '/etc/a.png' is outside the allowed folders; add its"),
+        (
+            {"image": "/etc/a.png"},
+            "image: '/etc/a.png' is outside the allowed folders (/work, /more); add its",
+        ),
         ({"mask": "s3://no/b.png"}, "mask: 's3://no/b.png': 'no' is not a bucket name"),
         ({"mask": "s3://other/b.png"}, "mask: 's3://other/b.png': bucket 'other' is not allowed"),
         ({"image": "in/"}, "image: 'in/' is a folder; name the file"),
@@ -280,3 +283,14 @@ def test_an_output_is_named_after_a_format_that_can_be_written() -> None:
     assert "'a.gif': .gif is not a format that can be written; use .jpg" in text
     assert isinstance(resolved(image="a.png", mask="m.png", output="out/A.WebP"), NewJob)
     assert isinstance(resolved(image="a.png", mask="m.png", output="out/sku-1"), NewJob)
+
+
+def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> None:
+    folder = tmp_path.resolve()
+    (folder / "images").mkdir()
+    (folder / "out").symlink_to("images")
+    options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
+    resolver = Resolver(options, Storage(roots=[folder], buckets=()))
+    row = Row(line=2, cells={"image": "images/a.png", "mask": "alpha"})
+    (problem,) = resolver.job(row)  # type: ignore[misc]
+    assert "is also an input" in problem.text

@@ -123,8 +123,7 @@ def test_the_same_manifest_again_adds_nothing_and_says_so(desk: Desk, either: Jo
     again = desk.submit(manifest)
     assert again.status == 0
     assert again.out.splitlines()[0] == (
-        "submission 1: 3 rows, 0 accepted, 3 already there; "
-        "nothing added (--force or --changed run rows again)"
+        "submission 1: 3 rows, 0 accepted, 3 already there; nothing added; 3 still to run"
     )
     assert desk.submit(manifest, "--json").json["duplicates"] == 3
     assert len(job_ids(either)) == 3
@@ -160,13 +159,24 @@ def test_identical_rows_are_one_job(desk: Desk, either: JobTable) -> None:
     assert desk.submit(manifest, "--force", "--json").json["accepted"] == 1
 
 
+def test_once_all_is_done_it_says_how_to_run_rows_again(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(2)
+    desk.submit(manifest)
+    for job in job_ids(either):
+        either.succeed(job)
+    again = "nothing added (--force or --changed run rows again)"
+    assert again in desk.submit(manifest).out
+    assert again not in desk.submit(manifest, "--force").out
+
+
 def test_a_run_that_was_cut_off_is_completed(desk: Desk, either: JobTable) -> None:
     manifest = desk.catalog(4)
     _record_part_of(desk, either, manifest, rows=2)
     assert len(job_ids(either)) == 2
     ran = desk.submit(manifest)
     assert ran.out.splitlines()[0] == (
-        "submission 1: 4 rows, 2 accepted, 2 already there; it had been cut off and is complete now"
+        "submission 1: 4 rows, 2 accepted, 2 already there; "
+        "it had been cut off and is complete now; 4 still to run"
     )
     assert [row.line for row in all_jobs(either)] == [2, 3, 4, 5]
     assert {row.state for row in all_jobs(either)} == {"queued"}

@@ -205,3 +205,22 @@ def test_settings_cannot_be_changed() -> None:
 
 def test_every_setting_is_described() -> None:
     assert all(field.description for field in Settings.model_fields.values())
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_is_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="a database in memory is not shared"):
+        settings.load(database_url=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://:secret@127.0.0.1:99999/0", "the port must be a number"),
+        ("redis://:secret@127.0.0.1:6379/0?foo=bar", "'foo' is no option"),
+    ],
+)
+def test_a_broker_that_no_client_could_reach_is_refused(url: str, words: str) -> None:
+    with pytest.raises(SettingsError, match=words) as error:
+        settings.load(broker_url=url)
+    assert "secret" not in str(error.value)

@@ -329,3 +329,20 @@ def test_the_opencv_engine_removes_a_mark(tmp_path: Path, method: str) -> None:
     left = np.abs(pixels(bench.path("clean.png")).astype(int) - (60, 120, 180))
     assert left.max() <= 2
     bench.close()
+
+
+def test_a_picture_keeps_its_own_format_whatever_its_name_says(sqlite_bench: Workbench) -> None:
+    bench = sqlite_bench
+    image = bench.write("named.jpg", Path(bench.picture("in.png")).read_bytes())
+    job = add_simple(bench, image=image, output=bench.path("out/named.jpg"))
+    bench.run(job)
+    assert Path(bench.path("out/named.jpg")).read_bytes()[1:4] == b"PNG"
+
+
+def test_a_bad_mask_is_not_reported_as_a_bad_picture(sqlite_bench: Workbench) -> None:
+    bench = sqlite_bench
+    job = add_simple(bench, mask=bench.write("mask.html", b"<html>"))
+    bench.run(job)
+    row = bench.job(job)
+    assert row.error_code == "bad_mask"
+    assert row.error_message.startswith("the mask: ")
