@@ -137,6 +137,8 @@ def fit_colour(painted: Pixels, known: Pixels, mask: Mask, *, scale: float = 1.0
     All of one (h, w). scale: picture pixels to an engine pixel. No change where the ring is
     small or agrees already.
     """
+    if np.array_equal(painted[~mask], known[~mask]):
+        return ColourFit()  # an engine that left the rest alone has nothing to agree with
     rows, columns = _ring(mask, scale)
     if len(rows) < RING_PIXELS:
         return ColourFit()

@@ -41,6 +41,7 @@ EX_UNAVAILABLE = 69
 JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
 SAME_SIGNAL_SECONDS = 1.0
+SWITCH_SECONDS = 0.0005
 
 
 @click.command()
@@ -98,6 +99,9 @@ def _bench(configured: Settings, engine: Any, name: str) -> Bench:
 
 def _consume(bench: Bench, name: str, threads: int) -> int:
     """Runs Celery until a signal; returns the process's exit status."""
+    # Job threads wait on small I/O many times a job; with the usual 5 ms each of them would
+    # wait that long for the interpreter whenever another thread decodes or composites.
+    sys.setswitchinterval(SWITCH_SECONDS)
     url = embedded.broker_url(bench.settings)
     app = celery_app(url, engines=[bench.engine.name])
     _register(app, bench)
