@@ -144,12 +144,19 @@ def test_two_workers_share_the_jobs_and_each_job_runs_once(fleet: Fleet) -> None
     assert all("-cpu-" in worker for worker in workers)
 
 
-def test_sigterm_gives_running_jobs_back_and_ends_the_process(sqlite_fleet: Fleet) -> None:
+@pytest.mark.parametrize("also_the_child", [False, True])
+def test_sigterm_gives_running_jobs_back_and_ends_the_process(
+    sqlite_fleet: Fleet, also_the_child: bool
+) -> None:
+    """A terminal or a service manager may signal launcher and child at the same moment."""
     fleet = sqlite_fleet
     jobs = fleet.add(3, size=(500, 500), radius=30)
     launcher = fleet.start("--concurrency", "2")
     wait_for(lambda: "running" in fleet.states())
+    children = fleet.children() if also_the_child else []
     launcher.terminate()
+    for child in children:
+        os.kill(child, signal.SIGTERM)
     assert launcher.wait(20) == 0
     assert "released" in fleet.log()
     assert "running" not in fleet.states()
