@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -190,7 +189,3 @@ class Attempt(Base):
         CheckConstraint(f"outcome IS NULL OR {_one_of('outcome', OUTCOMES)}", name="outcome"),
         CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="finished"),
     )
-
-
-def columns(model: type[Base]) -> list[Any]:
-    return list(model.__table__.columns)
