@@ -66,7 +66,7 @@ class Resolver:
         try:
             params = self._params(row.cells, str(found.get("engine", self._options.engine)))
         except InputError as error:
-            problems.append(_problem(row, str(error)))
+            problems += [_problem(row, text) for text in _wrong_cells(row) or [str(error)]]
         if problems:
             return problems
         return _new_job(row, found, params)
@@ -140,6 +140,18 @@ class Resolver:
         return resolve(
             engine=engine, preset=preset, prompt=self._options.prompt, values=values, columns=texts
         )
+
+
+def _wrong_cells(row: Row) -> list[str]:
+    """What is wrong with each parameter cell by itself."""
+    texts = []
+    for column, value in row.cells.items():
+        try:
+            if column in _PARAMETERS:
+                PARAMETERS[column].read(value)
+        except InputError as error:
+            texts.append(str(error))
+    return texts
 
 
 def _check_format(output: str) -> None:

@@ -17,8 +17,23 @@ from sqlalchemy import RowMapping
 from producer.audit import Listed, Story
 from producer.audit import Progress as Counts
 
+_NUMBERS = frozenset(
+    [
+        "submission",
+        "rows",
+        "done",
+        "failed",
+        "cancelled",
+        "left",
+        "job",
+        "line",
+        "attempts",
+        "guidance",
+        "steps",
+        "strength",
+    ]
+)
 _STATE_STYLES = {"succeeded": "green", "failed": "red", "running": "cyan", "cancelled": "yellow"}
-
 
 WIDTH_OF_A_PIPE = 240
 
@@ -153,21 +168,10 @@ def _state(state: str) -> str:
 
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    numbers = (
-        "submission",
-        "rows",
-        "done",
-        "failed",
-        "cancelled",
-        "left",
-        "job",
-        "line",
-        "attempts",
-    )
     for heading in headings:
         table.add_column(
             heading,
-            justify="right" if heading in numbers else "left",
+            justify="right" if heading in _NUMBERS else "left",
             overflow="fold",
         )
     return table

@@ -9,6 +9,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
+# Exit status of a worker process that starting again would not help (sysexits' EX_UNAVAILABLE).
+EX_UNAVAILABLE = 69
+# A launcher and a terminal may both pass one signal on: what comes this soon is no second one.
+SAME_SIGNAL_SECONDS = 1.0
+
 _PR_SET_PDEATHSIG = 1
 
 

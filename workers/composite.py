@@ -32,11 +32,6 @@ GAINS = (0.8, 1.25)
 OFFSETS = (-24.0, 24.0)
 
 
-def feather(mask: Mask, px: int) -> Weight:
-    """(H, W) weights: 1 inside the mask, a straight ramp outward, 0 past px pixels."""
-    return _ramp(mask, Box(0, 0, mask.shape[1], mask.shape[0]), px)
-
-
 def cut(rgb: Pixels, mask: Mask, region: Region) -> tuple[Pixels, Pixels]:
     """The region for the engine: (h, w, 3) uint8 and its mask (h, w) uint8 of 0 and 255.
 

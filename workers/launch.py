@@ -19,13 +19,12 @@ from shared import embedded, processes, schema, settings
 from shared.db import Database
 from shared.errors import EngineUnavailable, InpaintError, UnavailableError
 from shared.params import engine_name, is_native
+from shared.processes import EX_UNAVAILABLE, SAME_SIGNAL_SECONDS
 from shared.settings import Settings
 
-EX_UNAVAILABLE = 69
 STABLE_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 30.0
 GRACE_SECONDS = 10.0
-SAME_SIGNAL_SECONDS = 1.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -264,18 +264,19 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
     A newer version comes from an attempt that lost its lease to us and wrote all the same.
     """
     remove_leftovers(job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)])
-    for left in reversed(range(PUT_TRIES)):
-        jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
+    for _ in range(PUT_TRIES - 1):
         try:
-            return bench.storage.put(
-                job.output, data, if_version=seen, token=f"{job.id}-{job.attempt}"
-            )
+            return _put_once(bench, job, data, seen)
         except OutputConflict:
-            if not left:
-                raise
             found = bench.storage.stat(job.output)
             seen = found.version if found else None
-    raise AssertionError("the last try returns or raises")
+    return _put_once(bench, job, data, seen)
+
+
+def _put_once(bench: Bench, job: LeasedJob, data: bytes, seen: str | None) -> str:
+    jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
+    token = f"{job.id}-{job.attempt}"
+    return bench.storage.put(job.output, data, if_version=seen, token=token)
 
 
 def _conclude(

@@ -26,6 +26,7 @@ from shared.db import Database
 from shared.errors import EngineUnavailable, InpaintError
 from shared.jobs import Holder
 from shared.params import is_native
+from shared.processes import EX_UNAVAILABLE, SAME_SIGNAL_SECONDS
 from shared.queue import TASK, Queue, celery_app, queue_name
 from shared.retry import RetryPolicy
 from shared.settings import Settings
@@ -37,10 +38,8 @@ from workers.upkeep import Upkeep
 log = logging.getLogger(__name__)
 
 EX_OK = 0
-EX_UNAVAILABLE = 69
 JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
-SAME_SIGNAL_SECONDS = 1.0
 SWITCH_SECONDS = 0.0005
 
 
@@ -142,11 +141,7 @@ def _register(app: Celery, bench: Bench) -> None:
 
 
 def _install_signals(bench: Bench) -> None:
-    """The first SIGTERM or SIGINT releases every job; a later one exits at once.
-
-    Within a second it counts as the same: a launcher and a service manager, or a terminal,
-    may both pass one on.
-    """
+    """The first SIGTERM or SIGINT releases every job; a later one exits at once."""
     asked: list[float] = []
 
     def stop(_number: int, _frame: FrameType | None) -> None:

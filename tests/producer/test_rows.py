@@ -294,3 +294,13 @@ def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> No
     row = Row(line=2, cells={"image": "images/a.png", "mask": "alpha"})
     (problem,) = resolver.job(row)  # type: ignore[misc]
     assert "is also an input" in problem.text
+
+
+def test_every_wrong_parameter_of_a_row_is_named() -> None:
+    found = problems(strength="2", eta="nan", num_inference_steps="0", seed="-1")
+    assert [text.partition(":")[0] for text in sorted(found)] == [
+        "eta",
+        "num_inference_steps",
+        "seed",
+        "strength",
+    ]

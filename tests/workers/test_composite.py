@@ -17,7 +17,7 @@ from shared.masks import dilate
 from shared.params import Mode, Params
 from shared.regions import Box, Region, plan
 from workers import composite as under_test
-from workers.composite import ColourFit, composite, cut, feather, fit_colour
+from workers.composite import ColourFit, composite, cut, fit_colour
 
 MODES = ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16"]
 ROCKET = data.rocket()[:300, :400]
@@ -283,6 +283,10 @@ def test_no_stroke_is_lost_and_no_mark_leaks_when_scaled_down(
 
 
 # Feather and colour
+
+
+def feather(mask: NDArray[np.bool_], px: int) -> NDArray[np.float32]:
+    return under_test._ramp(mask, Box(0, 0, mask.shape[1], mask.shape[0]), px)
 
 
 def test_feather_is_one_inside_and_zero_past_its_length() -> None:
