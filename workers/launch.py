@@ -86,6 +86,8 @@ def find_places(devices: str, *, engine: str) -> list[Place]:
     """One place per device. Raises EngineUnavailable where a device is not there."""
     host = socket.gethostname()
     cpu = [Place(name=f"{host}-cpu", cuda=None)]
+    if is_native(engine) and devices not in ("all", "cpu"):
+        raise EngineUnavailable(f"--devices: {engine} runs on the CPU, not on {devices!r}; use cpu")
     if devices == "cpu" or is_native(engine):
         return cpu
     found = _cuda_indexes()

@@ -214,6 +214,7 @@ def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: 
         (["--engine", "diffusers:/nowhere/model"], "/nowhere/model"),
         (["--engine", "diffusers:stabilityai/stable-diffusion-2-inpainting"], "sd2-community"),
         (["--engine", "gpt"], "not known"),
+        (["--engine", "opencv", "--devices", "0"], "opencv runs on the CPU, not on '0'"),
         (["--engine", "sd2", "--devices", "all"], "no CUDA device"),
         (["--engine", "sd2", "--devices", "3"], "no CUDA device '3'"),
     ],
