@@ -6,15 +6,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import click
 
-from producer import dryrun, terminal
+from producer import terminal
 from producer.audit import Progress, errors, progress
+from producer.command import broker_note, friendly, parse_sets
 from producer.local import LocalWorkers, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.rows import Options
@@ -22,36 +22,14 @@ from producer.submit import Again, Checked, Summary, check
 from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
-from shared.errors import InpaintError, ParameterError
 from shared.locations import absolute, is_s3, parent
-from shared.params import PRIORITY, engine_name, find_parameter, find_presets, placeholders
+from shared.params import PRIORITY, engine_name, find_presets, placeholders
 from shared.queue import Queue
 from shared.settings import Settings
 from shared.storage import Storage
 
 POLL_SECONDS = 0.1
 NO_WORKER_SECONDS = 10.0
-
-
-@contextmanager
-def friendly(command: str) -> Iterator[None]:
-    """A user's mistake, or a service that is down, is one line on stderr and exit 2."""
-    try:
-        yield
-    except InpaintError as error:
-        click.echo(f"{command}: {error}", err=True)
-        sys.exit(2)
-
-
-def parse_sets(pairs: tuple[str, ...]) -> dict[str, object]:
-    """``NAME=VALUE`` options as checked values. Raises ParameterError."""
-    values = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ParameterError(f"--set {pair!r}: write NAME=VALUE")
-        values[name.strip()] = find_parameter(name.strip()).read(value)
-    return values
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -177,6 +155,8 @@ def _refuse_invalid(checked: Checked, *, skip: bool) -> None:
 
 
 def _rehearse(checked: Checked, storage: Storage, configured: Settings, as_json: bool) -> int:
+    from producer import dryrun  # only this option decodes pictures
+
     found = dryrun.rehearse(checked, storage, configured, report=_report)
     if as_json:
         click.echo(json.dumps(found.to_json()))
@@ -216,13 +196,6 @@ def _record(
             )
         finally:
             queue.close()
-
-
-def broker_note(configured: Settings, error: str) -> str:
-    """What it means for the jobs that no broker answers."""
-    if configured.broker_url is None:
-        return "the jobs wait for a worker: inpaint-worker starts a Redis and enqueues them"
-    return f"{error}; workers enqueue the jobs when it is back"
 
 
 def _print_summary(

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from producer import audit, doctor, terminal
-from producer.cli import broker_note, friendly, parse_sets
+from producer.command import broker_note, friendly, parse_sets
 from shared import embedded, jobs, params, schema, settings
 from shared.db import Database
 from shared.errors import BrokerUnavailable, InputError

@@ -11,7 +11,8 @@ from threading import Thread
 import click
 import pytest
 
-from producer.cli import parse_sets, submit
+from producer.cli import submit
+from producer.command import parse_sets
 from producer.jobs_cli import jobs_command
 from shared import jobs
 from shared.errors import ImageError, ParameterError
