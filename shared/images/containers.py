@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shared import exif as tags
 from shared.errors import ImageError
+from shared.images import exif as tags
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 TRUNCATED = "image_truncated"
@@ -26,6 +26,13 @@ _PNG_NEEDED = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _MAX_PROFILE_BYTES = 16 << 20
 _MAX_TILE_PIXELS = 1 << 26
 _DEEP = "has 16 bits a colour channel; save it with 8, or as 16-bit grey"
+
+
+# What Pillow's decoders raise on damaged data, besides OSError.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError),
+    *(AttributeError, AssertionError, ArithmeticError, struct.error, zlib.error),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +81,10 @@ def truncated(name: str) -> ImageError:
     return ImageError(
         f"the {name} file ends too early or is damaged; upload it again", code=TRUNCATED
     )
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def recognise(data: bytes) -> str:

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from skimage import data
 
-from shared import images, jpeg
-from shared.errors import EngineUnavailable, FidelityError, StorageUnavailable
+from shared import images
+from shared.errors import EngineUnavailable, FidelityError, ImageError, StorageUnavailable
+from shared.images import encoding, jpeg
 
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -194,7 +195,7 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
 )
 def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
     picture = repainted(FILES[name], boxed((171, 203), BOX))
-    spliced, whole = images.encode(picture), images._write_jpeg(*as_whole(picture))
+    spliced, whole = images.encode(picture), encoding._write_jpeg(*as_whole(picture))
     assert picture.touched is not None
     ours, theirs = (
         error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
@@ -226,7 +227,7 @@ def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_a
     beside = allowed(FILES[name], picture.touched) & ~picture.touched
     before = by_pillow(FILES[name])
     ours = error(by_pillow(images.encode(picture)), before, beside)
-    assert ours < error(by_pillow(images._write_jpeg(*as_whole(picture))), before, beside)
+    assert ours < error(by_pillow(encoding._write_jpeg(*as_whole(picture))), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
@@ -428,7 +429,7 @@ def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: 
     file[place : place + 8] = b"\x5a" * 8
     try:
         picture = repainted(bytes(file), boxed((171, 203), BOX))
-    except images.ImageError:
+    except ImageError:
         return
     try:
         assert opened(images.encode(picture)).size == (203, 171)

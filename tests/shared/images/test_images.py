@@ -16,9 +16,9 @@ from PIL.TiffImagePlugin import IFDRational
 from skimage import data
 
 from shared import images, masks
-from shared.containers import png_chunk
 from shared.errors import ImageError, MaskError, ObjectTooLarge
-from shared.exif import read_directory, with_tags
+from shared.images.containers import png_chunk
+from shared.images.exif import read_directory, with_tags
 
 LIMIT = 10_000_000
 CAT = Image.fromarray(data.chelsea()).resize((150, 100))

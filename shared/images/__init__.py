@@ -1,0 +1,28 @@
+"""Pictures: bytes enter in ``decode`` and leave in ``encode``, with depth, alpha and metadata."""
+
+from shared.images.decoding import decode, probe
+from shared.images.encoding import encode
+from shared.images.picture import (
+    Array,
+    Coding,
+    Metadata,
+    Picture,
+    Pixels,
+    as_rgb,
+    format_of,
+    from_rgb,
+)
+
+__all__ = [
+    "Array",
+    "Coding",
+    "Metadata",
+    "Picture",
+    "Pixels",
+    "as_rgb",
+    "decode",
+    "encode",
+    "format_of",
+    "from_rgb",
+    "probe",
+]

@@ -1,0 +1,169 @@
+"""Pictures enter here: bytes to pixels, depth and metadata.
+
+Pillow never sees metadata (``containers`` keeps it as raw bytes), and its plugins are
+called one by one: ``Image.open`` would try formats that are not allowed and warn about size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from shared.errors import ImageError, ObjectTooLarge
+from shared.images.containers import DAMAGE, Header, one_line, read_header, truncated
+from shared.images.picture import (
+    MODE_NAMES,
+    TIFF_COMPRESSIONS,
+    Array,
+    Coding,
+    Metadata,
+    Picture,
+    turned,
+)
+
+_PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+}
+
+
+def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """(width, height) as shown, from the header; the data may be the first part of a file.
+
+    Raises ImageError (code ``image_truncated`` where more of the file is needed) and
+    ObjectTooLarge.
+    """
+    header = read_header(data)
+    _check(header, max_pixels)
+    return header.shown
+
+
+def decode(data: bytes, *, max_pixels: int) -> Picture:
+    """Reads a picture and turns it upright.
+
+    Raises ImageError for what is no picture, damaged, animated, or cannot be written back
+    exactly; ObjectTooLarge, before anything is decoded, for more than max_pixels.
+    """
+    header = read_header(data)
+    _check(header, max_pixels)
+    opened = _load(header)
+    image, mode = _resolved(opened)
+    pixels = turned(_array(image), header.orientation)
+    pixels.flags.writeable = False
+    return Picture(
+        pixels=pixels,
+        mode=mode,
+        format=header.format,
+        coding=_coding(header, opened),
+        metadata=_metadata(header, opened),
+        source=data,
+    )
+
+
+def _check(header: Header, max_pixels: int) -> None:
+    width, height = header.shown
+    if width * height > max_pixels:
+        raise ObjectTooLarge(
+            f"{width}x{height} is {width * height / 1e6:.1f} megapixels; at most "
+            f"{max_pixels / 1e6:.1f} are allowed: make it smaller or raise the limit"
+        )
+
+
+def _load(header: Header) -> ImageFile.ImageFile:
+    if header.frames > 1:
+        kind = "has several pages" if header.format == "TIFF" else "is animated"
+        raise ImageError(f"the {header.format} file {kind}; save one picture a file")
+    if header.refusal:
+        raise ImageError(f"the {header.format} file {header.refusal}")
+    try:
+        image = _PLUGINS[header.format](io.BytesIO(header.bare))
+        if image.size != header.size:
+            raise ImageError(f"the {header.format} file contradicts itself about its size")
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise ObjectTooLarge(one_line(error)) from error
+    except DAMAGE as error:
+        raise truncated(header.format) from error
+    return image
+
+
+def _resolved(image: Image.Image) -> tuple[Image.Image, str]:
+    """The image without palette or colour key, and its mode; raises ImageError."""
+    mode = "I;16" if image.mode == "I;16B" else image.mode
+    if mode == "P":
+        mode = "RGBA" if "transparency" in image.info else "RGB"
+    elif "transparency" in image.info and mode in ("1", "L", "RGB"):
+        mode = "RGBA" if mode == "RGB" else "LA"
+    if mode not in MODE_NAMES or (mode == "I;16" and "transparency" in image.info):
+        raise ImageError(
+            f"pixels of kind {image.mode!r} cannot be repainted without loss; "
+            "convert to 8-bit RGB, grey or CMYK"
+        )
+    return (image if image.mode in (mode, "I;16B") else image.convert(mode)), mode
+
+
+def _array(image: Image.Image) -> Array:
+    pixels = np.asarray(image)
+    return pixels.astype(np.uint16) if pixels.dtype.itemsize == 2 else pixels
+
+
+def _coding(header: Header, image: Image.Image) -> Coding:
+    compression = str(image.info.get("compression", ""))
+    coding = Coding(
+        lossless=header.lossless,
+        progressive=header.progressive,
+        compression=TIFF_COMPRESSIONS.get(compression, "tiff_adobe_deflate"),
+    )
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.layers > 3:
+        return coding
+    return replace(
+        coding,
+        rgb_jpeg=image.layers == 3 and image.info.get("adobe_transform") == 0,
+        quantisation=_tables(image, turned=header.orientation >= 5),
+        subsampling=_subsampling(image, turned=header.orientation >= 5),
+    )
+
+
+def _tables(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> tuple[tuple[int, ...], ...]:
+    """One table a component, the last one standing for the rest, as Pillow writes them."""
+    numbers = [component[3] for component in image.layer[: image.layers]]
+    while len(numbers) > 1 and numbers[-1] == numbers[-2]:
+        del numbers[-1]
+    tables = [np.array(image.quantization[number]).reshape(8, 8) for number in numbers]
+    return tuple(tuple((table.T if turned else table).ravel().tolist()) for table in tables)
+
+
+def _subsampling(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> int:
+    """0 (4:4:4), 1 (4:2:2) or 2 (4:2:0); full resolution for what Pillow cannot write."""
+    if image.layers != 3:
+        return -1
+    (_, across, down, _), *chroma = image.layer
+    if any(other[1:3] != (1, 1) for other in chroma):
+        return 0
+    return {(2, 1): 1, (2, 2): 2}.get((down, across) if turned else (across, down), 0)
+
+
+def _metadata(header: Header, image: Image.Image) -> Metadata:
+    dpi = image.info.get("dpi")
+    return Metadata(
+        segments=header.segments,
+        exif=header.exif,
+        icc=header.icc,
+        xmp=header.xmp,
+        dpi=header.dpi or ((float(dpi[0]), float(dpi[1])) if dpi else None),
+    )
