@@ -138,11 +138,13 @@ def story(db: Database, job: int) -> Story | None:
         return Story(job=found, attempts=list(attempts))
 
 
+JSON_COLUMNS = ("params", "timings", "inputs", "scores")
 EXPORTED = (
     *("submission", "job", "line", "id", "state", "attempts", "image", "mask", "output"),
     *("engine", "engine_revision", "seed", "params", "priority", "error_code", "error_message"),
-    *("image_sha256", "mask_sha256", "result_sha256", "width", "height", "regions", "windows"),
-    *("worker", "device", "timings", "created_at", "started_at", "finished_at"),
+    *("image_sha256", "mask_sha256", "inputs", "result_sha256", "width", "height", "regions"),
+    *("windows", "score", "review", "scores", "reseeds", "worker", "device", "memory_mode"),
+    *("timings", "created_at", "started_at", "finished_at"),
 )
 
 
@@ -169,10 +171,17 @@ def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tupl
         *(Job.submission_id.label("submission"), Job.id.label("job"), Job.line),
         *(Job.key.label("id"), Job.state, Job.attempt.label("attempts")),
         *(Job.image, Job.mask, Job.output, Job.engine, Attempt.engine_revision),
-        *(Job.seed, Job.params, Job.priority, Job.error_code, Job.error_message),
-        *(Attempt.image_sha256, Attempt.mask_sha256, Job.result_sha256),
+        *(
+            func.coalesce(Attempt.seed, Job.seed).label("seed"),
+            Job.params,
+            Job.priority,
+            Job.error_code,
+            Job.error_message,
+        ),
+        *(Attempt.image_sha256, Attempt.mask_sha256, Attempt.inputs, Job.result_sha256),
         *(Attempt.width, Attempt.height, Attempt.regions, Attempt.windows),
-        *(Attempt.worker, Attempt.device, Attempt.timings),
+        *(Job.score, Job.review, Attempt.scores, Attempt.reseeds),
+        *(Attempt.worker, Attempt.device, Attempt.memory_mode, Attempt.timings),
         *(Job.created_at, Attempt.started_at, Job.finished_at),
     )
     chosen = (*selection.conditions(), Job.id > after)
@@ -181,7 +190,7 @@ def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tupl
 
 def _record(row: RowMapping) -> dict[str, Any]:
     record = {name: row[name] for name in EXPORTED}
-    for name in ("params", "timings"):
+    for name in JSON_COLUMNS:
         record[name] = json.loads(record[name]) if record[name] else None
     for name in ("created_at", "started_at", "finished_at"):
         record[name] = record[name].isoformat() if record[name] else None

@@ -23,7 +23,8 @@ from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
 from shared.locations import absolute, is_s3, parent
-from shared.params import PRIORITY, engine_name, find_presets, placeholders
+from shared.params import PRIORITY, engine_name, find_parameter, is_file
+from shared.presets import find_presets, placeholders
 from shared.queue import Queue
 from shared.settings import Settings
 from shared.storage import Storage
@@ -39,6 +40,9 @@ NO_WORKER_SECONDS = 10.0
 @click.option("--engine", help="sd2, opencv or diffusers:FOLDER_OR_HUB_ID[@REVISION].")
 @click.option("--preset", help="See inpaint-jobs presets; combine as ecommerce+preview.")
 @click.option("--prompt", help="Prompt template; {placeholders} are filled from columns.")
+@click.option("--style", help="Added to every prompt: artist, medium, palette.")
+@click.option("--format", help="jpeg, png, webp, tiff or bmp; else each image's own.")
+@click.option("--quality", help="1 to 100, JPEG and WebP; else as the image was stored.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")
 @click.option("--priority", default="0", help="-1000 to 1000; higher runs first.")
 @click.option(
@@ -104,7 +108,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
     here = str(Path.cwd())
     output = given["output"] and _folder(given["output"], base=here)
     mask = given["mask"]
-    if mask and masks.is_file(mask):
+    if mask and is_file(mask):
         mask = absolute(mask, base=here)
     elif mask and mask != "alpha":
         masks.parse_box(mask)
@@ -120,9 +124,16 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
         mask=mask,
         preset=given["preset"],
         prompt=given["prompt"],
-        values=parse_sets(given["sets"]),
+        style=str(find_parameter("prompt").read(given["style"] or "")),
+        values=_values(given),
         priority=PRIORITY.read(given["priority"]),
     )
+
+
+def _values(given: dict[str, Any]) -> dict[str, object]:
+    short = {name: given[name] for name in ("format", "quality") if given[name] is not None}
+    read = {name: find_parameter(name).read(value) for name, value in short.items()}
+    return parse_sets(given["sets"]) | read
 
 
 def _folder(reference: str, *, base: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from shared.errors import InpaintError, ParameterError
+from shared.locations import absolute
 from shared.params import find_parameter
 from shared.settings import Settings
 
@@ -25,12 +27,14 @@ def friendly(command: str) -> Iterator[None]:
 
 def parse_sets(pairs: tuple[str, ...]) -> dict[str, object]:
     """``NAME=VALUE`` options as checked values. Raises ParameterError."""
-    values = {}
+    values: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ParameterError(f"--set {pair!r}: write NAME=VALUE")
         values[name.strip()] = find_parameter(name.strip()).read(value)
+    if values.get("text_font"):
+        values["text_font"] = absolute(str(values["text_font"]), base=str(Path.cwd()))
     return values
 
 

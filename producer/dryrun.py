@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from producer.manifest import Problem
 from producer.submit import Checked
 from shared import images, masks, regions
 from shared.errors import ImageError, InpaintError, ObjectMissing
-from shared.params import Params, is_native
+from shared.params import Params, is_file, is_native
 from shared.settings import Settings
 from shared.storage import Storage
 from shared.submissions import NewJob
@@ -92,12 +91,16 @@ class _Stage:
             return Problem(line=job.line, text=f"{error.code}: {error}")
 
     def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
-        params = Params(**json.loads(job.params))
-        mask = self._mask(job)
-        if not masks.is_file(job.mask):
-            size = (mask.shape[1], mask.shape[0])
-        else:
-            size = self._size(job.image)
+        rounds = Params.from_json(job.params, seed=job.seed).rounds()
+        return tuple(
+            region
+            for mask, params in rounds
+            for region in self._round(job, mask or job.mask, params)
+        )
+
+    def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
+        mask = self._mask(job, name)
+        size = self._size(job.image) if is_file(name) else (mask.shape[1], mask.shape[0])
         masks.check_size(mask, size)
         repainted = masks.dilate(
             masks.binary(mask, threshold=params.mask_threshold), params.mask_dilation
@@ -109,12 +112,12 @@ class _Stage:
             native=is_native(job.engine),
         )
 
-    def _mask(self, job: NewJob) -> masks.Grey:
-        if masks.is_file(job.mask):
-            return self._mask_file(job.mask)
-        if job.mask == "alpha":
+    def _mask(self, job: NewJob, name: str) -> masks.Grey:
+        if is_file(name):
+            return self._mask_file(name)
+        if name == "alpha":
             return masks.alpha_mask(self._picture(job.image))
-        return masks.box_mask(masks.parse_box(job.mask), self._size(job.image))
+        return masks.box_mask(masks.parse_box(name), self._size(job.image))
 
     def _read_mask(self, uri: str) -> masks.Grey:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data

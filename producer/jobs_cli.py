@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -16,7 +17,8 @@ from rich.text import Text
 
 from producer import audit, doctor, terminal
 from producer.command import broker_note, friendly, parse_sets
-from shared import embedded, jobs, params, schema, settings
+from shared import embedded, jobs, schema, settings
+from shared import presets as named
 from shared.db import Database
 from shared.errors import BrokerUnavailable, InputError
 from shared.jobs import Selection
@@ -90,13 +92,22 @@ def _require_submission(db: Database, submission: int | None) -> None:
 @click.option("--state", type=click.Choice(STATES))
 @click.option("--error", help="An error code.")
 @click.option("--submission", type=ID)
+@click.option("--review", is_flag=True, help="Results that a gate wants a person to see.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1))
 @click.option("--json", "as_json", is_flag=True, help="One object a line.")
 def list_command(
-    state: str | None, error: str | None, submission: int | None, limit: int, as_json: bool
+    state: str | None,
+    error: str | None,
+    submission: int | None,
+    review: bool,
+    limit: int,
+    as_json: bool,
 ) -> None:
     """Jobs, oldest first."""
-    chosen = _selection((), submission, error, states=(state,) if state else None)
+    chosen = replace(
+        _selection((), submission, error, states=(state,) if state else None),
+        review=review or None,
+    )
     with _opened() as (_, db):
         _require_submission(db, submission)
         rows = audit.list_jobs(db, chosen, limit=limit + 1)
@@ -199,7 +210,7 @@ def _cell(value: object) -> object:
 @click.option("--json", "as_json", is_flag=True, help="Templates and placeholders too.")
 def presets(as_json: bool) -> None:
     """The named sets of parameters."""
-    known = params.presets()
+    known = named.presets()
     if as_json:
         rows = {
             one.name: {**one.values, "use": one.use, "prompt": one.prompt} for one in known.values()
@@ -272,7 +283,7 @@ def _require_final(db: Database, job_ids: tuple[int, ...]) -> None:
 def _plain(row: Any) -> dict[str, Any]:
     """A row of the tables as JSON holds it."""
     plain = {name: value for name, value in row.items() if not isinstance(value, bytes)}
-    for name in ("params", "timings"):
+    for name in audit.JSON_COLUMNS:
         if plain.get(name):
             plain[name] = json.loads(plain[name])
     return plain

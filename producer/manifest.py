@@ -15,7 +15,7 @@ from typing import IO, cast
 
 from shared.errors import ManifestError
 from shared.locations import name
-from shared.params import PARAMETERS, did_you_mean
+from shared.params import FLAGS, PARAMETERS, did_you_mean
 from shared.storage import Storage
 
 FIELD_LIMIT = 64 * 1024
@@ -23,23 +23,9 @@ LINE_LIMIT = 1024 * 1024
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 LOCATION_COLUMNS = ("image", "mask", "output")
-OTHER_COLUMNS = ("id", "preset", "engine", "priority")
-PARAMETER_COLUMNS = (
-    "mode",
-    "prompt",
-    "negative_prompt",
-    "seed",
-    "num_inference_steps",
-    "guidance_scale",
-    "strength",
-    "eta",
-    "scheduler",
-    "width",
-    "height",
-)
-COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *PARAMETER_COLUMNS)
-
-assert set(PARAMETER_COLUMNS) <= set(PARAMETERS)  # noqa: S101
+OTHER_COLUMNS = ("id", "preset", "engine", "priority", "style")
+ROUND_COLUMNS = ("detail_mask", "detail_prompt", "passes")
+COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *ROUND_COLUMNS, *PARAMETERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,9 +200,11 @@ def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
                 text=f"{column}: not a known column and fills no {{placeholder}}"
                 f"{did_you_mean(column, known)}",
             )
-        if isinstance(value, dict | list | bool):
+        if column == "passes" and isinstance(value, list):
+            cells[column] = json.dumps(value)
+        elif isinstance(value, dict | list) or (isinstance(value, bool) and column not in FLAGS):
             return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
-        if value is not None and (cell := str(value).strip()):
+        elif value is not None and (cell := str(value).strip()):
             cells[column] = cell
     return _storable(Row(line=line, cells=cells))
 

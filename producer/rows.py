@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from producer.manifest import COLUMNS, LOCATION_COLUMNS, PARAMETER_COLUMNS, Problem, Row
+from producer.manifest import COLUMNS, LOCATION_COLUMNS, ROUND_COLUMNS, Problem, Row
 from shared import masks
-from shared.errors import InputError
+from shared.errors import InputError, ParameterError
 from shared.images import format_of
 from shared.jobs import content_key, derived_seed
 from shared.locations import absolute, name, parent
-from shared.params import PARAMETERS, PRIORITY, Params, engine_name, placeholders, presets, resolve
+from shared.params import PARAMETERS, PRIORITY, Params, engine_name, is_file
+from shared.presets import Rounds, placeholders, presets, resolve
 from shared.storage import Storage
 from shared.submissions import NewJob
 
 RESOLVED_CACHE = 10_000
-_PARAMETERS = frozenset(PARAMETER_COLUMNS) - {"seed"}
+MAX_PASSES = 8
+_PARAMETERS = frozenset(PARAMETERS) - {"seed"}
 _OURS = frozenset(COLUMNS)
+_DECISIVE = _PARAMETERS | {"style", *ROUND_COLUMNS}
+_SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,7 @@ class Options:
     mask: str | None = None
     preset: str | None = None
     prompt: str | None = None
+    style: str = ""
     values: Mapping[str, object] = field(default_factory=dict)
     priority: int = 0
     has_output: bool = False
@@ -40,6 +47,7 @@ class Options:
     def known_placeholders(self) -> frozenset[str]:
         """Every column that could fill a template: any preset's, where rows may choose one."""
         templates = [self.prompt or ""] + [preset.prompt for preset in presets().values()]
+        templates += [one.detail.prompt for one in presets().values() if one.detail]
         names = {name for template in templates for name in placeholders(template)}
         return frozenset(names - _OURS)
 
@@ -77,14 +85,16 @@ class Resolver:
         return self._location(cells["image"])
 
     def _mask(self, cells: Mapping[str, str], _found: object) -> str:
-        text = cells.get("mask") or self._options.mask
-        if text is None:
+        first = _passes(cells)[:1]
+        text = (first and first[0].get("mask")) or cells.get("mask") or self._options.mask
+        if not text:
             raise InputError("empty; name the mask, or alpha, or box:left,top,right,bottom")
+        return self._mask_location(str(text))
+
+    def _mask_location(self, text: str) -> str:
         if text.startswith("box:"):
             masks.parse_box(text)
-        if not masks.is_file(text):
-            return text
-        return self._location(text)
+        return self._location(text) if is_file(text) else text
 
     def _output(self, cells: Mapping[str, str], found: Mapping[str, object]) -> str:
         if "output" in cells:
@@ -94,11 +104,17 @@ class Resolver:
         elif "image" not in found:
             return ""  # the row is bad already, and this is not why
         else:
-            source = cells["image"]
-            location = self._location(f"{self._options.output.rstrip('/')}/{name(source)}")
+            named = _named_as(name(cells["image"]), self._format(cells))
+            location = self._location(f"{self._options.output.rstrip('/')}/{named}")
+        asked, wanted = format_of(location), self._format(cells)
+        if wanted and asked and asked.lower() != wanted:
+            raise InputError(f"{name(location)!r} contradicts format {wanted}; drop one of them")
         if location in (found.get("image"), found.get("mask")):
             raise InputError(f"{location!r} is also an input; choose another output")
         return location
+
+    def _format(self, cells: Mapping[str, str]) -> str:
+        return str(cells.get("format") or self._options.values.get("format") or "")
 
     def _engine(self, cells: Mapping[str, str], _found: object) -> str:
         return engine_name(cells["engine"]) if "engine" in cells else self._options.engine
@@ -123,7 +139,7 @@ class Resolver:
     def _params(self, cells: Mapping[str, str], engine: str) -> str:
         """Canonical JSON of the row's parameters without the seed."""
         decisive = tuple(
-            item for item in cells.items() if item[0] in _PARAMETERS or item[0] not in _OURS
+            item for item in cells.items() if item[0] in _DECISIVE or item[0] not in _OURS
         )
         preset = cells.get("preset", self._options.preset)
         known = (engine, preset, decisive)
@@ -136,10 +152,52 @@ class Resolver:
     def _resolve(self, cells: Mapping[str, str], engine: str, preset: str | None) -> Params:
         values = {k: v for k, v in self._options.values.items() if k != "seed"}
         values.update((k, v) for k, v in cells.items() if k in _PARAMETERS)
-        texts = {k: v for k, v in cells.items() if k not in _OURS}
+        if "text_font" in cells:
+            values["text_font"] = self._location(cells["text_font"])
         return resolve(
-            engine=engine, preset=preset, prompt=self._options.prompt, values=values, columns=texts
+            engine=engine,
+            preset=preset,
+            prompt=self._options.prompt,
+            values=values,
+            columns={k: v for k, v in cells.items() if k not in _OURS},
+            style=cells.get("style", self._options.style),
+            rounds=self._rounds(cells),
         )
+
+    def _rounds(self, cells: Mapping[str, str]) -> Rounds:
+        passes = _passes(cells)
+        for one in passes:
+            if one.get("mask"):
+                one["mask"] = self._mask_location(str(one["mask"]))
+        detail_mask = cells.get("detail_mask", "")
+        return Rounds(
+            passes=passes,
+            detail_mask=self._mask_location(detail_mask) if detail_mask else "",
+            detail_prompt=cells.get("detail_prompt", ""),
+        )
+
+
+def _passes(cells: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The objects of the ``passes`` cell; raises ParameterError."""
+    if "passes" not in cells:
+        return []
+    try:
+        found = json.loads(cells["passes"])
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"passes: not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found) or not found:
+        raise ParameterError('passes: write a list of objects: [{"prompt": ...}, {"mask": ...}]')
+    if len(found) > MAX_PASSES:
+        raise ParameterError(f"passes: {len(found)} are too many; use at most {MAX_PASSES}")
+    return found
+
+
+def _named_as(source: str, format: str) -> str:
+    """The name with the format's suffix, unless it has one of that format already."""
+    if format not in _SUFFIXES or (format_of(source) or "").lower() == format:
+        return source
+    bare = source.rpartition(".")[0] if format_of(source) else source
+    return bare + _SUFFIXES[format]
 
 
 def _wrong_cells(row: Row) -> list[str]:

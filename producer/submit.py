@@ -25,13 +25,14 @@ from sqlalchemy import select
 from producer import audit
 from producer.manifest import Problem, Row, read
 from producer.rows import Options, Resolver
-from shared import jobs, masks, submissions
+from shared import jobs, submissions
 from shared.db import Database
 from shared.errors import BrokerUnavailable, ManifestError
 from shared.models import FINAL_STATES, Job
+from shared.params import further_inputs, is_file
 from shared.queue import Queue
 from shared.storage import Storage
-from shared.submissions import NewJob
+from shared.submissions import NewJob, joined_versions
 
 CHUNK = 5000
 STAT_THREADS = 16
@@ -129,8 +130,10 @@ def _check_into(
         checked.engines.add(job.engine)
         outputs.add(job.output)
         inputs.add(job.image)
-        if masks.is_file(job.mask) and job.mask != options.mask:
+        if is_file(job.mask) and job.mask != options.mask:
             inputs.add(job.mask)
+        for place in further_inputs(job.params):
+            inputs.add(place)
         digest.update(b"%s %d %d\n" % (job.content_key, job.line, job.priority))
     if checked.rows == 0:
         raise ManifestError(f"{options.manifest}: no rows under the header; nothing to do")
@@ -164,6 +167,13 @@ def _hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
+def _inputs(job: NewJob) -> Iterator[tuple[str, str]]:
+    yield "image", job.image
+    yield "mask", job.mask
+    for place in further_inputs(job.params):
+        yield "detail mask or font", place
+
+
 def _check_outputs(
     checked: Checked, outputs: _Names, inputs: _Names, report: Callable[[Problem], None]
 ) -> None:
@@ -174,7 +184,7 @@ def _check_outputs(
     read_at = {
         source: (what, job.line)
         for job in checked.spool
-        for what, source in (("image", job.image), ("mask", job.mask))
+        for what, source in _inputs(job)
         if clashing and _hash(source) in clashing
     }
     first: dict[str, NewJob] = {}
@@ -327,6 +337,11 @@ def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Ver
 
 
 def _versions(storage: Storage, job: NewJob) -> _Versions:
-    places = (job.image, job.mask if masks.is_file(job.mask) else None, job.output)
-    found = [storage.stat(place) if place else None for place in places]
-    return tuple(one.version if one else None for one in found)
+    masks = [*([job.mask] if is_file(job.mask) else []), *further_inputs(job.params)]
+    image, output, *rest = (_version(storage, place) for place in (job.image, job.output, *masks))
+    return image, joined_versions(rest), output
+
+
+def _version(storage: Storage, place: str) -> str | None:
+    found = storage.stat(place)
+    return found.version if found else None

@@ -111,7 +111,7 @@ def submissions_table(listed: Iterable[Listed]) -> Table:
 
 
 def jobs_table(rows: Iterable[RowMapping]) -> Table:
-    table = _table("job", "submission", "line", "id", "state", "attempts", "error", "image")
+    table = _table("job", "submission", "line", "id", "state", "attempts", "code", "image")
     for row in rows:
         table.add_row(
             str(row["id"]),
@@ -120,7 +120,7 @@ def jobs_table(rows: Iterable[RowMapping]) -> Table:
             escape(row["key"] or ""),
             _state(row["state"]),
             str(row["attempt"]),
-            row["error_code"] or "",
+            row["error_code"] or row["review"] or "",
             escape(row["image"]),
         )
     return table

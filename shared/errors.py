@@ -18,6 +18,7 @@ InpaintError
 ├── EngineError                the model or the device
 │   ├── EngineUnavailable      cannot be loaded; nothing was taken from the queue
 │   └── OutOfMemory
+├── GateError                  a result that is not good enough to publish
 ├── OutputConflict             somebody else wrote the output meanwhile
 ├── FidelityError              a pixel outside the feather would have changed
 └── Interrupted                not a failure: the job stops at its next step
@@ -113,6 +114,12 @@ class EngineUnavailable(EngineError):
 
 class OutOfMemory(EngineError):
     code = "out_of_memory"
+
+
+class GateError(InpaintError):
+    """Codes: gate_not_finite, gate_black, gate_unchanged, gate_seam, gate_colour."""
+
+    code = "gate_failed"
 
 
 class OutputConflict(InpaintError):

@@ -20,11 +20,6 @@ _COLOURFUL = 64  # between the strongest and the weakest channel
 _COLOURFUL_SHARE = 0.001
 
 
-def is_file(text: str) -> bool:
-    """Whether a manifest's mask names a file, and not ``alpha`` or ``box:...``."""
-    return text != "alpha" and not text.startswith("box:")
-
-
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     """(H, W) uint8 grey, upright, 255 = repaint, from any picture that ``decode`` reads.
 

@@ -88,7 +88,10 @@ class Submission(Base):
 
 
 class Job(Base):
-    """One row of a manifest: one image. ``params`` is JSON, everything but the seed."""
+    """One row of a manifest: one image. ``params`` is JSON, everything but the seed.
+
+    score: of the last result, 0 to 1. review: the code of the gate that asks a person to look.
+    """
 
     __tablename__ = "jobs"
 
@@ -119,6 +122,8 @@ class Job(Base):
     mask_version: Mapped[str | None]
     output_version: Mapped[str | None]
     result_sha256: Mapped[str | None] = mapped_column(String(64))
+    score: Mapped[float | None]
+    review: Mapped[str | None] = mapped_column(String(40))
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -153,11 +158,22 @@ class Job(Base):
             postgresql_where=text("state = 'running'"),
             sqlite_where=text("state = 'running'"),
         ),
+        Index(
+            "ix_jobs_review",
+            "submission_id",
+            postgresql_where=text("review IS NOT NULL"),
+            sqlite_where=text("review IS NOT NULL"),
+        ),
     )
 
 
 class Attempt(Base):
-    """One lease of a job by a worker, and what came of it."""
+    """One lease of a job by a worker, and what came of it.
+
+    inputs: JSON, location to SHA-256 of what was read besides image and mask. scores: JSON,
+    the gates' figures. reseeds: how often a gate asked for another seed; ``seed`` is the last.
+    memory_mode: how the engine ran, where memory made it change.
+    """
 
     __tablename__ = "attempts"
 
@@ -184,6 +200,10 @@ class Attempt(Base):
     regions: Mapped[int | None]
     windows: Mapped[int | None]
     timings: Mapped[str | None]
+    inputs: Mapped[str | None]
+    scores: Mapped[str | None]
+    reseeds: Mapped[int | None]
+    memory_mode: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint(f"outcome IS NULL OR {_one_of('outcome', OUTCOMES)}", name="outcome"),

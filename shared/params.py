@@ -1,4 +1,4 @@
-"""Parameters of a job: names, ranges, presets, and how a row's values become one Params."""
+"""Parameters of a job: names, ranges, how their text is read, and the Params they make."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import json
 import math
 import os
 import re
-import string
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +17,23 @@ from shared.errors import ParameterError
 Mode = Literal["auto", "full", "tile"]
 Scheduler = Literal["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
 OpenCVMethod = Literal["telea", "navier-stokes"]
+MaskFit = Literal[
+    "exact",
+    "scale",
+    "center",
+    "top",
+    "bottom",
+    "left",
+    "right",
+    "top-left",
+    "top-right",
+    "bottom-left",
+    "bottom-right",
+]
+ColourFit = Literal["ring", "membrane", "off"]
+Gate = Literal["fail", "review", "off"]
+TextAlign = Literal["left", "center", "right"]
+Format = Literal["jpeg", "png", "webp", "tiff", "bmp"]
 
 MAX_SEED = 2**63 - 1
 NATIVE_ENGINE = "opencv"
@@ -32,11 +45,25 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A further round of a job.
+
+    mask: as a manifest's, or empty for the job's own. values: where its parameters differ
+    from the first round's, by name, read already.
+    """
+
+    mask: str = ""
+    values: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Params:
-    """Everything that decides a job's pixels, besides its image, its mask and its engine.
+    """Everything that decides a job's result, besides its image, its mask and its engine.
 
     Names and meanings are diffusers' where diffusers has them. ``width`` and ``height``
-    are the engine's window in pixels; ``mask_*`` lengths are original-image pixels.
+    are the engine's window in pixels; ``mask_*`` lengths are original-image pixels. Empty
+    text and a 0 stand for "not asked for" in ``text*``, ``postprocess``, ``format`` and
+    ``quality``. passes: the rounds after the first.
     """
 
     mode: Mode = "auto"
@@ -53,18 +80,57 @@ class Params:
     mask_threshold: int = 128
     mask_dilation: int = 0
     mask_feather: int = 0
+    mask_invert: bool = False
+    mask_fit: MaskFit = "exact"
+    colour_fit: ColourFit = "ring"
     opencv_method: OpenCVMethod = "telea"
     opencv_radius: int = 5
+    text: str = ""
+    text_box: str = ""
+    text_font: str = ""
+    text_size: int = 0
+    text_color: str = "black"
+    text_align: TextAlign = "center"
+    postprocess: str = ""
+    gate: Gate = "fail"
+    format: Format | Literal[""] = ""
+    quality: int = 0
+    provenance: bool = True
+    passes: tuple[Pass, ...] = ()
 
     def to_json(self) -> str:
-        """Canonical: sorted keys, no spaces; the seed is stored beside it, not in it."""
-        values = dict(vars(self))
+        """Canonical: sorted keys, no spaces; the seed is stored beside it, not in it.
+
+        What was not asked for is left out of it.
+        """
+        values = {k: v for k, v in vars(self).items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
         del values["seed"]
+        if self.passes:
+            values["passes"] = [{"mask": one.mask, **dict(one.values)} for one in self.passes]
         return _canonical(values)
 
     @classmethod
     def from_json(cls, text: str, *, seed: int) -> Params:
-        return cls(**json.loads(text), seed=seed)
+        values = json.loads(text)
+        if "passes" in values:
+            values["passes"] = tuple(
+                Pass(mask=one.pop("mask"), values=tuple(one.items())) for one in values["passes"]
+            )
+        return cls(**values, seed=seed)
+
+    def rounds(self) -> tuple[tuple[str, Params], ...]:
+        """Each round's mask, empty for the job's own, and its parameters."""
+        first = replace(self, passes=())
+        return (("", first), *((one.mask, changed(first, dict(one.values))) for one in self.passes))
+
+
+_OPTIONAL: Mapping[str, Any] = {
+    name: Params.__dataclass_fields__[name].default
+    for name in (
+        *("mask_invert", "mask_fit", "text", "text_box", "text_font", "text_size", "text_color"),
+        *("text_align", "postprocess", "format", "quality", "passes"),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +145,7 @@ class Parameter:
     def read(self, value: object) -> Any:
         """Raises ParameterError naming the value and what is allowed."""
         try:
-            parsed = self.parse(value if isinstance(value, str) else _as_text(value))
+            parsed = self.parse(value if isinstance(value, str) else self._as_text(value))
         except ValueError:
             parsed = None
         if parsed is None or not self.check(parsed):
@@ -87,11 +153,11 @@ class Parameter:
             raise ParameterError(f"{self.name}: {shown!r} is not allowed; use {self.allowed}")
         return parsed
 
-
-def _as_text(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(value)  # noqa: TRY004 - read as the user's mistake, like bad text
-    return repr(value)
+    def _as_text(self, value: object) -> str:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number or (isinstance(value, bool) and self.parse is _parse_bool):
+            return repr(value)
+        raise ValueError(value)
 
 
 def _integer(name: str, low: int, high: int, *, multiple: int = 1) -> Parameter:
@@ -127,13 +193,51 @@ def _choice(name: str, choices: Iterable[str]) -> Parameter:
     )
 
 
-def _text(name: str) -> Parameter:
+def _bool(name: str) -> Parameter:
+    return Parameter(
+        name=name, parse=_parse_bool, allowed="true or false", check=lambda v: v is not None
+    )
+
+
+def _parse_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise ValueError(text)
+
+
+def _text(name: str, *, lines: bool = False) -> Parameter:
+    """lines: whether it may have several."""
     return Parameter(
         name=name,
         parse=str.strip,
         allowed=f"up to {PROMPT_LIMIT} characters of text without control characters",
-        check=lambda v: len(v) <= PROMPT_LIMIT and not _CONTROL.search(v),
+        check=lambda v: (
+            len(v) <= PROMPT_LIMIT and not _CONTROL.search(v.replace("\n", "") if lines else v)
+        ),
     )
+
+
+def _written_as(name: str, pattern: str, allowed: str) -> Parameter:
+    matches = re.compile(pattern).fullmatch
+    return Parameter(
+        name=name, parse=str.strip, allowed=allowed, check=lambda v: matches(v) is not None
+    )
+
+
+def _is_colour(text: str) -> bool:
+    from PIL import ImageColor  # rows without text need no Pillow
+
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        return False
+    return True
+
+
+_EDGE = r"\s*\d{1,6}\s*"
 
 
 PARAMETERS: Mapping[str, Parameter] = {
@@ -153,41 +257,40 @@ PARAMETERS: Mapping[str, Parameter] = {
         _integer("mask_threshold", 1, 255),
         _integer("mask_dilation", 0, 256),
         _integer("mask_feather", 0, 256),
+        _bool("mask_invert"),
+        _choice("mask_fit", get_args(MaskFit)),
+        _choice("colour_fit", get_args(ColourFit)),
         _choice("opencv_method", get_args(OpenCVMethod)),
         _integer("opencv_radius", 1, 64),
+        _text("text", lines=True),
+        _written_as("text_box", f"{_EDGE},{_EDGE},{_EDGE},{_EDGE}", "left,top,right,bottom"),
+        _text("text_font"),
+        _integer("text_size", 0, 4096),
+        Parameter(
+            name="text_color",
+            parse=str.strip,
+            allowed="a colour's name, #rrggbb or #rrggbbaa",
+            check=_is_colour,
+        ),
+        _choice("text_align", get_args(TextAlign)),
+        _written_as("postprocess", r"[\w.-]{1,100}", "the name of an installed entry point"),
+        _choice("gate", get_args(Gate)),
+        _choice("format", get_args(Format)),
+        _integer("quality", 1, 100),
+        _bool("provenance"),
     )
 }
 
+FLAGS = frozenset(name for name, one in PARAMETERS.items() if one.parse is _parse_bool)
+
+# What a further round may do otherwise than the first.
+PASS_PARAMETERS = (
+    *("mode", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "strength"),
+    *("eta", "scheduler", "width", "height", "mask_threshold", "mask_dilation", "mask_feather"),
+    *("mask_invert", "mask_fit", "colour_fit", "opencv_method", "opencv_radius"),
+)
+
 PRIORITY = _integer("priority", -1000, 1000)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """A named set of parameters and a prompt template.
-
-    ``prompt`` may hold ``{placeholders}``; ``placeholders`` gives the text used where a
-    manifest has no column of that name.
-    """
-
-    name: str
-    use: str
-    prompt: str
-    values: Mapping[str, Any]
-    placeholders: Mapping[str, str]
-
-
-@cache
-def presets() -> Mapping[str, Preset]:
-    """All presets by name, in the order of ``presets.toml``."""
-    text = resources.files("shared").joinpath("presets.toml").read_text("utf-8")
-    return {name: _preset(name, table) for name, table in tomllib.loads(text).items()}
-
-
-def _preset(name: str, table: dict[str, Any]) -> Preset:
-    use, placeholders = table.pop("use"), table.pop("placeholders", {})
-    prompt = table.pop("prompt", "")
-    values = {key: find_parameter(key).read(value) for key, value in table.items()}
-    return Preset(name=name, use=use, prompt=prompt, values=values, placeholders=placeholders)
 
 
 def find_parameter(name: str) -> Parameter:
@@ -195,19 +298,6 @@ def find_parameter(name: str) -> Parameter:
     if name in PARAMETERS:
         return PARAMETERS[name]
     raise ParameterError(f"{name!r} is not a parameter{did_you_mean(name, PARAMETERS)}")
-
-
-def find_presets(text: str) -> tuple[Preset, ...]:
-    """``ecommerce`` or ``ecommerce+preview``: one preset, or several of which the later wins.
-
-    Raises ParameterError naming the nearest known preset.
-    """
-    known = presets()
-    names = tuple(part.strip() for part in text.split("+"))
-    for name in names:
-        if name not in known:
-            raise ParameterError(f"preset: {name!r} is not known{did_you_mean(name, known)}")
-    return tuple(known[name] for name in names)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -219,54 +309,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names.values())}"
 
 
-def placeholders(template: str) -> tuple[str, ...]:
-    """The names in a prompt template, in order. ``{{`` and ``}}`` stand for braces.
-
-    Raises ParameterError for anything but plain names between braces.
-    """
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ParameterError(f"prompt: {template!r}: {error}; write '{{{{' for a brace") from error
-    names = []
-    for _, name, spec, conversion in parts:
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ParameterError(f"prompt: {{{name}}} is not a plain placeholder name")
-        names.append(name)
-    return tuple(names)
-
-
-def resolve(
-    *,
-    engine: str,
-    preset: str | None,
-    prompt: str | None,
-    values: Mapping[str, object],
-    columns: Mapping[str, str],
-) -> Params:
-    """One Params from, in rising precedence: engine defaults, presets, ``values``.
-
-    prompt: a template that replaces the preset's. values: parameter name to text or
-    number, read and range-checked here; ``values["prompt"]`` is taken as it is.
-    columns: text for the template's placeholders. The seed stays 0 where none is given.
-    Raises ParameterError.
-    """
-    chosen = find_presets(preset) if preset else ()
-    merged: dict[str, Any] = {"mask_feather": 0 if is_native(engine) else 4}
-    defaults: dict[str, str] = {}
-    template = prompt or ""
-    for one in chosen:
-        merged.update(one.values)
-        defaults.update(one.placeholders)
-        template = prompt or one.prompt or template
-    merged.update((name, find_parameter(name).read(value)) for name, value in values.items())
-    if "prompt" not in values:
-        merged["prompt"] = PARAMETERS["prompt"].read(_fill(template, {**defaults, **columns}))
-    return changed(Params(), merged)
-
-
 def changed(params: Params, values: Mapping[str, Any]) -> Params:
     """The same with other values, each read already; raises ParameterError if they disagree."""
     found = Params(**{**vars(params), **values})
@@ -276,6 +318,23 @@ def changed(params: Params, values: Mapping[str, Any]) -> Params:
             "use 0, or scheduler ddim"
         )
     return found
+
+
+def further_inputs(params: str) -> tuple[str, ...]:
+    """Locations of the files besides image and mask that a job of these parameters reads.
+
+    params: as ``to_json`` writes them. A mask that is no file is left out.
+    """
+    if '"passes"' not in params and '"text_font"' not in params:
+        return ()
+    values = json.loads(params)
+    named = [one["mask"] for one in values.get("passes", ())] + [values.get("text_font", "")]
+    return tuple(dict.fromkeys(name for name in named if name and is_file(name)))
+
+
+def is_file(mask: str) -> bool:
+    """Whether a manifest's mask names a file, and not ``alpha`` or ``box:...``."""
+    return mask != "alpha" and not mask.startswith("box:")
 
 
 def engine_name(text: str) -> str:
@@ -296,12 +355,3 @@ def engine_name(text: str) -> str:
 def is_native(engine: str) -> bool:
     """Whether the engine takes regions of any size as they are, without a model's window."""
     return engine == NATIVE_ENGINE
-
-
-def _fill(template: str, texts: Mapping[str, str]) -> str:
-    for name in placeholders(template):
-        if not texts.get(name):
-            raise ParameterError(
-                f"prompt: nothing fills {{{name}}}; add a column {name!r} or another --prompt"
-            )
-    return template.format_map(texts)

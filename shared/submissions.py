@@ -30,6 +30,11 @@ class NewJob:
     priority: int
 
 
+def joined_versions(versions: Sequence[str | None]) -> str | None:
+    """``Job.mask_version``: of the mask and of each further input; None where there is no file."""
+    return " ".join(version or "-" for version in versions) or None
+
+
 @dataclass(frozen=True, kw_only=True)
 class OpenSubmission:
     """``resumed``: the same rows were submitted before; ``cut_off``: and not to the end."""

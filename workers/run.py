@@ -26,7 +26,7 @@ from shared.errors import (
 from shared.images import Picture
 from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.masks import Mask
-from shared.params import MAX_SEED, is_native
+from shared.params import MAX_SEED, is_file, is_native
 from shared.regions import Region
 from shared.retry import RetryPolicy
 from shared.settings import Settings
@@ -192,7 +192,7 @@ def _fetch(bench: Bench, job: LeasedJob, record: AttemptRecord) -> _Fetched:
     image = bench.storage.get(job.image, max_bytes=cap)
     record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
     mask = None
-    if masks.is_file(job.mask):
+    if is_file(job.mask):
         mask = bench.storage.get(job.mask, max_bytes=cap)
         record.mask_sha256, record.mask_version = sha256(mask.data).hexdigest(), mask.version
     return _Fetched(

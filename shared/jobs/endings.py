@@ -20,7 +20,9 @@ from shared.retry import RetryPolicy
 class AttemptRecord:
     """What an attempt has found out so far; filled in as ``run_job`` goes along.
 
-    timings: stage name to seconds.
+    timings: stage name to seconds. inputs: location to SHA-256 of what else was read.
+    seed: the last one used. scores: the gates' figures by name; score: all in one, 0 to 1;
+    review: the code of the gate that wants a person to look. Versions as in the job's row.
     """
 
     image_sha256: str | None = None
@@ -33,10 +35,23 @@ class AttemptRecord:
     regions: int | None = None
     windows: int | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    reseeds: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+    score: float | None = None
+    review: str | None = None
+    memory_mode: str | None = None
 
     def to_row(self) -> dict[str, Any]:
+        """The attempt's columns."""
         row = asdict(self)
-        row["timings"] = json.dumps({k: round(v, 6) for k, v in self.timings.items()})
+        for name in ("score", "review") if self.seed is not None else ("score", "review", "seed"):
+            del row[name]
+        for name in ("timings", "scores"):
+            row[name] = json.dumps({k: round(v, 6) for k, v in row[name].items()})
+        row["scores"] = row["scores"] if self.scores else None
+        row["inputs"] = json.dumps(self.inputs) if self.inputs else None
         return row
 
 
@@ -95,6 +110,8 @@ def succeed(
         "mask_version": record.mask_version,
         "output_version": output_version,
         "result_sha256": record.result_sha256,
+        "score": record.score,
+        "review": record.review,
     }
     _finish(db, job, record, _succeeds, found, outcome="succeeded")
 

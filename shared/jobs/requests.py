@@ -32,12 +32,16 @@ from shared.params import Params, changed
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which jobs a command means; what is None does not restrict."""
+    """Which jobs a command means; what is None does not restrict.
+
+    review: whether a gate asks a person to look at the result.
+    """
 
     jobs: tuple[int, ...] | None = None
     submission: int | None = None
     states: tuple[str, ...] | None = None
     error_code: str | None = None
+    review: bool | None = None
 
     def conditions(self) -> tuple[ColumnElement[bool], ...]:
         chosen: list[ColumnElement[bool]] = [true()]
@@ -49,6 +53,8 @@ class Selection:
             chosen.append(Job.state.in_(self.states))
         if self.error_code is not None:
             chosen.append(Job.error_code == self.error_code)
+        if self.review is not None:
+            chosen.append(Job.review.is_not(None) if self.review else Job.review.is_(None))
         return tuple(chosen)
 
 
@@ -84,6 +90,8 @@ _REOPENED: Mapping[str, Any] = {
     **NO_ERROR,
     "state": "pending",
     "finished_at": null(),
+    "score": null(),
+    "review": null(),
     "failures": 0,
     "losses": 0,
     "cancel_requested": false(),

@@ -108,6 +108,8 @@ def test_every_parameter_can_be_set(desk: Desk) -> None:
     good = {
         **{"mode": "tile", "scheduler": "ddim", "opencv_method": "telea", "prompt": "x"},
         **{"negative_prompt": "y", "width": "512", "height": "512", "eta": "0.5"},
+        **{"mask_fit": "scale", "colour_fit": "ring", "text_box": "0,0,9,9", "text_color": "red"},
+        **{"text_align": "left", "gate": "review", "format": "png"},
     }
     sets = [f"--set={name}={good.get(name, '1')}" for name in PARAMETERS]
     assert desk.submit(desk.catalog(1), *sets).status == 0

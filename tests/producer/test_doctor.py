@@ -9,7 +9,7 @@ import pytest
 
 from producer import doctor
 from producer.doctor import Verdict
-from shared import embedded
+from shared import embedded, schema
 from shared.settings import load
 from tests.conftest import Bucket
 from tests.producer.desk import Desk
@@ -48,7 +48,7 @@ def test_everything_in_order_is_all_ok_and_exit_0(desk: Desk, redis_url: str) ->
         ["storage", "note"],
         ["engine", "ok"],
     ]
-    assert "revision 0001" in lines[0]
+    assert f"revision {schema.HEAD}" in lines[0]
     assert redis_url in lines[1]
     assert str(desk.folder) in lines[2]
     assert "opencv" in lines[4]

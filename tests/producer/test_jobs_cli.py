@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from shared import jobs
+from shared import jobs, schema
 from shared.errors import ImageError, InpaintError, OutOfMemory
 from shared.jobs import AttemptRecord
 from shared.models import STATES
-from shared.params import Params, presets
+from shared.params import Params
+from shared.presets import presets
 from shared.queue import Queue
 from tests.job_table import AT_ONCE, JobTable
 from tests.producer.desk import Desk, Ran
@@ -144,7 +145,8 @@ def test_list_says_when_there_is_more(desk: Desk, table: JobTable) -> None:
 
 
 def test_show_tells_every_parameter_and_every_attempt(desk: Desk, table: JobTable) -> None:
-    params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler")
+    asked = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
+    params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **asked)
     job = table.one(params=params, priority=5)
     fail(table, job, OutOfMemory("the device is full"))
     table.succeed(
@@ -160,7 +162,7 @@ def test_show_tells_every_parameter_and_every_attempt(desk: Desk, table: JobTabl
     )
     ran = desk.jobs("show", job)
     assert ran.status == 0
-    for name in Params.__dataclass_fields__:
+    for name in json.loads(params.to_json()):
         assert name in ran.out
     for text in (
         *("a [bold]cup[/bold]", "123456789012", "euler", "sku-2", "/pictures/2.png"),
@@ -387,7 +389,9 @@ def test_upgrade_says_where_the_tables_are(desk: Desk) -> None:
     for _ in range(2):
         ran = desk.jobs("upgrade")
         assert ran.status == 0
-        assert ran.out == f"sqlite:///{desk.folder}/.inpaint/inpaint.db is at revision 0001\n"
+        assert (
+            ran.out == f"sqlite:///{desk.folder}/.inpaint/inpaint.db is at revision {schema.HEAD}\n"
+        )
 
 
 def test_upgrade_never_prints_a_password(
@@ -398,7 +402,7 @@ def test_upgrade_never_prints_a_password(
     ran = desk.jobs("upgrade")
     assert ran.status == 0
     assert "hush" not in ran.out
-    assert "is at revision 0001" in ran.out
+    assert f"is at revision {schema.HEAD}" in ran.out
 
 
 @pytest.mark.parametrize("command", ["status", "list", "export", "upgrade"])

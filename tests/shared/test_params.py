@@ -12,13 +12,12 @@ from shared.params import (
     PARAMETERS,
     PROMPT_LIMIT,
     Params,
+    Pass,
     changed,
     find_parameter,
-    find_presets,
-    placeholders,
-    presets,
-    resolve,
+    further_inputs,
 )
+from shared.presets import Rounds, find_presets, placeholders, presets, resolve
 
 # guidance_scale, num_inference_steps, strength: the guide's.
 USES = {
@@ -52,8 +51,8 @@ def refusal(**given: Any) -> str:
 # --- presets ---------------------------------------------------------------------------------
 
 
-def test_there_are_ten_uses_and_three_qualities() -> None:
-    assert list(presets()) == [*USES, *QUALITIES]
+def test_there_are_ten_uses_two_rounds_for_faces_and_three_qualities() -> None:
+    assert list(presets()) == [*USES, "faces", *QUALITIES]
 
 
 @pytest.mark.parametrize(("name", "figures"), [*USES.items(), *QUALITIES.items()])
@@ -124,6 +123,17 @@ INSIDE: list[tuple[str, str, Any]] = [
     ("mask_feather", "256", 256),
     ("opencv_method", " telea ", "telea"),
     ("opencv_radius", "64", 64),
+    ("mask_invert", "yes", True),
+    ("mask_invert", "False", False),
+    ("mask_fit", "bottom-right", "bottom-right"),
+    ("text", "two\nlines", "two\nlines"),
+    ("text_box", "0, 10,20,30", "0, 10,20,30"),
+    ("text_color", "#ff000080", "#ff000080"),
+    ("text_color", "rebeccapurple", "rebeccapurple"),
+    ("postprocess", "my-faces.v2", "my-faces.v2"),
+    ("format", "webp", "webp"),
+    ("quality", "100", 100),
+    ("provenance", "off", False),
     ("mode", "tile", "tile"),
     ("scheduler", "lcm", "lcm"),
     ("prompt", "  a cup  ", "a cup"),
@@ -144,6 +154,14 @@ OUTSIDE = [
     *(("mask_dilation", text) for text in ("-1", "257")),
     *(("mask_feather", text) for text in ("-1", "257")),
     *(("opencv_radius", text) for text in ("0", "65")),
+    *(("mask_invert", text) for text in ("", "maybe", "2")),
+    *(("mask_fit", text) for text in ("stretch", "")),
+    *(("text_box", text) for text in ("1,2,3", "a,b,c,d", "1,2,3,-4", "")),
+    *(("text_color", text) for text in ("#12", "rouge", "")),
+    *(("postprocess", text) for text in ("a b", "", "x" * 101)),
+    *(("format", text) for text in ("gif", "JPEG", "")),
+    *(("quality", text) for text in ("0", "101")),
+    ("text", "a\x00b"),
     *(("mode", text) for text in ("AUTO", "", "tiles")),
     *(("scheduler", text) for text in ("DDIM", "heun")),
     ("opencv_method", "ns"),
@@ -274,3 +292,92 @@ def test_params_survive_json_and_equal_ones_have_equal_text() -> None:
     assert Params.from_json(text, seed=5) == params
     assert "seed" not in text
     assert text == Params.from_json(text, seed=6).to_json()
+
+
+def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
+    text = Params().to_json()
+    assert '"text' not in text
+    assert '"passes"' not in text
+    assert '"mask_invert"' not in text
+    assert '"mask_invert":true' in Params(mask_invert=True).to_json()
+
+
+# --- rounds ----------------------------------------------------------------------------------
+
+
+def test_faces_are_painted_in_the_guides_two_rounds() -> None:
+    params = resolved(preset="faces", rounds=Rounds(detail_mask="/eyes.png"))
+    (whole_mask, whole), (detail_mask, detail) = params.rounds()
+    assert tuple(getattr(whole, one) for one in NAMES) == (8.0, 70, 0.8)
+    assert tuple(getattr(detail, one) for one in NAMES) == (7.0, 50, 0.6)
+    assert (whole_mask, detail_mask) == ("", "/eyes.png")
+    assert "eyes and mouth" in detail.prompt
+    assert detail.negative_prompt == whole.negative_prompt
+    assert further_inputs(params.to_json()) == ("/eyes.png",)
+
+
+def test_faces_without_a_detail_mask_say_what_is_missing() -> None:
+    assert refusal(preset="faces").startswith("detail_mask: empty")
+    assert refusal(rounds=Rounds(detail_prompt="eyes")).startswith("detail_mask: empty")
+
+
+def test_a_detail_prompt_replaces_the_presets() -> None:
+    rounds = Rounds(detail_mask="/eyes.png", detail_prompt="green eyes")
+    assert resolved(preset="faces", rounds=rounds).rounds()[1][1].prompt == "green eyes"
+    assert resolved(prompt="a face", rounds=Rounds(detail_mask="/m")).rounds()[1][1].prompt == (
+        "a face"
+    )
+
+
+def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
+    passes = [{"prompt": "a", "strength": 0.9}, {"mask": "/b.png", "num_inference_steps": "20"}]
+    params = resolved(values={"seed": 3}, rounds=Rounds(passes=passes))
+    (_, first), (mask, second) = params.rounds()
+    assert (first.prompt, first.strength, first.num_inference_steps) == ("a", 0.9, 50)
+    assert (second.prompt, second.strength, second.num_inference_steps) == ("a", 0.9, 20)
+    assert mask == "/b.png"
+    assert params.passes == (Pass(mask="/b.png", values=(("num_inference_steps", 20),)),)
+    assert Params.from_json(params.to_json(), seed=3) == params
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ([{"seed": 1}], "passes: 'seed' cannot differ between rounds"),
+        ([{}, {"promt": "x"}], "did you mean 'prompt'?"),
+        ([{}, {"strength": 2}], "strength: '2' is not allowed"),
+        ([{}, {"eta": 0.5, "scheduler": "euler"}], "eta: 0.5 has no meaning"),
+    ],
+)
+def test_a_pass_is_checked_like_a_row(passes: list[dict[str, Any]], message: str) -> None:
+    assert message in refusal(rounds=Rounds(passes=passes))
+
+
+def test_passes_and_a_detail_mask_do_not_go_together() -> None:
+    message = refusal(rounds=Rounds(passes=[{}], detail_mask="/m.png"))
+    assert message == "passes: not together with detail_mask or detail_prompt"
+
+
+def test_a_style_ends_every_rounds_prompt() -> None:
+    rounds = Rounds(passes=[{}, {"prompt": "eyes"}])
+    params = resolved(prompt="a face", style="oil on canvas", rounds=rounds)
+    assert [one.prompt for _, one in params.rounds()] == [
+        "a face, oil on canvas",
+        "eyes, oil on canvas",
+    ]
+    assert resolved(values={"prompt": "x"}, style="ink").prompt == "x, ink"
+    assert resolved(style="ink").prompt == "ink"
+
+
+def test_a_style_takes_its_place_in_a_template_that_has_one() -> None:
+    assert resolved(prompt="{style} of a cup", style="ink").prompt == "ink of a cup"
+    photo = resolved(preset="photo-restoration", style="studio style")
+    assert photo.prompt.startswith("old photograph, studio style, continuous film grain")
+    assert photo.prompt.count("studio style") == 1
+
+
+def test_inputs_beyond_image_and_mask_are_found_in_the_json() -> None:
+    passes = (Pass(mask="box:0,0,1,1"), Pass(mask="alpha"), Pass(mask=""), Pass(mask="/b.png"))
+    params = Params(text_font="/font.ttf", passes=(*passes, Pass(mask="/b.png")))
+    assert further_inputs(params.to_json()) == ("/b.png", "/font.ttf")
+    assert further_inputs(Params(prompt='"passes" and "text_font"').to_json()) == ()

@@ -1,0 +1,225 @@
+"""Presets and prompt templates: how what a manifest's row says becomes one Params."""
+
+from __future__ import annotations
+
+import string
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from shared.errors import ParameterError
+from shared.params import (
+    PARAMETERS,
+    PASS_PARAMETERS,
+    Params,
+    Pass,
+    changed,
+    did_you_mean,
+    find_parameter,
+    is_native,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detail:
+    """A preset's second round, over a ``detail_mask``: where it differs from the first."""
+
+    prompt: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named set of parameters and a prompt template.
+
+    ``prompt`` may hold ``{placeholders}``; ``placeholders`` gives the text used where a
+    manifest has no column of that name.
+    """
+
+    name: str
+    use: str
+    prompt: str
+    values: Mapping[str, Any]
+    placeholders: Mapping[str, str]
+    detail: Detail | None = None
+
+
+@cache
+def presets() -> Mapping[str, Preset]:
+    """All presets by name, in the order of ``presets.toml``."""
+    text = resources.files("shared").joinpath("presets.toml").read_text("utf-8")
+    return {name: _preset(name, table) for name, table in tomllib.loads(text).items()}
+
+
+def _preset(name: str, table: dict[str, Any]) -> Preset:
+    use, placeholders = table.pop("use"), table.pop("placeholders", {})
+    prompt, detail = table.pop("prompt", ""), table.pop("detail", None)
+    return Preset(
+        name=name,
+        use=use,
+        prompt=prompt,
+        values=_read(table),
+        placeholders=placeholders,
+        detail=Detail(prompt=detail.pop("prompt"), values=_read(detail)) if detail else None,
+    )
+
+
+def find_presets(text: str) -> tuple[Preset, ...]:
+    """``ecommerce`` or ``ecommerce+preview``: one preset, or several of which the later wins.
+
+    Raises ParameterError naming the nearest known preset.
+    """
+    known = presets()
+    names = tuple(part.strip() for part in text.split("+"))
+    for name in names:
+        if name not in known:
+            raise ParameterError(f"preset: {name!r} is not known{did_you_mean(name, known)}")
+    return tuple(known[name] for name in names)
+
+
+def placeholders(template: str) -> tuple[str, ...]:
+    """The names in a prompt template, in order. ``{{`` and ``}}`` stand for braces.
+
+    Raises ParameterError for anything but plain names between braces.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ParameterError(f"prompt: {template!r}: {error}; write '{{{{' for a brace") from error
+    names = []
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ParameterError(f"prompt: {{{name}}} is not a plain placeholder name")
+        names.append(name)
+    return tuple(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """What a row says of rounds beyond a single one.
+
+    passes: a round each, parameter names to values and perhaps a ``mask``, the first one
+    included. detail_mask and detail_prompt: a second round in short.
+    """
+
+    passes: Sequence[Mapping[str, object]] = ()
+    detail_mask: str = ""
+    detail_prompt: str = ""
+
+
+def resolve(
+    *,
+    engine: str,
+    preset: str | None,
+    prompt: str | None,
+    values: Mapping[str, object],
+    columns: Mapping[str, str],
+    style: str = "",
+    rounds: Rounds | None = None,
+) -> Params:
+    """One Params from, in rising precedence: engine defaults, presets, ``values``, ``rounds``.
+
+    prompt: a template that replaces the preset's. values: parameter name to text or
+    number, read and range-checked here; ``values["prompt"]`` is taken as it is.
+    columns: text for the template's placeholders. style: added to every round's prompt,
+    unless a template has a place for it. The seed stays 0 where none is given.
+    Raises ParameterError.
+    """
+    rounds = rounds or Rounds()
+    chosen = find_presets(preset) if preset else ()
+    merged: dict[str, Any] = {"mask_feather": 0 if is_native(engine) else 4}
+    defaults: dict[str, str] = {}
+    template = prompt or ""
+    for one in chosen:
+        merged.update(one.values)
+        defaults.update(one.placeholders)
+        template = prompt or one.prompt or template
+    merged.update(_read(values))
+    words = _Words(texts={**defaults, **columns}, style=style)
+    merged["prompt"] = words.read(merged.get("prompt"), template)
+    for values_of_pass in rounds.passes[:1]:
+        merged.update(words.styled(_read_pass(values_of_pass)))
+    further = tuple(
+        Pass(
+            mask=str(one.get("mask") or ""),
+            values=tuple(sorted(words.styled(_read_pass(one)).items())),
+        )
+        for one in rounds.passes[1:]
+    )
+    params = changed(Params(), merged | {"passes": further + _detail(chosen, rounds, words)})
+    params.rounds()
+    return params
+
+
+def _detail(chosen: Sequence[Preset], rounds: Rounds, words: _Words) -> tuple[Pass, ...]:
+    details = [one.detail for one in chosen if one.detail]
+    if rounds.passes and (rounds.detail_mask or rounds.detail_prompt):
+        raise ParameterError("passes: not together with detail_mask or detail_prompt")
+    if rounds.passes:
+        return ()
+    if not rounds.detail_mask:
+        if details or rounds.detail_prompt:
+            raise ParameterError("detail_mask: empty; a second round needs a mask of its own")
+        return ()
+    values = dict(details[-1].values) if details else {}
+    if rounds.detail_prompt:
+        values["prompt"] = words.read(rounds.detail_prompt, "")
+    elif details:
+        values["prompt"] = words.read(None, details[-1].prompt)
+    return (Pass(mask=rounds.detail_mask, values=tuple(sorted(values.items()))),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """texts: what fills placeholders."""
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    style: str = ""
+
+    def read(self, literal: str | None, template: str) -> str:
+        """The prompt: taken as it is where it is literal, else filled."""
+        if literal is not None:
+            return self._with_style(literal)
+        texts = {**self.texts, "style": self.style} if self.style else self.texts
+        filled = _fill(template, texts)
+        if "style" in placeholders(template):
+            return str(PARAMETERS["prompt"].read(filled))
+        return self._with_style(filled)
+
+    def styled(self, values: dict[str, Any]) -> dict[str, Any]:
+        if "prompt" in values:
+            return values | {"prompt": self._with_style(values["prompt"])}
+        return values
+
+    def _with_style(self, prompt: str) -> str:
+        parts = [part for part in (prompt, self.style) if part]
+        return str(PARAMETERS["prompt"].read(", ".join(parts)))
+
+
+def _read(values: Mapping[str, object]) -> dict[str, Any]:
+    return {name: find_parameter(name).read(value) for name, value in values.items()}
+
+
+def _read_pass(values: Mapping[str, object]) -> dict[str, Any]:
+    named = {name: value for name, value in values.items() if name != "mask"}
+    for name in named:
+        if name not in PASS_PARAMETERS:
+            raise ParameterError(
+                f"passes: {name!r} cannot differ between rounds"
+                f"{did_you_mean(name, PASS_PARAMETERS)}"
+            )
+    return _read(named)
+
+
+def _fill(template: str, texts: Mapping[str, str]) -> str:
+    for name in placeholders(template):
+        if not texts.get(name):
+            raise ParameterError(
+                f"prompt: nothing fills {{{name}}}; add a column {name!r} or another --prompt"
+            )
+    return template.format_map(texts)
