@@ -1,14 +1,19 @@
-"""Masks: read from a picture, its own alpha or a box in the manifest; thresholded and grown."""
+"""Masks: from a picture, its own alpha or boxes in the manifest, to the pixels repainted."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared import drawings
 from shared.errors import ImageError, MaskError
-from shared.images import Picture, as_rgb, decode
+from shared.images import Picture, decode
+from shared.params import MaskFit
 from shared.regions import Box
 
 Grey = NDArray[np.uint8]  # (H, W), 255 = repaint
@@ -16,39 +21,40 @@ Mask = NDArray[np.bool_]  # (H, W), True = repaint
 
 TILE_PX = 512
 
-_COLOURFUL = 64  # between the strongest and the weakest channel
-_COLOURFUL_SHARE = 0.001
+_EDGE = re.compile(r"\s*(?:([+-]?\d{1,9})|(\d{1,3}(?:\.\d{1,6})?)%)\s*")
+
+
+def repainted(
+    grey: Grey,
+    size: tuple[int, int],
+    *,
+    threshold: int,
+    dilation: int = 0,
+    invert: bool = False,
+    fit: MaskFit = "exact",
+) -> Mask:
+    """Which pixels of a (width, height) picture a mask repaints, (H, W) bool.
+
+    In this order: inverted; laid over the picture as ``fitted`` says, so that what lies beside
+    a small mask is kept either way; thresholded, so that a lower threshold always repaints
+    more; grown by ``dilation`` pixels. Raises MaskError.
+    """
+    turned = np.uint8(255) - grey if invert else grey
+    return dilate(binary(fitted(turned, size, fit), threshold=threshold), dilation)
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     """(H, W) uint8 grey, upright, 255 = repaint, from any picture that ``decode`` reads.
 
-    Transparent parts of a mask count as black, that is as kept. Raises ObjectTooLarge as
-    ``decode`` does, and MaskError for what it cannot read and for a mask in colours, which nobody
-    could tell to be light or dark.
+    White is repainted, black and transparent are kept; ``drawings`` says what else is read.
+    Raises ObjectTooLarge as ``decode`` does, and MaskError for what it cannot read or what can
+    be read in two ways.
     """
     try:
         picture = decode(data, max_pixels=max_pixels)
     except ImageError as error:
         raise MaskError(f"the mask: {error}") from error
-    if picture.mode in ("L", "LA", "1", "I;16"):
-        grey = as_rgb(picture.pixels, picture.mode)[..., 0]
-    else:
-        grey = _grey(picture.rgb())
-    alpha = picture.alpha()
-    if alpha is not None and not (alpha == 255).all():
-        grey = (grey.astype(np.uint16) * alpha // 255).astype(np.uint8)
-    return np.ascontiguousarray(grey)
-
-
-def _grey(rgb: Grey) -> Grey:
-    """(H, W) from (H, W, 3); the greatest channel, which for grey is any of them."""
-    red, green, blue = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    high = np.maximum(np.maximum(red, green), blue)
-    spread = high - np.minimum(np.minimum(red, green), blue)
-    if np.count_nonzero(spread > _COLOURFUL) > _COLOURFUL_SHARE * spread.size:
-        raise MaskError("the mask has colours; save it in grey: white is repainted, black kept")
-    return high
+    return drawings.read(picture)
 
 
 def alpha_mask(picture: Picture) -> Grey:
@@ -65,33 +71,90 @@ def alpha_mask(picture: Picture) -> Grey:
     return np.uint8(255) - alpha
 
 
-def parse_box(text: str) -> Box:
-    """``box:left,top,right,bottom`` or without ``box:``; whole pixels, half open.
+class Edge(NamedTuple):
+    """A side of a box: pixels from the picture's left or top, or hundredths of its length."""
 
-    Raises MaskError. Coordinates past an edge are allowed here: only the picture knows them.
+    value: Fraction
+    is_percent: bool
+
+    def px(self, length: int) -> Fraction:
+        return self.value * length / 100 if self.is_percent else self.value
+
+
+Edges = tuple[Edge, Edge, Edge, Edge]  # left, top, right, bottom
+
+
+def parse_box(text: str) -> tuple[Edges, ...]:
+    """``box:left,top,right,bottom``, half open, and more of them after semicolons.
+
+    Each is whole pixels, or a percentage of the picture's width or height. Raises MaskError.
+    Pixels past an edge are allowed here: only the picture knows them.
     """
-    try:
-        left, top, right, bottom = (int(part) for part in text.removeprefix("box:").split(","))
-    except ValueError:
-        raise MaskError(f"{text!r} is no box; write box:left,top,right,bottom in pixels") from None
-    if left >= right or top >= bottom:
-        raise MaskError(f"{text!r} is empty; right must exceed left, and bottom exceed top")
-    return Box(left, top, right, bottom)
+    return tuple(_edges(one) for one in text.split(";"))
 
 
-def box_mask(box: Box, size: tuple[int, int]) -> Grey:
-    """(H, W) mask of the part of the box inside the (width, height) picture.
-
-    Raises MaskError where the box lies wholly outside.
-    """
-    inside = box.clipped(size)
-    if inside.width <= 0 or inside.height <= 0:
+def _edges(text: str) -> Edges:
+    found = [_EDGE.fullmatch(part) for part in text.strip().removeprefix("box:").split(",")]
+    if len(found) != 4 or None in found:
         raise MaskError(
-            f"the box {','.join(map(str, box))} lies outside the {size[0]}x{size[1]} picture"
+            f"{text!r} is no box; write box:left,top,right,bottom in whole pixels or percent"
         )
+    left, top, right, bottom = (
+        Edge(Fraction(one[1] or one[2]), one[2] is not None) for one in found if one
+    )
+    for low, high in ((left, right), (top, bottom)):
+        if low.is_percent == high.is_percent and low.value >= high.value:
+            raise MaskError(f"{text!r} is empty; right must exceed left, and bottom exceed top")
+    return left, top, right, bottom
+
+
+def box_mask(boxes: tuple[Edges, ...], size: tuple[int, int]) -> Grey:
+    """(H, W) mask of the parts of the boxes inside the (width, height) picture.
+
+    Percentages are rounded outward. Raises MaskError where a box is empty or lies wholly
+    outside.
+    """
     mask = np.zeros((size[1], size[0]), np.uint8)
-    mask[inside.top : inside.bottom, inside.left : inside.right] = 255
+    for left, top, right, bottom in boxes:
+        box = Box(
+            int(left.px(size[0]) // 1),
+            int(top.px(size[1]) // 1),
+            int(-(-right.px(size[0]) // 1)),
+            int(-(-bottom.px(size[1]) // 1)),
+        )
+        inside = box.clipped(size)
+        if inside.width <= 0 or inside.height <= 0:
+            where = "is empty in" if box.width <= 0 or box.height <= 0 else "lies outside"
+            raise MaskError(
+                f"the box {','.join(map(str, box))} {where} the {size[0]}x{size[1]} picture; "
+                "pixels count from the left and the top"
+            )
+        mask[slices(inside)] = 255
     return mask
+
+
+def fitted(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
+    """The mask laid over a (width, height) picture, (H, W).
+
+    exact: it must have that size. scale: it must have that shape, to a pixel; each pixel takes
+    the brightest of those it stands for, so that no stroke is lost. An anchor (``top-left`` to
+    ``bottom-right``, ``center``): pixel for pixel from there, cut off where the mask is larger
+    than the picture, kept where it is smaller. Raises MaskError.
+    """
+    if fit == "exact":
+        check_size(mask, size)
+    found = (mask.shape[1], mask.shape[0])
+    if found == size:
+        return mask
+    if fit != "scale":
+        return _anchored(mask, size, fit)
+    if abs(found[0] * size[1] - found[1] * size[0]) > max(*found, *size):
+        raise MaskError(
+            f"the mask is {found[0]}x{found[1]} and cannot be scaled to {size[0]}x{size[1]} "
+            "without distortion; use an anchor such as mask_fit=center, or a mask of that shape",
+            code="mask_size",
+        )
+    return _brightest(_brightest(mask, size[1], axis=0), size[0], axis=1)
 
 
 def check_size(mask: Grey, size: tuple[int, int]) -> None:
@@ -100,9 +163,36 @@ def check_size(mask: Grey, size: tuple[int, int]) -> None:
     if found != size:
         raise MaskError(
             f"the mask is {found[0]}x{found[1]}, the picture {size[0]}x{size[1]}; "
-            "make the mask the picture's size",
+            "make the mask the picture's size, or say with mask_fit how to lay it over",
             code="mask_size",
         )
+
+
+def _anchored(mask: Grey, size: tuple[int, int], anchor: str) -> Grey:
+    laid = np.zeros((size[1], size[0]), np.uint8)
+    height, width = mask.shape
+    left = _start(size[0] - width, anchor, low="left", high="right")
+    top = _start(size[1] - height, anchor, low="top", high="bottom")
+    inside = Box(left, top, left + width, top + height).clipped(size)
+    laid[slices(inside)] = mask[slices(inside.moved(-left, -top))]
+    return laid
+
+
+def _start(room: int, anchor: str, *, low: str, high: str) -> int:
+    if low in anchor:
+        return 0
+    return room if high in anchor else room // 2
+
+
+def _brightest(mask: Grey, count: int, *, axis: int) -> Grey:
+    """The mask with ``count`` pixels along the axis, each the greatest of those it overlaps."""
+    length = mask.shape[axis]
+    edges = np.arange(count + 1) * length
+    first, last = edges[:-1] // count, -(-edges[1:] // count) - 1
+    shrinks = count < length
+    found: Grey = np.maximum.reduceat(mask, first, axis) if shrinks else mask.take(first, axis)
+    np.maximum(found, mask.take(last, axis), out=found)
+    return found
 
 
 def binary(mask_grey: Grey, *, threshold: int) -> Mask:

@@ -112,7 +112,7 @@ def test_every_row_that_would_fail_is_named_with_its_reason(desk: Desk) -> None:
             "the mask is 32x48, the picture 64x48; make the mask the picture's size",
             "bad_image",
             "image",
-            "the mask has colours; save it in grey",
+            "the mask has several colours, or no black",
             "has no alpha channel; give a mask",
             "lies outside the 64x48 picture",
             "is not a regular file",

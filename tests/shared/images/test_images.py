@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 from skimage import data
 
-from shared import images, masks
-from shared.errors import ImageError, MaskError, ObjectTooLarge
+from shared import images
+from shared.errors import ImageError, ObjectTooLarge
 from shared.images.containers import png_chunk
 from shared.images.exif import read_directory, with_tags
 
@@ -437,95 +437,6 @@ def test_pixels_are_read_only() -> None:
     picture = decode(save(CAT, "PNG"))
     with pytest.raises(ValueError, match="read-only"):
         picture.pixels[0, 0] = 1
-
-
-# Masks
-
-
-MASK = np.zeros((100, 150), np.uint8)
-MASK[20:40, 30:60] = 255
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "I;16"])
-def test_a_mask_is_read_from_any_mode(mode: str) -> None:
-    image = Image.fromarray(MASK)
-    if mode == "I;16":
-        image = Image.fromarray(MASK.astype(np.uint16) * 257)
-    else:
-        image = image.convert("LA").convert(mode) if mode == "LA" else image.convert(mode)
-    assert np.array_equal(masks.decode_mask(save(image, "PNG"), max_pixels=LIMIT), MASK)
-
-
-def test_a_mask_drawn_on_a_transparent_layer() -> None:
-    layer = np.full((100, 150, 4), 255, np.uint8)
-    layer[..., 3] = MASK
-    file = save(Image.fromarray(layer), "PNG")
-    assert np.array_equal(masks.decode_mask(file, max_pixels=LIMIT), MASK)
-
-
-def test_a_mask_is_turned_upright() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    file = save(Image.fromarray(np.ascontiguousarray(np.rot90(MASK))), "PNG", exif=exif)
-    assert np.array_equal(masks.decode_mask(file, max_pixels=LIMIT), MASK)
-
-
-def test_a_mask_in_colours_is_refused() -> None:
-    red = np.zeros((100, 150, 3), np.uint8)
-    red[..., 0] = MASK
-    with pytest.raises(MaskError, match="colours"):
-        masks.decode_mask(save(Image.fromarray(red), "PNG"), max_pixels=LIMIT)
-
-
-def test_a_jpeg_mask_may_have_a_little_colour() -> None:
-    file = save(Image.fromarray(MASK).convert("RGB"), "JPEG", quality=60)
-    found = masks.decode_mask(file, max_pixels=LIMIT) >= 128
-    assert np.count_nonzero(found != (MASK > 0)) < 30
-
-
-def test_the_alpha_mask_repaints_alpha_below_128() -> None:
-    pixels = np.zeros((1, 4, 4), np.uint8)
-    pixels[0, :, 3] = [0, 127, 128, 255]
-    grey = masks.alpha_mask(decode(save(Image.fromarray(pixels), "PNG")))
-    assert masks.binary(grey, threshold=128).tolist() == [[True, True, False, False]]
-    with pytest.raises(MaskError, match="no alpha"):
-        masks.alpha_mask(decode(save(CAT, "PNG")))
-
-
-@pytest.mark.parametrize("text", ["box:1,2,3,4", "1,2,3,4", "box: 1, 2, 3, 4"])
-def test_a_box_is_read(text: str) -> None:
-    assert masks.parse_box(text) == (1, 2, 3, 4)
-
-
-@pytest.mark.parametrize("text", ["box:1,2,3", "box:", "box:1,2,1,4", "box:1,5,3,4", "1,2,3,4.5"])
-def test_what_is_no_box_is_refused(text: str) -> None:
-    with pytest.raises(MaskError):
-        masks.parse_box(text)
-
-
-def test_a_box_is_clipped_and_refused_only_wholly_outside() -> None:
-    mask = masks.box_mask(masks.parse_box("-5,2,3,900"), (10, 8))
-    assert mask.shape == (8, 10)
-    assert np.argwhere(mask).min(axis=0).tolist() == [2, 0]
-    assert np.argwhere(mask).max(axis=0).tolist() == [7, 2]
-    with pytest.raises(MaskError, match="outside the 10x8"):
-        masks.box_mask(masks.parse_box("10,0,12,8"), (10, 8))
-
-
-def test_a_mask_of_another_size_is_refused() -> None:
-    masks.check_size(MASK, (150, 100))
-    with pytest.raises(MaskError, match="150x100, the picture 100x150"):
-        masks.check_size(MASK, (100, 150))
-
-
-@pytest.mark.parametrize("px", [1, 2, 5, 17, 40])
-def test_dilation_is_the_exact_disc(px: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "TILE_PX", 32)
-    mask = np.random.default_rng(px).random((90, 110)) < 0.002
-    y, x = np.nonzero(mask)
-    rows, columns = np.mgrid[:90, :110]
-    near = ((rows[..., None] - y) ** 2 + (columns[..., None] - x) ** 2).min(-1) <= px * px
-    assert np.array_equal(masks.dilate(mask, px), near)
 
 
 def test_real_photographs_decode_as_pillow_decodes_them() -> None:
