@@ -101,9 +101,13 @@ class _Stage:
     def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
         mask = self._mask(job, name)
         size = self._size(job.image) if is_file(name) else (mask.shape[1], mask.shape[0])
-        masks.check_size(mask, size)
-        repainted = masks.dilate(
-            masks.binary(mask, threshold=params.mask_threshold), params.mask_dilation
+        repainted = masks.repainted(
+            mask,
+            size,
+            threshold=params.mask_threshold,
+            dilation=params.mask_dilation,
+            invert=params.mask_invert,
+            fit=params.mask_fit,
         )
         return regions.plan(
             repainted,

@@ -69,6 +69,16 @@ def test_dilation_and_threshold_count_as_they_will_in_the_run(desk: Desk) -> Non
     assert rehearsed(desk, manifest, "--set", "mask_threshold=100")[0]["empty"] == 0
 
 
+def test_a_template_is_laid_at_its_corner_and_an_inverted_one_repaints_the_rest(desk: Desk) -> None:
+    desk.picture("1.png")
+    desk.mask("corner.png", (0, 0, 8, 8), size=(8, 8))
+    manifest = desk.manifest([("1.png", "corner.png")])
+    laid = rehearsed(desk, manifest, "--set", "mask_fit=bottom-right")
+    assert laid[0] == counts(1, 0, 1, 1, 0, 0)
+    kept = rehearsed(desk, manifest, "--set", "mask_fit=bottom-right", "--set", "mask_invert=true")
+    assert kept[0]["empty"] == 1
+
+
 def test_results_that_are_there_already_are_counted(desk: Desk) -> None:
     manifest = desk.catalog(2)
     desk.picture("m-out/1.png")
