@@ -106,7 +106,7 @@ def paste(
         if weight.any():
             local = tile.moved(-box.left, -box.top)
             painted = fit.apply(scaled[slices(local)])
-            _blend(pixels[slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
+            blend(pixels[slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def _ring(mask: Mask, scale: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]
     return rows[::step], columns[::step]
 
 
-def _blend(
+def blend(
     target: Array, painted: NDArray[np.float32], weight: Weight, mode: str, *, fill_alpha: bool
 ) -> None:
     """Moves the target, a view of the picture's pixels, towards the painted colours."""
