@@ -26,7 +26,7 @@ RUN /opt/inpaint/bin/pip install --no-cache-dir ".[worker,xformers]" "torch==$TO
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3.12 \
+    && apt-get install -y --no-install-recommends python3.12 libfribidi0 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home inpaint \
     && install -d -o inpaint -g inpaint /data /var/cache/huggingface

@@ -31,6 +31,7 @@ LIVES_IN = {
     "diffusers": ("workers/engines/",),
     "transformers": ("workers/engines/",),
     "cv2": ("workers/engines/",),
+    "lxml": ("shared/provenance.py",),
     "alembic": ("shared/schema.py", "migrations/"),
 }
 HEAVY = ("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic", "skimage")

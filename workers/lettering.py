@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +13,10 @@ from PIL import ImageColor
 from shared.errors import ImageError, ParameterError
 from shared.images import Array, Picture
 from shared.masks import Mask, slices, tiles
+from shared.params import TextAlign
 from shared.regions import Box
 from workers.composite import Weight, blend
 from workers.typesetting import Setting, typeset
-
-Align = Literal["left", "center", "right"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +35,7 @@ class Lettering:
     font: bytes = b""
     size: int = 0
     color: str = "black"
-    align: Align = "center"
+    align: TextAlign = "center"
 
 
 def text_box(text: str, mask: Mask) -> Box:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from shared.errors import ParameterError
 
 READABLE_PX = 5
+LARGEST_PX = 4096  # also what the parameter text_size allows
 
 _ABSENT = "\U0010ffff"  # never a character, so it is drawn as the font's box for missing ones
 _SPACES = " \u2000-\u2006\u2008-\u200b\u3000"
@@ -100,7 +101,7 @@ def typeset(text: str, *, font: bytes, size: int, box: tuple[int, int]) -> Setti
         if setting is None:
             raise _does_not_fit(box, size, _largest(paragraphs, font, size - 1, box))
         return setting
-    setting = _largest(paragraphs, font, 2 * box[1], box)
+    setting = _largest(paragraphs, font, min(2 * box[1], LARGEST_PX), box)
     if setting is None or setting.font.size < READABLE_PX:
         raise _does_not_fit(box, size, setting)
     return setting
@@ -120,14 +121,13 @@ def _cleaned(paragraph: str) -> str:
 
 
 def _does_not_fit(box: tuple[int, int], size: int, largest: Setting | None) -> ParameterError:
-    asked = f"text_size: at {size} pixels the text" if size else "text: it"
-    remedy = "make text_box larger or text shorter"
-    if size and largest is not None:
-        remedy = f"use text_size {largest.font.size:g} or less, 0 for the largest, or {remedy}"
-    elif largest is not None:
-        asked += f" would be {largest.font.size:g} pixels high, too small to read, and"
+    remedy = "make text_box larger or the text shorter"
+    fitting = 0 if largest is None else largest.font.size
+    if size and fitting >= READABLE_PX:
+        remedy = f"the largest size that fits is {fitting:g}; use it, or {remedy}"
     return ParameterError(
-        f"{asked} does not fit its box of {box[0]}x{box[1]} pixels; {remedy}",
+        f"text_size: the text does not fit its box of {box[0]}x{box[1]} pixels at "
+        f"{size or f'a readable size, {READABLE_PX} or more'}; {remedy}",
         code="text_does_not_fit",
     )
 

@@ -232,12 +232,12 @@ def test_a_pixel_outside_the_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_changed_alpha_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = under_test._blend
+    honest = under_test.blend
 
     def careless(*args: Any, fill_alpha: bool) -> None:
         honest(*args, fill_alpha=True)
 
-    monkeypatch.setattr(under_test, "_blend", careless)
+    monkeypatch.setattr(under_test, "blend", careless)
     with pytest.raises(FidelityError, match="alpha"):
         inpainted(picture("RGBA"), marked(ROCKET.shape, WHEEL))
 
