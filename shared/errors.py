@@ -13,6 +13,7 @@ InpaintError
 │   └── MaskError
 ├── UnavailableError           a service does not answer; a retry can help
 │   ├── StorageUnavailable
+│   ├── OutputRefused          the disk is full, or nobody may write there
 │   ├── DatabaseUnavailable
 │   └── BrokerUnavailable
 ├── EngineError                the model or the device
@@ -92,6 +93,10 @@ class UnavailableError(InpaintError):
 
 class StorageUnavailable(UnavailableError):
     code = "storage_unavailable"
+
+
+class OutputRefused(UnavailableError):
+    code = "output_refused"
 
 
 class DatabaseUnavailable(UnavailableError):

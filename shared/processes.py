@@ -9,8 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-# Exit status of a worker process that starting again would not help (sysexits' EX_UNAVAILABLE).
+# Exit statuses of a worker process, after sysexits. 69: starting it again would not help.
 EX_UNAVAILABLE = 69
+# Its engine hangs.
+EX_STALLED = 70
+# Its device was lost, and no job had succeeded on it since the process started.
+EX_DEVICE_LOST = 74
+# Its device was lost, after jobs had succeeded.
+EX_DEVICE_LOST_LATER = 75
 # A launcher and a terminal may both pass one signal on: what comes this soon is no second one.
 SAME_SIGNAL_SECONDS = 1.0
 

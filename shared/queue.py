@@ -39,12 +39,16 @@ TRANSPORT_OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """``attempt`` is the job's when the message was made; it is stale once that has grown."""
+    """``attempt`` is the job's when the message was made; it is stale once that has grown.
+
+    alone: a worker was lost with this job; the next one runs nothing beside it.
+    """
 
     job: int
     attempt: int
     engine: str
     priority: int = 0
+    alone: bool = False
 
     @property
     def id(self) -> str:
@@ -92,6 +96,27 @@ class Queue:
         found = [json.loads(raw) for messages in lists for raw in messages]
         return {_parse_id(message["headers"]["id"]) for message in found if _is_ours(message)}
 
+    def taken(self, engine: str) -> dict[str, tuple[int, int]]:
+        """(job, attempt) of every message that a worker has taken and not answered, by its tag."""
+        with self._translated():
+            channel = self._channel()
+            raw = channel.client.hgetall(channel.unacked_key)
+        found = {_text(tag): json.loads(value) for tag, value in raw.items()}
+        return {
+            tag: _parse_id(message["headers"]["id"])
+            for tag, (message, _exchange, routing_key) in found.items()
+            if _is_ours(message) and routing_key == queue_name(engine)
+        }
+
+    def forget(self, tags: Sequence[str]) -> None:
+        """Removes messages that were taken; their workers' own answers then do nothing."""
+        if not tags:
+            return
+        with self._translated():
+            channel = self._channel()
+            channel.client.hdel(channel.unacked_key, *tags)
+            channel.client.zrem(channel.unacked_index_key, *tags)
+
     def length(self, engine: str) -> int:
         """Messages that wait for a worker."""
         with self._translated():
@@ -135,13 +160,17 @@ def _publish(producer: Any, message: Message) -> None:
         if message.priority in of_class
     )
     producer.publish(
-        ([message.job, message.attempt], {}, {}),
+        ([message.job, message.attempt, message.alone], {}, {}),
         exchange="",
         routing_key=queue_name(message.engine),
         priority=priority,
         correlation_id=message.id,
         headers={"lang": "py", "task": TASK, "id": message.id, "root_id": message.id},
     )
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _is_ours(message: Any) -> bool:
@@ -160,6 +189,8 @@ def celery_app(url: str, engines: Iterable[str] = ()) -> celery.Celery:
     app = Celery("inpaint", broker=url, set_as_current=False)
     app.conf.update(
         accept_content=["json"],
+        # A replica refuses what a master takes; it is the connection that has to be made anew.
+        broker_channel_error_retry=True,
         broker_connection_max_retries=None,
         broker_connection_retry_on_startup=True,
         broker_transport_options=TRANSPORT_OPTIONS,

@@ -143,6 +143,17 @@ class Settings(BaseSettings):
     upkeep_seconds: float = Field(
         default=2, gt=0, le=60, description="How often a worker dispatches and reaps."
     )
+    stall_seconds: float = Field(
+        default=900,
+        gt=0,
+        description="A worker process whose engine makes no step for so long is started again.",
+    )
+    refused_seconds: float = Field(
+        default=600,
+        ge=0,
+        description="How long a worker waits with a result for an output that refuses it "
+        "(full disk, no permission) before that counts as a failure.",
+    )
     queue_bound: int = Field(
         default=1000,
         ge=1,

@@ -24,10 +24,14 @@ from shared.errors import (
     ObjectMissing,
     ObjectTooLarge,
     OutputConflict,
+    OutputRefused,
     SettingsError,
     StorageUnavailable,
 )
 from shared.locations import is_s3, split_s3
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +128,11 @@ class Storage:
         """Writes the object only over the version named (None: only where nothing is).
 
         token: unique to this attempt; names the temporary file. Returns the new version.
-        Raises OutputConflict where another version is there.
+        Raises OutputConflict where another version is there, and OutputRefused where the disk
+        is full or the place may not be written to.
         """
         self._allow(uri, os.path.realpath)
-        with _translated(uri):
+        with _refusals(), _translated(uri):
             if is_s3(uri):
                 return self._put_s3(uri, data, if_version)
             return _put_file(uri, data, if_version, token)
@@ -278,8 +283,8 @@ def _new_client() -> Any:
 
     # Botocore's own retries cover short hiccups; longer ones are the job's retry.
     config = Config(
-        connect_timeout=5,
-        read_timeout=60,
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
         max_pool_connections=64,
         retries={"mode": "standard", "max_attempts": 4},
         user_agent_extra="inpaint-batch",
@@ -346,6 +351,28 @@ def _translated(uri: str) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a person has to mend before anything more can be written."""
+    try:
+        yield
+    except (ObjectDenied, StorageUnavailable) as error:
+        cause = error.__cause__
+        refused = isinstance(cause, OSError) and cause.errno in _NO_ROOM
+        if refused or _is_refusal_of_s3(cause):
+            raise OutputRefused(str(error)) from cause
+        raise
+
+
+def _is_refusal_of_s3(cause: BaseException | None) -> bool:
+    # An S3 on somebody's own disks says 507 where those are full.
+    response = getattr(cause, "response", None)
+    return response is not None and _status(cause) in (401, 403, 507)
 
 
 def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:

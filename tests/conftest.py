@@ -55,8 +55,8 @@ def own_redis() -> Iterator[servers.Redis]:
 @pytest.fixture(scope="session")
 def postgres_cluster() -> Iterator[str]:
     """URL of the cluster's ``postgres`` database, to hand to ``servers.create_database``."""
-    with _short_folder() as folder, servers.postgres_server(folder) as url:
-        yield url
+    with _short_folder() as folder, servers.postgres_server(folder) as cluster:
+        yield cluster.url
 
 
 @pytest.fixture

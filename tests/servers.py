@@ -95,29 +95,46 @@ def redis_server(folder: Path) -> Iterator[Redis]:
         server.kill()
 
 
-@contextmanager
-def postgres_server(folder: Path) -> Iterator[str]:
-    """The SQLAlchemy URL of an empty cluster in ``folder``: unix socket only, fsync off.
+class Postgres:
+    """A PostgreSQL cluster in a folder: unix socket only, fsync off.
 
     PostgreSQL refuses to run as root; there it runs as the first of ``_POSTGRES_USERS``, to
     whom ``folder`` is given and for whom the folders above it must be passable.
     """
-    programs, user = _postgres_programs(folder), _postgres_user()
-    log = folder / "postgres.log"
-    log.touch()
-    if user:
-        for path in (folder, log):
-            shutil.chown(path, user)
-    _init_cluster(programs, folder / "data", user=user, log=log)
-    process = _spawn(
-        _postgres_command(programs, folder), log=log, user=user, dies_by=signal.SIGQUIT
-    )
-    url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._programs, self._user = _postgres_programs(folder), _postgres_user()
+        self._log = folder / "postgres.log"
+        self._log.touch()
+        if self._user:
+            for path in (folder, self._log):
+                shutil.chown(path, self._user)
+        _init_cluster(self._programs, folder / "data", user=self._user)
+
+    def start(self) -> None:
+        """Also where ``stop`` left off: what was committed is there."""
+        command = _postgres_command(self._programs, self.folder)
+        self.process = _spawn(command, log=self._log, user=self._user, dies_by=signal.SIGQUIT)
+        _await(lambda: _postgres_answers(self.url), process=self.process, log=self._log)
+
+    def stop(self) -> None:
+        """SIGQUIT: every connection is cut in the middle of what it does."""
+        if self.process is not None:
+            _end(self.process, signal.SIGQUIT)
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[Postgres]:
+    """A running PostgreSQL with its data in ``folder`` (keep the path short)."""
+    server = Postgres(folder)
     try:
-        _await(lambda: _postgres_answers(url), process=process, log=log)
-        yield url
+        server.start()
+        yield server
     finally:
-        _end(process, signal.SIGQUIT)
+        server.stop()
 
 
 def create_database(url: str, *, template: str = "template0") -> str:
@@ -213,7 +230,7 @@ def _postgres_user() -> str | None:
     raise ServerFailed(f"PostgreSQL refuses root, and none of {_POSTGRES_USERS} exists")
 
 
-def _init_cluster(programs: Path, data: Path, *, user: str | None, log: Path) -> None:
+def _init_cluster(programs: Path, data: Path, *, user: str | None) -> None:
     command = [str(programs / "initdb"), "-D", str(data), "-U", "postgres"]
     command += ["-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
     done = subprocess.run(

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
 import click
 
-from shared import embedded, processes, schema, settings
+from shared import embedded, jobs, processes, schema, settings
 from shared.db import Database
 from shared.errors import EngineUnavailable, InpaintError, UnavailableError
 from shared.params import engine_name, is_native
-from shared.processes import EX_UNAVAILABLE, SAME_SIGNAL_SECONDS
+from shared.processes import (
+    EX_DEVICE_LOST,
+    EX_DEVICE_LOST_LATER,
+    EX_UNAVAILABLE,
+    SAME_SIGNAL_SECONDS,
+)
 from shared.settings import Settings
 
-STABLE_SECONDS = 60.0
-MAX_PAUSE_SECONDS = 30.0
+MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
+MAX_DEVICE_LOSSES = 5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,9 +61,8 @@ def worker(
         ]
         if check:
             sys.exit(_check(places, options))
-        schema.ensure(db := Database(configured.database))
-        db.close()
-        sys.exit(Supervisor(configured, places, options).run())
+        schema.ensure(db := Database(configured.database, pool_size=1))
+        sys.exit(Supervisor(configured, db, places, options).run())
     except InpaintError as error:
         click.echo(f"inpaint-worker: {error}", err=True)
         sys.exit(2)
@@ -70,11 +75,12 @@ class Place:
     name: str
     cuda: str | None
 
-    def command(self, options: Sequence[str]) -> list[str]:
+    def command(self, options: Sequence[str], *, worker: str) -> list[str]:
+        """worker: the name plus what tells one life of the process from the next."""
         device = "cpu" if self.cuda is None else "cuda"
         return [
             *(sys.executable, "-m", "workers.tasks", *options),
-            *("--device", device, "--name", self.name),
+            *("--device", device, "--name", self.name, "--worker", worker),
         ]
 
     def environment(self) -> dict[str, str]:
@@ -130,7 +136,11 @@ def _last_line(text: bytes) -> str:
 
 def _check(places: Sequence[Place], options: Sequence[str]) -> int:
     statuses = [
-        subprocess.run([*place.command(options), "--check"], env=place.environment(), check=False)
+        subprocess.run(
+            [*place.command(options, worker=place.name), "--check"],
+            env=place.environment(),
+            check=False,
+        )
         for place in places
     ]
     return max(status.returncode for status in statuses)
@@ -140,10 +150,14 @@ class Supervisor:
     """Keeps one process per place alive until a signal; the second signal kills them."""
 
     def __init__(
-        self, configured: Settings, places: Sequence[Place], options: Sequence[str]
+        self, configured: Settings, db: Database, places: Sequence[Place], options: Sequence[str]
     ) -> None:
         self._redis = embedded.EmbeddedRedis(configured)
-        self._children = [_Child(place, options) for place in places]
+        self._db = db
+        self._children = [
+            _Child(place, options, self._take_back, stable_seconds=configured.lease_seconds)
+            for place in places
+        ]
         self._stopping = False
         self._asked = 0.0
 
@@ -161,6 +175,17 @@ class Supervisor:
             return self._stop_children()
         finally:
             self._redis.close()
+            self._db.close()
+
+    def _take_back(self, worker: str, reason: str) -> None:
+        """A process that ended holds nothing any more; nobody needs to wait for its leases."""
+        try:
+            reaped = jobs.reap_worker(self._db, worker=worker, reason=reason)
+        except UnavailableError as error:
+            click.echo(f"inpaint-worker: {error}; its jobs wait for their leases to end", err=True)
+            return
+        for lost in reaped:
+            click.echo(f"inpaint-worker: job {lost.job}: {reason}; now {lost.state}", err=True)
 
     def _tend(self) -> None:
         try:
@@ -187,13 +212,25 @@ class Supervisor:
 
 
 class _Child:
-    def __init__(self, place: Place, options: Sequence[str]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        options: Sequence[str],
+        take_back: Callable[[str, str], None],
+        *,
+        stable_seconds: float,
+    ) -> None:
+        """stable_seconds: one that lived so long is started again at once when it dies."""
         self._place = place
         self._options = options
+        self._take_back = take_back
+        self._worker = ""
+        self._device_losses = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._start_after = 0.0
-        self._pause = 0.5
+        self._pause = MIN_PAUSE_SECONDS
+        self._stable_seconds = stable_seconds
         self.given_up = False
 
     def tend(self, now: float) -> None:
@@ -203,25 +240,42 @@ class _Child:
         if self._process is not None and (status := self._process.poll()) is not None:
             self._note_death(status, now)
         if self._process is None and now >= self._start_after and not self.given_up:
-            command = self._place.command(self._options)
+            self._worker = f"{self._place.name}-{secrets.token_hex(4)}"
+            command = self._place.command(self._options, worker=self._worker)
             self._process = processes.spawn(command, env=self._place.environment())
             self._started = now
 
     def _note_death(self, status: int, now: float) -> None:
         self._process = None
-        if status == EX_UNAVAILABLE:
+        reason = f"signal {-status}" if status < 0 else f"status {status}"
+        self._take_back(self._worker, f"the worker process ended with {reason}")
+        self._count_device_losses(status)
+        if status == EX_UNAVAILABLE or self.given_up:
             self.given_up = True
             return
-        self._pause = (
-            0.5 if now - self._started > STABLE_SECONDS else min(self._pause * 2, MAX_PAUSE_SECONDS)
-        )
+        is_stable = now - self._started > self._stable_seconds
+        longest = max(self._stable_seconds / 2, MIN_PAUSE_SECONDS)
+        self._pause = MIN_PAUSE_SECONDS if is_stable else min(self._pause * 2, longest)
         self._start_after = now + self._pause
-        reason = f"signal {-status}" if status < 0 else f"status {status}"
         click.echo(
             f"inpaint-worker: {self._place.name} ended with {reason}; "
             f"starting it again in {self._pause:g} s",
             err=True,
         )
+
+    def _count_device_losses(self, status: int) -> None:
+        if status != EX_DEVICE_LOST:
+            self._device_losses = int(status == EX_DEVICE_LOST_LATER)
+            return
+        self._device_losses += 1
+        if self._device_losses >= MAX_DEVICE_LOSSES:
+            self.given_up = True
+            click.echo(
+                f"inpaint-worker: {self._place.name} was lost {self._device_losses} times in a "
+                "row without finishing a job; it is not started again. See what its log and "
+                "nvidia-smi say of it, then start inpaint-worker again",
+                err=True,
+            )
 
     def terminate(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -233,7 +287,9 @@ class _Child:
 
     def wait(self, seconds: float) -> None:
         if self._process is not None:
-            processes.await_end(self._process, grace_seconds=seconds)
+            status = processes.await_end(self._process, grace_seconds=seconds)
+            if status:
+                self._take_back(self._worker, f"the worker was killed (status {status})")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -21,6 +21,7 @@ from shared.errors import (
     Interrupted,
     LeaseLost,
     OutputConflict,
+    OutputRefused,
     Released,
 )
 from shared.images import Picture
@@ -37,6 +38,8 @@ from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork
 log = logging.getLogger(__name__)
 
 PUT_TRIES = 3
+MAX_PAUSE_SECONDS = 5.0
+REFUSED_PAUSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,10 @@ class Running:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._held: dict[tuple[int, int], Held] = {}
+        self._taken: list[int] = []
         self._stopping = False
+        # Set where the database did not answer: a lease may be ours without our knowing it.
+        self.may_have_orphans = False
 
     @property
     def stopping(self) -> bool:
@@ -85,6 +91,21 @@ class Running:
         finally:
             with self._lock:
                 del self._held[job.id, job.attempt]
+
+    @contextmanager
+    def taking(self, job: int) -> Iterator[None]:
+        """While a message is worked on; the job may be leased without our knowing it yet."""
+        with self._lock:
+            self._taken.append(job)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken.remove(job)
+
+    def taken(self) -> set[int]:
+        with self._lock:
+            return set(self._taken)
 
     def held(self) -> list[Held]:
         with self._lock:
@@ -105,15 +126,14 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None
     """Runs the job a message names, records what came of it, and returns what went wrong.
 
     Nothing did where the message is stale. Raises DatabaseUnavailable where nothing
-    could be recorded: the lease then runs out and another worker takes over.
+    could be recorded: the lease is then given back, or runs out.
     """
-    leased = jobs.acquire(
-        bench.db,
-        job=job,
-        seen_attempt=seen_attempt,
-        holder=bench.holder,
-        lease_seconds=bench.settings.lease_seconds,
-    )
+    with bench.running.taking(job):
+        return _run_leased(bench, job, seen_attempt)
+
+
+def _run_leased(bench: Bench, job: int, seen_attempt: int) -> InpaintError | None:
+    leased = _acquire(bench, job, seen_attempt)
     if leased is None:
         log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
         return None
@@ -132,6 +152,26 @@ def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None
             ended = InpaintError(f"{type(error).__name__}: {error}")
         _conclude(bench, leased, record, ended, output_version)
     return ended
+
+
+def _acquire(bench: Bench, job: int, seen_attempt: int) -> LeasedJob | None:
+    """Waits for a database that does not answer: other messages would fare no better."""
+    pause = 0.1
+    while True:
+        try:
+            return jobs.acquire(
+                bench.db,
+                job=job,
+                seen_attempt=seen_attempt,
+                holder=bench.holder,
+                lease_seconds=bench.settings.lease_seconds,
+            )
+        except DatabaseUnavailable:
+            bench.running.may_have_orphans = True
+            if bench.running.stopping:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
 def _inpaint(
@@ -157,7 +197,7 @@ def _inpaint(
         data = images.encode(result, format=_output_format(job))
         record.result_sha256 = sha256(data).hexdigest()
     with stage("put"):
-        return _put(bench, job, data, seen=fetched.output_version)
+        return _put_patiently(bench, job, data, fetched.output_version, interruption)
 
 
 class _Stages:
@@ -258,6 +298,34 @@ def _output_format(job: LeasedJob) -> str | None:
     return None if asked == images.format_of(job.image) else asked
 
 
+def _put_patiently(
+    bench: Bench, job: LeasedJob, data: bytes, seen: str | None, interruption: Interruption
+) -> str:
+    """Keeps the result while the output refuses it, which holds up this worker's other jobs.
+
+    They would be refused as well. Raises OutputRefused after ``refused_seconds``.
+    """
+    deadline = time.monotonic() + bench.settings.refused_seconds
+    waited = False
+    while True:
+        try:
+            version = _put(bench, job, data, seen=seen)
+        except OutputRefused as error:
+            if time.monotonic() + REFUSED_PAUSE_SECONDS > deadline:
+                raise
+            if not waited:
+                log.warning("job %s: pausing until it can be written: %s", job.id, error)
+                # Only for whoever looks on; heartbeats say it where the database is away as well.
+                with suppress(DatabaseUnavailable):
+                    jobs.note(bench.db, job, error)
+            waited = True
+        else:
+            if waited:
+                log.info("job %s: written after all", job.id)
+            return version
+        interruption.wait(REFUSED_PAUSE_SECONDS)
+
+
 def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
     """Writes over the version seen, and over a newer one only while the lease is ours.
 
@@ -318,12 +386,15 @@ def _write_end(
         log.warning("job %s: %s: %s: %s", job.id, what, ended.code, ended)
 
 
-def give_back(bench: Bench) -> None:
+def give_back(bench: Bench, *, keep: Collection[int] = ()) -> None:
     """Releases the jobs whose engine does not come to its next step; they run elsewhere.
 
     The attempt is over with that: whatever the engine still returns can no longer be put.
+    keep: ids of jobs whose leases stay, for the reaper to count.
     """
     for held in bench.running.held():
+        if held.job.id in keep:
+            continue
         try:
             jobs.release(bench.db, held.job, held.record)
             log.info("job %s: released in the middle of a step", held.job.id)
@@ -341,6 +412,7 @@ def _persist(bench: Bench, write: Callable[[], None]) -> None:
             return
         except DatabaseUnavailable:
             if time.monotonic() + pause > deadline:
+                bench.running.may_have_orphans = True
                 raise
         time.sleep(pause)
-        pause = min(pause * 2, 5.0)
+        pause = min(pause * 2, MAX_PAUSE_SECONDS)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -16,23 +15,37 @@ import warnings
 from types import FrameType
 from typing import Any
 
+import celery.worker.consumer
 import click
 from celery import Celery, signals
 from celery.exceptions import Reject, SecurityWarning
 from celery.worker import state as celery_state
+from celery.worker.state import maybe_shutdown
 
 from shared import embedded, schema, settings
 from shared.db import Database
-from shared.errors import EngineUnavailable, InpaintError
+from shared.errors import (
+    DatabaseUnavailable,
+    EngineError,
+    EngineUnavailable,
+    InpaintError,
+    OutOfMemory,
+)
 from shared.jobs import Holder
 from shared.params import is_native
-from shared.processes import EX_UNAVAILABLE, SAME_SIGNAL_SECONDS
+from shared.processes import (
+    EX_DEVICE_LOST,
+    EX_DEVICE_LOST_LATER,
+    EX_UNAVAILABLE,
+    SAME_SIGNAL_SECONDS,
+)
 from shared.queue import TASK, Queue, celery_app, queue_name
 from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
 from workers.run import Bench, Running, give_back, run_job
+from workers.turns import Turns
 from workers.upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -40,6 +53,7 @@ log = logging.getLogger(__name__)
 EX_OK = 0
 JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
+FAILURES_OF_A_DEVICE = 5
 SWITCH_SECONDS = 0.0005
 
 
@@ -47,11 +61,18 @@ SWITCH_SECONDS = 0.0005
 @click.option("--engine", required=True)
 @click.option("--device", required=True)
 @click.option("--name", required=True, help="Host and device.")
+@click.option("--worker", required=True, help="The name, and what tells this life from others.")
 @click.option("--concurrency", type=int, required=True)
 @click.option("--max-batch", type=int, required=True)
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
 def main(
-    engine: str, device: str, name: str, concurrency: int, max_batch: int, check: bool
+    engine: str,
+    device: str,
+    name: str,
+    worker: str,
+    concurrency: int,
+    max_batch: int,
+    check: bool,
 ) -> None:
     try:
         configured = settings.load()
@@ -61,7 +82,7 @@ def main(
             click.echo(f"{loaded.name}: {loaded.revision} on {loaded.device}")
             loaded.close()
             return
-        bench = _bench(configured, loaded, name)
+        bench = _bench(configured, loaded, worker)
     except EngineUnavailable as error:
         click.echo(f"inpaint-worker: {error}", err=True)
         sys.exit(EX_UNAVAILABLE)
@@ -77,10 +98,9 @@ def _default_concurrency(engine: str, max_batch: int) -> int:
     return os.cpu_count() or 1 if is_native(engine) else JOB_THREADS_PER_BATCH * max_batch
 
 
-def _bench(configured: Settings, engine: Any, name: str) -> Bench:
+def _bench(configured: Settings, engine: Any, worker: str) -> Bench:
     db = Database(configured.database, pool_size=16)
     schema.ensure(db)
-    worker = f"{name}-{os.getpid()}-{secrets.token_hex(2)}"
     return Bench(
         settings=configured,
         db=db,
@@ -103,12 +123,14 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     url = embedded.broker_url(bench.settings)
     app = celery_app(url, engines=[bench.engine.name])
-    _register(app, bench)
-    _install_signals(bench)
+    health = Health(bench.engine.device)
+    _register(app, bench, health)
+    _install_signals(bench, health)
     upkeep = Upkeep(bench, Queue(url))
     upkeep.start()
     log.info("%s on %s: %s jobs at a time", bench.engine.name, bench.engine.device, threads)
     worker = app.Worker(
+        consumer_cls=Consumer,
         hostname=f"inpaint@{name}",
         pool="threads",
         concurrency=threads,
@@ -126,21 +148,72 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
         bench.engine.close()
         upkeep.stop()
         bench.db.close()
-    return int(worker.exitcode or 0)
+    return health.status or int(worker.exitcode or 0)
 
 
-def _register(app: Celery, bench: Bench) -> None:
-    @app.task(name=TASK)
-    def task(job: int, attempt: int) -> None:
-        if bench.running.stopping:
-            raise Reject("the worker is shutting down", requeue=True)
-        ended = run_job(bench, job=job, seen_attempt=attempt)
-        if ended is not None and ended.code == "device_lost":
+class Health:
+    """Counts how often in a row the engine failed, and says when the process has to end."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._failures = 0
+        self._succeeded = False
+        self.status = EX_OK
+
+    def note(self, ended: InpaintError | None) -> bool:
+        """True where this process can do no more work; ``status`` is then its exit status."""
+        if ended is None:
+            self._failures, self._succeeded = 0, True
+        if not isinstance(ended, EngineError) or isinstance(ended, OutOfMemory) or self.status:
+            return False
+        self._failures += 1
+        if ended.code == "device_lost":
             # CUDA does not recover inside a process; the launcher starts a fresh one.
-            os.kill(os.getpid(), signal.SIGTERM)
+            self.status = EX_DEVICE_LOST_LATER if self._succeeded else EX_DEVICE_LOST
+        elif self._failures >= FAILURES_OF_A_DEVICE:
+            self.status = EX_UNAVAILABLE
+            click.echo(
+                f"inpaint-worker: {self._failures} jobs in a row failed on {self._device}, which "
+                f"takes no more of them: {ended.code}: {ended}",
+                err=True,
+            )
+        return bool(self.status)
 
 
-def _install_signals(bench: Bench) -> None:
+class Consumer(celery.worker.consumer.Consumer):
+    """Looks for a lost broker every second; Celery would wait up to half a minute."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        def say(error: Exception, _interval: float) -> None:
+            log.warning("broker %s: %s; trying again every second", conn.as_uri(), error)
+
+        conn.ensure_connection(
+            say, interval_start=1, interval_step=0, interval_max=1, callback=maybe_shutdown
+        )
+        return conn
+
+
+def _register(app: Celery, bench: Bench, health: Health) -> None:
+    turns = Turns()
+
+    @app.task(name=TASK)
+    def task(job: int, attempt: int, alone: bool = False) -> None:
+        with turns.turn(alone=alone, stop=lambda: bench.running.stopping) as came:
+            if not came:
+                raise Reject("the worker is shutting down", requeue=True)
+            if health.note(_run(bench, job, attempt)):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(bench: Bench, job: int, attempt: int) -> InpaintError | None:
+    try:
+        return run_job(bench, job=job, seen_attempt=attempt)
+    except DatabaseUnavailable as error:
+        log.warning("job %s: %s; it is given back or runs out of its lease", job, error)
+        return error
+
+
+def _install_signals(bench: Bench, health: Health) -> None:
     """The first SIGTERM or SIGINT releases every job; a later one exits at once."""
     asked: list[float] = []
 
@@ -152,7 +225,7 @@ def _install_signals(bench: Bench) -> None:
         asked.append(time.monotonic())
         bench.running.release_all()
         celery_state.should_stop = EX_OK  # type: ignore[assignment]
-        threading.Thread(target=_leave, args=(bench,), name="leave", daemon=True).start()
+        threading.Thread(target=_leave, args=(bench, health), name="leave", daemon=True).start()
 
     def install(**_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -163,14 +236,14 @@ def _install_signals(bench: Bench) -> None:
     install()
 
 
-def _leave(bench: Bench) -> None:
+def _leave(bench: Bench, health: Health) -> None:
     """Ends the process where a step takes too long to wait for; its jobs go back first."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and bench.running.held():
         time.sleep(0.05)
     if bench.running.held():
         give_back(bench)
-        os._exit(0)
+        os._exit(health.status)
 
 
 def _configure_logging(level: str, name: str) -> None:

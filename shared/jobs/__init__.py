@@ -4,7 +4,14 @@ SQL is the truth, a message in Redis only a hint that a job may be due: messages
 lost, doubled or reordered, and ``acquire`` sorts them out. The clock is the database's.
 """
 
-from shared.jobs.endings import AttemptRecord, fail, finish_cancelled, release, succeed
+from shared.jobs.endings import (
+    AttemptRecord,
+    fail,
+    finish_cancelled,
+    release,
+    release_orphan,
+    succeed,
+)
 from shared.jobs.identity import content_key, derived_seed
 from shared.jobs.leases import (
     LOSSES_BEFORE_QUARANTINE,
@@ -15,9 +22,11 @@ from shared.jobs.leases import (
     acquire,
     confirm,
     heartbeat,
+    note,
     reap,
+    reap_worker,
 )
-from shared.jobs.publishing import dispatch, redeliver
+from shared.jobs.publishing import dispatch, redeliver, sweep
 from shared.jobs.requests import Cancellation, Reopened, Selection, cancel, rerun, retry
 
 __all__ = [
@@ -39,10 +48,14 @@ __all__ = [
     "fail",
     "finish_cancelled",
     "heartbeat",
+    "note",
     "reap",
+    "reap_worker",
     "redeliver",
     "release",
+    "release_orphan",
     "rerun",
     "retry",
     "succeed",
+    "sweep",
 ]

@@ -11,7 +11,7 @@ from sqlalchemy import Update, bindparam, case, null, update
 
 from shared.db import Database, clock
 from shared.errors import InpaintError
-from shared.jobs.leases import HELD, UNLEASED, LeasedJob, lost, token
+from shared.jobs.leases import HELD, UNLEASED, Beat, LeasedJob, lost, token
 from shared.models import Attempt, Job
 from shared.retry import RetryPolicy
 
@@ -138,6 +138,19 @@ def fail(
 def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
     """Gives the job back on shutdown; it is due at once and no failure is counted."""
     _finish(db, job, record, _waits, {"wait": 0.0}, outcome="released")
+
+
+def release_orphan(db: Database, beat: Beat) -> None:
+    """Gives back a lease that its own worker knows nothing of, as ``release`` does.
+
+    The connection broke while the job was acquired, or before its end could be written.
+    """
+    with db.write() as connection:
+        state = connection.execute(_waits, {**beat.token, "wait": 0.0}).scalar()
+        if state is None:
+            return
+        outcome = "cancelled" if state == "cancelled" else "released"
+        connection.execute(_end_attempt.values(outcome=outcome), beat.token)
 
 
 def finish_cancelled(db: Database, job: LeasedJob, record: AttemptRecord) -> None:

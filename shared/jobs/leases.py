@@ -9,10 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, case, insert, null, or_, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    insert,
+    null,
+    or_,
+    select,
+    tuple_,
+    update,
+)
 
 from shared.db import Database, clock
-from shared.errors import LeaseLost
+from shared.errors import InpaintError, LeaseLost
 from shared.models import Attempt, Job
 from shared.params import Params
 
@@ -110,19 +121,33 @@ class Beat:
     attempt: int
     cancel_requested: bool
 
+    @property
+    def token(self) -> dict[str, int]:
+        return {"of_job": self.job, "of_attempt": self.attempt}
+
 
 def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[Beat]:
     """Renews all leases of one worker; a job that is not in the answer was lost."""
+    held = (Job.state == "running", Job.worker == worker)
     with db.write() as connection:
         rows = connection.execute(
             update(Job)
-            .where(Job.state == "running", Job.worker == worker)
+            .where(Job.id.in_(locked(*held)), *held)
             .values(lease_expires_at=clock(lease_seconds))
             .returning(Job.id, Job.attempt, Job.cancel_requested)
         ).all()
     return [
         Beat(job=row.id, attempt=row.attempt, cancel_requested=row.cancel_requested) for row in rows
     ]
+
+
+def locked(*where: ColumnElement[bool]) -> Select[int]:
+    """The ids of the jobs chosen, their rows locked in the order of the ids.
+
+    PostgreSQL locks rows as an UPDATE comes upon them; two that meet the same rows in another
+    order would each wait for the other. The UPDATE has to repeat the conditions.
+    """
+    return select(Job.id).where(*where).order_by(Job.id).with_for_update()
 
 
 HELD = (
@@ -141,6 +166,19 @@ def confirm(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
         held = connection.execute(_confirm, {**token(job), "lease": lease_seconds}).first()
     if held is None:
         raise lost(job)
+
+
+_note = (
+    update(Job)
+    .where(*HELD)
+    .values(error_code=bindparam("code"), error_message=bindparam("message"))
+)
+
+
+def note(db: Database, job: LeasedJob, error: InpaintError) -> None:
+    """Writes down what a running job waits for, so that whoever looks at it can see."""
+    with db.write() as connection:
+        connection.execute(_note, {**token(job), "code": error.code, "message": str(error)})
 
 
 def token(job: LeasedJob) -> dict[str, int]:
@@ -163,13 +201,25 @@ def reap(db: Database) -> list[Reaped]:
 
     The condition is inside the UPDATE, so a heartbeat that comes in time wins.
     """
+    expired = Job.lease_expires_at < clock()
+    return _take_back(db, expired, reason="the worker stopped sending heartbeats")
+
+
+def reap_worker(db: Database, *, worker: str, reason: str) -> list[Reaped]:
+    """Takes back every lease of a worker whose process is known to have ended."""
+    return _take_back(db, Job.worker == worker, reason=reason)
+
+
+def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> list[Reaped]:
     quarantined = Job.losses + 1 >= LOSSES_BEFORE_QUARANTINE
     state = case((Job.cancel_requested, "cancelled"), (quarantined, "failed"), else_="pending")
     message = "two workers were lost while they ran this job; retry it once the cause is known"
     with db.write() as connection:
         rows = connection.execute(
             update(Job)
-            .where(Job.state == "running", Job.lease_expires_at < clock())
+            .where(
+                Job.id.in_(locked(Job.state == "running", chosen)), Job.state == "running", chosen
+            )
             .values(
                 **UNLEASED,
                 state=state,
@@ -192,7 +242,7 @@ def reap(db: Database) -> list[Reaped]:
                     outcome="lost",
                     finished_at=clock(),
                     error_code="worker_lost",
-                    error_message="the worker stopped sending heartbeats",
+                    error_message=reason,
                 )
             )
     return [Reaped(job=row.id, attempt=row.attempt, state=row.state) for row in rows]

@@ -8,11 +8,12 @@ from typing import Any
 from sqlalchemy import Connection, and_, func, select, update
 
 from shared.db import Database, clock
-from shared.models import Job
+from shared.models import FINAL_STATES, Job
 from shared.queue import PRIORITY_CLASSES, Message, Queue
 
 # A statement holds at most 32,766 parameters on SQLite, 65,535 on PostgreSQL.
 _IDS_PER_STATEMENT = 10_000
+_CARRIED = (Job.id, Job.attempt, Job.priority, Job.losses)
 
 
 def dispatch(db: Database, queue: Queue, engine: str, *, bound: int) -> int:
@@ -54,7 +55,7 @@ def _claim_due(connection: Connection, engine: str, priorities: range, bound: in
         update(Job)
         .where(Job.id.in_(select(chosen.c.id)), Job.state == "pending")
         .values(state="queued", queued_at=clock())
-        .returning(Job.id, Job.attempt, Job.priority)
+        .returning(*_CARRIED)
     ).all()
     return _messages(engine, rows)
 
@@ -62,7 +63,13 @@ def _claim_due(connection: Connection, engine: str, priorities: range, bound: in
 def _messages(engine: str, rows: Iterable[Any]) -> list[Message]:
     ordered = sorted(rows, key=lambda row: (-row.priority, row.id))
     return [
-        Message(job=row.id, attempt=row.attempt, engine=engine, priority=row.priority)
+        Message(
+            job=row.id,
+            attempt=row.attempt,
+            engine=engine,
+            priority=row.priority,
+            alone=row.losses > 0,
+        )
         for row in ordered
     ]
 
@@ -89,7 +96,28 @@ def redeliver(db: Database, queue: Queue, engine: str, *, grace_seconds: float) 
         ids = missing[start : start + _IDS_PER_STATEMENT]
         with db.write() as connection:
             again = update(Job).where(Job.id.in_(ids), overdue).values(queued_at=clock())
-            rows += connection.execute(again.returning(Job.id, Job.attempt, Job.priority)).all()
+            rows += connection.execute(again.returning(*_CARRIED)).all()
     messages = _messages(engine, rows)
     queue.publish(messages)
     return len(messages)
+
+
+def sweep(db: Database, queue: Queue, engine: str) -> None:
+    """Removes from Redis what dead workers took and never answered.
+
+    A message stays while its job may still run by it; one whose job has moved on would run
+    nothing, and Redis would keep it for ``visibility_timeout``.
+    """
+    taken = queue.taken(engine)
+    if not taken:
+        return
+    ids = {job for job, _ in taken.values()}
+    with db.read() as connection:
+        rows = connection.execute(
+            select(Job.id, Job.attempt, Job.state).where(
+                Job.id.in_(ids), ~Job.state.in_(FINAL_STATES)
+            )
+        ).all()
+    # Acquiring counts the attempt up: a running job's message names the number before.
+    live = {(row.id, row.attempt - (row.state == "running")) for row in rows}
+    queue.forget([tag for tag, message in taken.items() if message not in live])

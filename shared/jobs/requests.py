@@ -10,6 +10,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Integer,
+    Update,
     bindparam,
     case,
     exists,
@@ -26,6 +27,7 @@ from shared.db import Database, clock
 from shared.errors import InputError
 from shared.jobs.endings import NO_ERROR
 from shared.jobs.identity import content_key
+from shared.jobs.leases import locked
 from shared.models import FINAL_STATES, BigId, Job
 from shared.params import Params, changed
 
@@ -71,19 +73,23 @@ def cancel(db: Database, selection: Selection) -> Cancellation:
     with db.write() as connection:
         # Running ones first: what is queued now may not slip past both statements.
         requested = connection.execute(
-            update(Job).where(*where, Job.state == "running").values(cancel_requested=true())
+            _of(*where, Job.state == "running").values(cancel_requested=true())
         ).rowcount
         cancelled = connection.execute(
-            update(Job)
-            .where(*where, Job.state.in_(("pending", "queued")))
-            .values(state="cancelled", finished_at=clock())
+            _of(*where, Job.state.in_(("pending", "queued"))).values(
+                state="cancelled", finished_at=clock()
+            )
         ).rowcount
         late = connection.execute(
-            update(Job)
-            .where(*where, Job.state == "running", Job.cancel_requested.is_(False))
-            .values(cancel_requested=true())
+            _of(*where, Job.state == "running", Job.cancel_requested.is_(False)).values(
+                cancel_requested=true()
+            )
         ).rowcount
     return Cancellation(cancelled=cancelled, requested=requested + late)
+
+
+def _of(*where: ColumnElement[bool]) -> Update:
+    return update(Job).where(Job.id.in_(locked(*where)), *where)
 
 
 _REOPENED: Mapping[str, Any] = {
@@ -120,9 +126,7 @@ def retry(
     with db.write() as connection:
         if changes:
             _change(connection, where, changes)
-        rows = connection.execute(
-            update(Job).where(*where).values(**_REOPENED).returning(Job.engine)
-        ).all()
+        rows = connection.execute(_of(*where).values(**_REOPENED).returning(Job.engine)).all()
     return Reopened(count=len(rows), engines={row.engine for row in rows})
 
 

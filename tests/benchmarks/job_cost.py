@@ -47,7 +47,7 @@ def main() -> None:
         with servers.redis_server(folder) as server, servers.postgres_server(folder) as cluster:
             urls = {
                 "SQLite": f"sqlite:///{folder / 'jobs.db'}",
-                "PostgreSQL": servers.create_database(cluster),
+                "PostgreSQL": servers.create_database(cluster.url),
             }
             for kind, url in urls.items():
                 _compare(kind, url, server.url, folder / kind)
@@ -136,6 +136,7 @@ def _run_ours() -> None:
     worker(
         [
             *("--engine", ENGINE, "--device", "cpu", "--name", "bench"),
+            *("--worker", "bench-1"),
             *("--concurrency", str(THREADS), "--max-batch", "1"),
         ]
     )

@@ -25,7 +25,7 @@ def main(rows: int = ROWS) -> None:
         with servers.redis_server(folder) as redis, servers.postgres_server(folder) as cluster:
             urls = {
                 "SQLite": f"sqlite:///{folder / 'jobs.db'}",
-                "PostgreSQL": servers.create_database(cluster),
+                "PostgreSQL": servers.create_database(cluster.url),
             }
             row(f"submitting {rows:,} rows", "rows a second", "peak memory, MB", "seconds")
             for kind, url in urls.items():

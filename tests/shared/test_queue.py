@@ -74,7 +74,7 @@ def test_celery_reads_our_messages_in_order_of_priority_and_publication(
             assert taken.headers["id"] == f"{taken.payload[0][0]}-0"
             taken.ack()
         consumed.close()
-    assert [body[0] for body in bodies] == [[3, 0], [1, 0], [2, 0], [4, 0]]
+    assert [body[0] for body in bodies] == [[n, 0, False] for n in (3, 1, 2, 4)]
     assert queue.length(ENGINE) == 0
 
 

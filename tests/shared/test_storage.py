@@ -17,6 +17,7 @@ from shared.errors import (
     ObjectMissing,
     ObjectTooLarge,
     OutputConflict,
+    OutputRefused,
     SettingsError,
     StorageUnavailable,
 )
@@ -448,6 +449,42 @@ def test_what_a_disk_answers_becomes_an_error_of_ours(
 ) -> None:
     with pytest.raises(expected, match=r"'/a\.png'"), storage._translated("/a.png"):
         raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_refuses_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store, target = Storage(roots=[tmp_path], buckets=()), tmp_path / "out" / "a.png"
+    with pytest.raises(OutputRefused, match=os.strerror(number)):
+        store.put(str(target), b"data", if_version=None, token="1-1")
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (507, "XMinioStorageFull")])
+def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) -> None:
+    from botocore.exceptions import ClientError
+
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    with (
+        pytest.raises(OutputRefused, match=code),
+        storage._refusals(),
+        storage._translated("s3://b"),
+    ):
+        raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+
+
+def test_a_name_that_is_a_folder_is_a_mistake_and_no_refusal(tmp_path: Path) -> None:
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InpaintError) as caught:
+        Storage(roots=[tmp_path], buckets=()).put(
+            str(tmp_path / "a.png"), b"data", if_version=None, token="1-1"
+        )
+    assert caught.value.code in ("object_denied", "output_conflict")
 
 
 def test_list_one_asks_whether_a_bucket_answers(s3: Bucket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +24,12 @@ class Interruption:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._reason: Interrupted | None = None
+        self._checked = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        """Since the work last asked whether it is to stop, which it does at every step."""
+        return time.monotonic() - self._checked
 
     def set(self, reason: Interrupted) -> None:
         """The first reason stands; later ones are ignored."""
@@ -31,8 +38,17 @@ class Interruption:
 
     def check(self) -> None:
         """Raises the reason (LeaseLost, Cancelled or Released) once one is set."""
+        self._checked = time.monotonic()
         if self._reason is not None:
             raise self._reason
+
+    def wait(self, seconds: float) -> None:
+        """Sleeps, and raises the reason within a tenth of a second once one is set."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(left, 0.1))
+        self.check()
 
 
 @dataclass(frozen=True, kw_only=True)
