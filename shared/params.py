@@ -82,7 +82,7 @@ class Params:
     mask_feather: int = 0
     mask_invert: bool = False
     mask_fit: MaskFit = "exact"
-    colour_fit: ColourFit = "ring"
+    colour_fit: ColourFit = "membrane"
     opencv_method: OpenCVMethod = "telea"
     opencv_radius: int = 5
     text: str = ""

@@ -7,8 +7,6 @@ one tile at a time, so a large picture costs two copies of its pixels and little
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +15,12 @@ from PIL import Image
 from shared.errors import FidelityError
 from shared.images import Array, Picture, as_rgb, from_rgb
 from shared.masks import Mask, slices, squared_distances, tiles
-from shared.params import Params
-from shared.regions import CONTEXT_PX, Box, Region
+from shared.params import ColourFit, Params
+from shared.regions import Box, Region
+from workers.colour import fit_colour
 
 Pixels = NDArray[np.uint8]
 Weight = NDArray[np.float32]  # (H, W), 1 = the engine's pixel, 0 = the picture's
-
-RING_GAP_PX = 8  # a latent's side: engines repaint whole latents, so nearer pixels are not known
-RING_PX = 16
-RING_PIXELS = 256
-RING_SAMPLES = 200_000
-AGREEMENT = 0.5
-GAINS = (0.8, 1.25)
-OFFSETS = (-24.0, 24.0)
 
 
 def cut(rgb: Pixels, mask: Mask, region: Region) -> tuple[Pixels, Pixels]:
@@ -73,6 +64,7 @@ def composite(
             region,
             result,
             feather_px=params.mask_feather,
+            colour_fit=params.colour_fit,
             fill_alpha=fill_alpha,
         )
     touched = _touched(picture, pixels, mask, params.mask_feather)
@@ -89,6 +81,7 @@ def paste(
     result: Pixels,
     *,
     feather_px: int = 0,
+    colour_fit: ColourFit = "membrane",
     fill_alpha: bool = False,
 ) -> None:
     """Blends one result into ``pixels``, which is of the picture's shape and mode.
@@ -100,65 +93,13 @@ def paste(
     scaled = _resized(result, region.box.size, _SMOOTH)[: box.height, : box.width]
     known = as_rgb(picture.pixels[slices(box)], picture.mode)
     scale = max(region.box.width / region.size[0], 1.0)
-    fit = fit_colour(scaled, known, mask[slices(box)], scale=scale)
+    fit = fit_colour(scaled, known, mask[slices(box)], method=colour_fit, scale=scale)
     for tile in tiles(box):
         weight = _ramp(mask, tile, feather_px, within=box)
         if weight.any():
             local = tile.moved(-box.left, -box.top)
-            painted = fit.apply(scaled[slices(local)])
+            painted = fit.apply(scaled[slices(local)], (local.left, local.top))
             blend(pixels[slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ColourFit:
-    """Per channel, ``gain * value + offset``, on values of 0 to 255."""
-
-    gain: tuple[float, ...] = (1.0, 1.0, 1.0)
-    offset: tuple[float, ...] = (0.0, 0.0, 0.0)
-
-    def apply(self, rgb: Pixels) -> NDArray[np.float32]:
-        """(h, w, 3) float32, clipped to 0..255."""
-        fitted = rgb.astype(np.float32)
-        if self != ColourFit():
-            fitted *= np.array(self.gain, np.float32)
-            fitted += np.array(self.offset, np.float32)
-            np.clip(fitted, 0, 255, out=fitted)
-        return fitted
-
-
-def fit_colour(painted: Pixels, known: Pixels, mask: Mask, *, scale: float = 1.0) -> ColourFit:
-    """How the painted colours become the known ones, by least squares on a ring round the mask.
-
-    All of one (h, w). scale: picture pixels to an engine pixel. No change where the ring is
-    small or agrees already.
-    """
-    if np.array_equal(painted[~mask], known[~mask]):
-        return ColourFit()  # an engine that left the rest alone has nothing to agree with
-    rows, columns = _ring(mask, scale)
-    if len(rows) < RING_PIXELS:
-        return ColourFit()
-    ours = painted[rows, columns].astype(np.float64)
-    theirs = known[rows, columns].astype(np.float64)
-    if np.abs((theirs - ours).mean(axis=0)).max() < AGREEMENT:
-        return ColourFit()
-    spread = ours.var(axis=0)
-    together = ((ours - ours.mean(axis=0)) * (theirs - theirs.mean(axis=0))).mean(axis=0)
-    gain = np.clip(np.where(spread > 1, together / np.maximum(spread, 1), 1), *GAINS)
-    offset = np.clip(theirs.mean(axis=0) - gain * ours.mean(axis=0), *OFFSETS)
-    return ColourFit(gain=tuple(gain.tolist()), offset=tuple(offset.tolist()))
-
-
-def _ring(mask: Mask, scale: float) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns of pixels a little off the mask, evenly thinned where they are many."""
-    inner = ceil(RING_GAP_PX * scale)
-    outer = inner + RING_PX
-    ring = np.zeros(mask.shape, np.bool_)
-    for tile in tiles(Box(0, 0, mask.shape[1], mask.shape[0])):
-        squares = squared_distances(mask, tile, outer)
-        ring[slices(tile)] = (squares > inner * inner) & (squares <= outer * outer)
-    rows, columns = np.nonzero(ring)
-    step = -(-len(rows) // RING_SAMPLES) or 1
-    return rows[::step], columns[::step]
 
 
 def blend(
@@ -205,30 +146,33 @@ def _differs(one: Array, other: Array, *, alpha: bool = False) -> Mask:
 def _ramp(mask: Mask, tile: Box, px: int, *, within: Box | None = None) -> Weight:
     """(h, w) feather weights of one tile of the picture.
 
-    within: a box at whose edges, unless they are the picture's, the ramp is to end.
+    The weight falls from the mask to the feather's end; with ``within``, a box, to its edges
+    too, unless they are the picture's. It is the share that the way to the end has in the way
+    from the mask to the end: one slope, and no kink where the one end gives way to the other.
     """
     if px == 0:
         return mask[slices(tile)].astype(np.float32)
     squares = squared_distances(mask, tile, px)
-    weight: Weight = np.subtract(1, np.sqrt(squares) / (px + 1), dtype=np.float32)
-    weight[squares > px * px] = 0
+    distance: Weight = np.sqrt(squares, dtype=np.float32)
+    rest: Weight = np.maximum(px + 1 - distance, 0)
+    rest[squares > px * px] = 0
     if within is not None:
-        edge = min(px, CONTEXT_PX)
         height, width = mask.shape
-        rows = _edge_ramp((tile.top, tile.bottom), (within.top, within.bottom), height, edge)
-        columns = _edge_ramp((tile.left, tile.right), (within.left, within.right), width, edge)
-        cap = np.minimum(rows[:, None], columns)
-        np.minimum(weight, np.maximum(cap, mask[slices(tile)]), out=weight)
+        rows = _edge_distance((tile.top, tile.bottom), (within.top, within.bottom), height)
+        columns = _edge_distance((tile.left, tile.right), (within.left, within.right), width)
+        np.minimum(rest, np.minimum(rows[:, None], columns), out=rest)
+    weight: Weight = rest / np.maximum(distance + rest, np.float32(1e-6))
+    weight[squares == 0] = 1
     return weight
 
 
-def _edge_ramp(span: tuple[int, int], within: tuple[int, int], length: int, px: int) -> Weight:
-    """(n,) 0 to 1 over px pixels from each end of ``within`` that is no end of the picture."""
-    place = np.arange(*span, dtype=np.float32) + np.float32(0.5)
-    from_low = (place - within[0]) / np.float32(px if within[0] > 0 else 1e-3)
-    from_high = (within[1] - place) / np.float32(px if within[1] < length else 1e-3)
-    ramp: Weight = np.clip(np.minimum(from_low, from_high), 0, 1)
-    return ramp
+def _edge_distance(span: tuple[int, int], within: tuple[int, int], length: int) -> Weight:
+    """(n,) pixels from each place to the ends of ``within`` that are no ends of the picture."""
+    place: Weight = np.arange(*span, dtype=np.float32) + np.float32(0.5)
+    low = place - within[0] if within[0] > 0 else np.full_like(place, np.inf)
+    high = within[1] - place if within[1] < length else np.full_like(place, np.inf)
+    distance: Weight = np.minimum(low, high)
+    return distance
 
 
 def _reach(array: Array, box: Box) -> Array:

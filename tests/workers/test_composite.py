@@ -17,7 +17,7 @@ from shared.masks import dilate
 from shared.params import Mode, Params
 from shared.regions import Box, Region, plan
 from workers import composite as under_test
-from workers.composite import ColourFit, composite, cut, fit_colour
+from workers.composite import composite, cut
 
 MODES = ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16"]
 ROCKET = data.rocket()[:300, :400]
@@ -282,7 +282,7 @@ def test_no_stroke_is_lost_and_no_mark_leaks_when_scaled_down(
         assert not image[part == 0].any()
 
 
-# Feather and colour
+# The feather
 
 
 def feather(mask: NDArray[np.bool_], px: int) -> NDArray[np.float32]:
@@ -299,35 +299,3 @@ def test_feather_is_one_inside_and_zero_past_its_length() -> None:
     ramp = weight[25, 29:40]
     assert np.allclose(ramp, np.clip(1 - np.arange(11) / 9, 0, 1), atol=1e-6)
     assert np.array_equal(feather(mask, 0), mask)
-
-
-def ringed() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    return ROCKET, marked(ROCKET.shape, WHEEL)
-
-
-def test_a_colour_shift_is_fitted_and_undone() -> None:
-    known, mask = ringed()
-    painted = np.clip((known.astype(float) - 12) / 1.1, 0, 255).round().astype(np.uint8)
-    fit = fit_colour(painted, known, mask)
-    assert fit.gain == pytest.approx((1.1, 1.1, 1.1), abs=0.03)
-    around = dilate(mask, 8) & ~mask
-    assert np.abs(fit.apply(painted)[around] - known[around]).mean() < 1
-
-
-def test_a_colour_fit_is_bounded() -> None:
-    known, mask = ringed()
-    fit = fit_colour(known // 3, known, mask)
-    assert max(fit.gain) <= 1.25
-    assert max(map(abs, fit.offset)) <= 24
-
-
-def test_no_fit_where_the_ring_agrees_or_is_too_small() -> None:
-    known, mask = ringed()
-    assert fit_colour(known, known, mask) == ColourFit()
-    assert fit_colour(known // 2, known, ~marked(mask.shape, Box(0, 0, 5, 5))) == ColourFit()
-
-
-def test_a_flat_ring_is_fitted_by_its_offset_alone() -> None:
-    known = np.full((100, 100, 3), 100, np.uint8)
-    fit = fit_colour(known - 10, known, marked((100, 100), Box(40, 40, 60, 60)))
-    assert (fit.gain, fit.offset) == ((1, 1, 1), (10, 10, 10))
