@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.errors import FidelityError
-from shared.images import Array, Picture, as_rgb, from_rgb
+from shared.images import Array, Picture, as_rgb, from_rgb, full_scale, has_alpha
 from shared.masks import Mask, slices, squared_distances, tiles
 from shared.params import ColourFit, Params
 from shared.regions import Box, Region
@@ -91,7 +91,7 @@ def paste(
     """
     box = region.box.clipped(picture.size)
     scaled = _resized(result, region.box.size, _SMOOTH)[: box.height, : box.width]
-    known = as_rgb(picture.pixels[slices(box)], picture.mode)
+    known = as_rgb(picture.pixels[slices(box)], picture.mode, profile=picture.metadata.icc)
     scale = max(region.box.width / region.size[0], 1.0)
     fit = fit_colour(scaled, known, mask[slices(box)], method=colour_fit, scale=scale)
     for tile in tiles(box):
@@ -99,25 +99,38 @@ def paste(
         if weight.any():
             local = tile.moved(-box.left, -box.top)
             painted = fit.apply(scaled[slices(local)], (local.left, local.top))
-            blend(pixels[slices(tile)], painted, weight, picture.mode, fill_alpha=fill_alpha)
+            blend(
+                pixels[slices(tile)],
+                painted,
+                weight,
+                picture.mode,
+                profile=picture.metadata.icc,
+                fill_alpha=fill_alpha,
+            )
 
 
 def blend(
-    target: Array, painted: NDArray[np.float32], weight: Weight, mode: str, *, fill_alpha: bool
+    target: Array,
+    painted: NDArray[np.float32],
+    weight: Weight,
+    mode: str,
+    *,
+    profile: bytes = b"",
+    fill_alpha: bool,
 ) -> None:
     """Moves the target, a view of the picture's pixels, towards the painted colours."""
     where = weight > 0
-    has_alpha = mode in ("LA", "RGBA")
-    colours = target[..., :-1] if has_alpha else target.reshape(*weight.shape, -1)
+    colours = target[..., :-1] if has_alpha(mode) else target.reshape(*weight.shape, -1)
     share = weight[where][:, None]
     old = colours[where].astype(np.float32)
-    new = old + share * (from_rgb(painted[where], mode) - old)
+    asked = from_rgb(painted[where], mode, profile=profile)
+    new = old + share * (asked - old)
     mixed = new >= 0.5 if mode == "1" else np.rint(new)
     colours[where] = mixed.astype(target.dtype)
-    if has_alpha and fill_alpha:
-        alpha = target[..., -1]
+    if has_alpha(mode) and fill_alpha:
+        alpha, opaque = target[..., -1], full_scale(mode)
         kept = alpha[where].astype(np.float32)
-        alpha[where] = np.rint(kept + share[:, 0] * (255 - kept)).astype(np.uint8)
+        alpha[where] = np.rint(kept + share[:, 0] * (opaque - kept)).astype(target.dtype)
 
 
 def _touched(picture: Picture, pixels: Array, mask: Mask, feather_px: int) -> Mask:

@@ -11,6 +11,8 @@ from shared.images.picture import (
     as_rgb,
     format_of,
     from_rgb,
+    full_scale,
+    has_alpha,
 )
 
 __all__ = [
@@ -24,5 +26,7 @@ __all__ = [
     "encode",
     "format_of",
     "from_rgb",
+    "full_scale",
+    "has_alpha",
     "probe",
 ]

@@ -22,16 +22,11 @@ from PIL import (
 )
 
 from shared.errors import ImageError, ObjectTooLarge
-from shared.images.containers import DAMAGE, Header, one_line, read_header, truncated
-from shared.images.picture import (
-    MODE_NAMES,
-    TIFF_COMPRESSIONS,
-    Array,
-    Coding,
-    Metadata,
-    Picture,
-    turned,
-)
+from shared.images import exif, palette, png_file, tiff_file
+from shared.images.containers import read_header
+from shared.images.header import DAMAGE, Header, one_line, truncated
+from shared.images.palette import Colours, Indices
+from shared.images.picture import MODE_NAMES, Array, Coding, Metadata, Picture, turned
 
 _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -61,18 +56,33 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
     """
     header = read_header(data)
     _check(header, max_pixels)
-    opened = _load(header)
-    image, mode = _resolved(opened)
-    pixels = turned(_array(image), header.orientation)
+    coding = Coding(lossless=header.lossless, progressive=header.progressive, key=header.key)
+    if header.deep:
+        pixels, mode = _deep(header)
+    else:
+        opened = _load(header)
+        coding = _coding(header, opened, coding)
+        image, mode = _resolved(opened)
+        pixels = _array(image)
+    if header.key:
+        pixels, mode = png_file.keyed(pixels, mode, header.key)
+    pixels = turned(pixels, header.orientation)
     pixels.flags.writeable = False
     return Picture(
         pixels=pixels,
         mode=mode,
         format=header.format,
-        coding=_coding(header, opened),
-        metadata=_metadata(header, opened),
+        coding=coding,
+        metadata=_metadata(header),
         source=data,
     )
+
+
+def decode_indexed(data: bytes) -> tuple[Indices, Colours]:
+    """The indices and the palette of a file that ``decode`` has read as indexed, upright."""
+    header = read_header(data)
+    image = _load(header)
+    return turned(np.asarray(image), header.orientation), palette.colours_of(image)
 
 
 def _check(header: Header, max_pixels: int) -> None:
@@ -84,32 +94,48 @@ def _check(header: Header, max_pixels: int) -> None:
         )
 
 
+def _deep(header: Header) -> tuple[Array, str]:
+    """Pixels and mode of what Pillow would cut to eight bits."""
+    _refuse(header)
+    decode_deep = {"PNG": png_file.decode_deep, "TIFF": tiff_file.decode_deep}[header.format]
+    try:
+        return decode_deep(header)
+    except DAMAGE as error:
+        raise truncated(header.format) from error
+
+
 def _load(header: Header) -> ImageFile.ImageFile:
+    _refuse(header)
+    try:
+        return _opened(header, header.bare)
+    except Image.DecompressionBombError as error:
+        raise ObjectTooLarge(one_line(error)) from error
+    except DAMAGE as error:
+        raise truncated(header.format) from error
+
+
+def _refuse(header: Header) -> None:
     if header.frames > 1:
         kind = "has several pages" if header.format == "TIFF" else "is animated"
         raise ImageError(f"the {header.format} file {kind}; save one picture a file")
     if header.refusal:
         raise ImageError(f"the {header.format} file {header.refusal}")
-    try:
-        image = _PLUGINS[header.format](io.BytesIO(header.bare))
-        if image.size != header.size:
-            raise ImageError(f"the {header.format} file contradicts itself about its size")
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise ObjectTooLarge(one_line(error)) from error
-    except DAMAGE as error:
-        raise truncated(header.format) from error
+
+
+def _opened(header: Header, data: bytes) -> ImageFile.ImageFile:
+    image = _PLUGINS[header.format](io.BytesIO(data))
+    if image.size != header.size:
+        raise ImageError(f"the {header.format} file contradicts itself about its size")
+    image.load()
     return image
 
 
 def _resolved(image: Image.Image) -> tuple[Image.Image, str]:
-    """The image without palette or colour key, and its mode; raises ImageError."""
+    """The image without a palette, and its mode; raises ImageError."""
     mode = "I;16" if image.mode == "I;16B" else image.mode
     if mode == "P":
         mode = "RGBA" if "transparency" in image.info else "RGB"
-    elif "transparency" in image.info and mode in ("1", "L", "RGB"):
-        mode = "RGBA" if mode == "RGB" else "LA"
-    if mode not in MODE_NAMES or (mode == "I;16" and "transparency" in image.info):
+    if mode not in MODE_NAMES:
         raise ImageError(
             f"pixels of kind {image.mode!r} cannot be repainted without loss; "
             "convert to 8-bit RGB, grey or CMYK"
@@ -122,15 +148,9 @@ def _array(image: Image.Image) -> Array:
     return pixels.astype(np.uint16) if pixels.dtype.itemsize == 2 else pixels
 
 
-def _coding(header: Header, image: Image.Image) -> Coding:
-    compression = str(image.info.get("compression", ""))
-    coding = Coding(
-        lossless=header.lossless,
-        progressive=header.progressive,
-        compression=TIFF_COMPRESSIONS.get(compression, "tiff_adobe_deflate"),
-    )
+def _coding(header: Header, image: Image.Image, coding: Coding) -> Coding:
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.layers > 3:
-        return coding
+        return replace(coding, indexed=image.mode == "P")
     return replace(
         coding,
         rgb_jpeg=image.layers == 3 and image.info.get("adobe_transform") == 0,
@@ -158,12 +178,18 @@ def _subsampling(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> int:
     return {(2, 1): 1, (2, 2): 2}.get((down, across) if turned else (across, down), 0)
 
 
-def _metadata(header: Header, image: Image.Image) -> Metadata:
-    dpi = image.info.get("dpi")
+def _metadata(header: Header) -> Metadata:
     return Metadata(
         segments=header.segments,
         exif=header.exif,
         icc=header.icc,
         xmp=header.xmp,
-        dpi=header.dpi or ((float(dpi[0]), float(dpi[1])) if dpi else None),
+        dpi=header.dpi or _exif_dpi(header.exif),
     )
+
+
+def _exif_dpi(block: bytes) -> tuple[float, float] | None:
+    try:
+        return tiff_file.resolution(block, exif.read_directory(block))
+    except exif.DirectoryError:
+        return None

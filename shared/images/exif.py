@@ -9,6 +9,20 @@ from typing import Literal
 
 ORIENTATION = 0x0112
 SUBDIRECTORIES = frozenset({34665, 34853, 40965})  # EXIF, GPS, interoperability
+# Description, maker, model, resolution, software, date, artist, copyright, Windows' own.
+_SHARED = SUBDIRECTORIES | {
+    270,
+    271,
+    272,
+    282,
+    283,
+    296,
+    305,
+    306,
+    315,
+    33432,
+    *range(40091, 40096),
+}
 THUMBNAIL_OFFSET = 0x0201
 THUMBNAIL_LENGTH = 0x0202
 
@@ -24,6 +38,7 @@ _WORDS: Mapping[int, int] = {
     12: 8,
 }
 _INTEGERS: Mapping[int, str] = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+EMPTY = b"II*\0\x08\0\0\0" + bytes(6)
 
 
 class DirectoryError(ValueError):
@@ -157,18 +172,38 @@ class _Value:
     inner: tuple[_Value, ...] = ()
 
 
-def with_tags(file: bytes, source: bytes, *, but: frozenset[int]) -> bytes:
-    """A little-endian TIFF file with the source's tags added, except ``but`` and its own.
+def with_tags(
+    file: bytes, source: bytes, *, but: frozenset[int], added: Mapping[int, tuple[int, bytes]]
+) -> bytes:
+    """A little-endian TIFF file with the source's tags except ``but``, which stand before its own.
 
-    The new directory goes to the end and nothing else moves. Raises DirectoryError where one
-    of the two is no TIFF.
+    added: further tags, the type and the bytes of each. The new directory goes to the end and
+    nothing else moves. Raises DirectoryError where one of the two is no TIFF.
     """
     ours, theirs = read_directory(file), read_directory(source)
-    values = _values(file, ours, but=frozenset())
-    values += _values(source, theirs, but=but | frozenset(ours.entries))
+    values = {one.tag: one for one in _values(file, ours, but=frozenset())}
+    values |= {one.tag: one for one in _values(source, theirs, but=but)}
+    for tag, (kind, body) in added.items():
+        values[tag] = _Value(tag=tag, type=kind, count=len(body) // TYPE_SIZES[kind], body=body)
     start = len(file) + len(file) % 2
     head = file[:4] + struct.pack("<I", start) + file[8:]
-    return head.ljust(start, b"\0") + _packed(values, start)
+    return head.ljust(start, b"\0") + _packed(tuple(values.values()), start)
+
+
+def block(source: bytes) -> bytes:
+    """An EXIF block of the tags that EXIF shares with a TIFF file; b"" where it has none."""
+    directory = read_directory(source)
+    values = _values(source, directory, but=frozenset(directory.entries) - _SHARED)
+    return struct.pack("<2sHI", b"II", 42, 8) + _packed(values, 8) if values else b""
+
+
+def with_values(file: bytes, values: Mapping[int, int]) -> bytes:
+    """A TIFF file with other whole numbers in tags that it has, each of a single value."""
+    patched, directory = bytearray(file), read_directory(file)
+    for tag, value in values.items():
+        entry = directory.entries[tag]
+        struct.pack_into(f"{directory.order}{_INTEGERS[entry.type]}", patched, entry.place, value)
+    return bytes(patched)
 
 
 def _values(data: bytes, directory: Directory, *, but: frozenset[int]) -> tuple[_Value, ...]:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from shared.images import cmyk
+
 Array = NDArray[Any]  # uint8, uint16 or bool, as Picture.pixels says
 Pixels = NDArray[np.uint8]
 
@@ -21,20 +23,15 @@ MODE_NAMES = {
     "RGBA": "colour with transparency",
     "CMYK": "CMYK",
     "I;16": "16-bit grey",
+    "LA;16": "16-bit grey with transparency",
+    "RGB;16": "16-bit colour",
+    "RGBA;16": "16-bit colour with transparency",
 }
+DEEP = {1: "I;16", 2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}  # by channels
 _SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
     **{".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".dib": "BMP"},
-}
-# Lossy compressions inside TIFF are left out: what they would do to untouched pixels is worse
-# than a larger file.
-TIFF_COMPRESSIONS = {
-    name: name
-    for name in (
-        *("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"),
-        *("group3", "group4", "lzma", "zstd"),
-    )
 }
 
 
@@ -43,7 +40,8 @@ class Coding:
     """How the source stored its pixels, so that the result can be stored alike.
 
     quantisation: JPEG tables, each 64 steps row by row. subsampling: Pillow's number, 0 is
-    4:4:4. rgb_jpeg: the JPEG holds RGB, not YCbCr. compression: TIFF's, by Pillow's name.
+    4:4:4. rgb_jpeg: the JPEG holds RGB, not YCbCr. indexed: through a palette. key: PNG's
+    transparent colour.
     """
 
     lossless: bool = True
@@ -51,7 +49,8 @@ class Coding:
     rgb_jpeg: bool = False
     quantisation: tuple[tuple[int, ...], ...] = ()
     subsampling: int = -1
-    compression: str = "tiff_adobe_deflate"
+    indexed: bool = False
+    key: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Metadata:
     dpi: (x, y) dots per inch, or None where the file does not say.
     """
 
-    segments: bytes = b""
+    segments: tuple[bytes, ...] = ()
     exif: bytes = b""
     icc: bytes = b""
     xmp: bytes = b""
@@ -72,9 +71,10 @@ class Metadata:
 class Picture:
     """A decoded picture, upright.
 
-    pixels: (H, W) or (H, W, C), uint8, uint16 (mode ``I;16``) or bool (mode ``1``). Read only.
-    mode: Pillow's; palettes are already resolved to RGB or RGBA, colour keys to an alpha
-    channel, because a palette has no room for new colours: every old pixel keeps its colour.
+    pixels: (H, W) or (H, W, C), uint8, uint16 (modes on ``;16``) or bool (mode ``1``). Read only.
+    mode: Pillow's, and by the same rule ``LA;16``, ``RGB;16`` and ``RGBA;16``. Palettes are
+    resolved to RGB or RGBA and transparent colours to an alpha channel; encoding finds the
+    source's own again.
     touched: (H, W), the pixels that differ from the source; None: none does.
     source: the bytes the picture came from. They are the result where nothing is touched, and
     unchanged JPEG blocks can be copied out of them.
@@ -94,15 +94,15 @@ class Picture:
 
     @property
     def has_alpha(self) -> bool:
-        return self.mode in ("LA", "RGBA")
+        return has_alpha(self.mode)
 
     def rgb(self) -> Pixels:
         """(H, W, 3) uint8, what an engine sees; a view wherever the mode allows one."""
-        return as_rgb(self.pixels, self.mode)
+        return as_rgb(self.pixels, self.mode, profile=self.metadata.icc)
 
     def alpha(self) -> Pixels | None:
-        """(H, W) uint8 view, 255 = opaque; None where the mode has no alpha."""
-        return self.pixels[..., -1].astype(np.uint8, copy=False) if self.has_alpha else None
+        """(H, W) uint8, 255 = opaque; None where the mode has no alpha."""
+        return _eight_bits(self.pixels[..., -1]) if self.has_alpha else None
 
     def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> Picture:
         """The picture with other pixels of the same shape and depth. touched: (H, W)."""
@@ -110,35 +110,45 @@ class Picture:
         return replace(self, pixels=pixels, touched=touched if touched.any() else None)
 
 
-def as_rgb(pixels: Array, mode: str) -> Pixels:
-    """(h, w, 3) uint8 from pixels of the mode."""
-    if mode == "RGB":
-        return pixels.astype(np.uint8, copy=False)
-    if mode == "RGBA":
-        return pixels[..., :3].astype(np.uint8, copy=False)
+def has_alpha(mode: str) -> bool:
+    return mode.partition(";")[0] in ("LA", "RGBA")
+
+
+def full_scale(mode: str) -> int:
+    """The mode's value for full light, full ink and opaque."""
+    return {"1": 1}.get(mode, 65535 if mode.endswith(";16") else 255)
+
+
+def as_rgb(pixels: Array, mode: str, *, profile: bytes = b"") -> Pixels:
+    """(h, w, 3) uint8 from pixels of the mode. profile: the ICC one, for CMYK."""
     if mode == "CMYK":
-        return np.asarray(pillow_image(pixels, mode).convert("RGB"))
+        return cmyk.to_rgb(pixels, profile)
     if mode == "1":
-        grey = pixels.astype(np.uint8) * np.uint8(255)
-    elif mode == "I;16":
-        grey = (pixels >> 8).astype(np.uint8)
-    else:
-        grey = (pixels[..., 0] if mode == "LA" else pixels).astype(np.uint8, copy=False)
+        pixels = pixels.astype(np.uint8) * np.uint8(255)
+    if mode.startswith("RGB"):
+        return _eight_bits(pixels[..., :3])
+    grey = _eight_bits(pixels[..., 0] if has_alpha(mode) else pixels)
     return np.broadcast_to(grey[..., None], (*grey.shape, 3))
 
 
-def from_rgb(rgb: NDArray[np.float32], mode: str) -> NDArray[np.float32]:
-    """The mode's own colour channels, without alpha, from (h, w, 3) RGB of 0 to 255.
+def _eight_bits(pixels: Array) -> Pixels:
+    if pixels.dtype == np.uint16:
+        return (pixels >> 8).astype(np.uint8)
+    return pixels.astype(np.uint8, copy=False)
 
-    Returns (h, w, C) in the mode's own range: 65535 for ``I;16``, 1 for ``1``, else 255.
+
+def from_rgb(rgb: NDArray[np.float32], mode: str, *, profile: bytes = b"") -> NDArray[np.float32]:
+    """The mode's own colour channels, without alpha, from (..., 3) RGB of 0 to 255.
+
+    Returns (..., C) in the mode's own range, 0 to ``full_scale``. profile: as for ``as_rgb``.
     """
-    if mode in ("RGB", "RGBA"):
-        return rgb
     if mode == "CMYK":
-        ink = 255 - rgb
-        return np.concatenate([ink, np.zeros_like(ink[..., :1])], axis=-1)
+        return cmyk.from_rgb(rgb, profile)
+    scale = np.float32(full_scale(mode) / 255)
+    if mode.startswith("RGB"):
+        return rgb if scale == 1 else rgb * scale
     grey = rgb @ np.array([[0.299], [0.587], [0.114]], np.float32)  # ITU-R BT.601
-    return grey * np.float32({"I;16": 257, "1": 1 / 255}.get(mode, 1))
+    return grey * scale
 
 
 def format_of(location: str) -> str | None:

@@ -234,8 +234,8 @@ def test_a_pixel_outside_the_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_changed_alpha_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = under_test.blend
 
-    def careless(*args: Any, fill_alpha: bool) -> None:
-        honest(*args, fill_alpha=True)
+    def careless(*args: Any, **options: Any) -> None:
+        honest(*args, **options | {"fill_alpha": True})
 
     monkeypatch.setattr(under_test, "blend", careless)
     with pytest.raises(FidelityError, match="alpha"):

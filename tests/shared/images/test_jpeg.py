@@ -23,7 +23,7 @@ from skimage import data
 
 from shared import images
 from shared.errors import EngineUnavailable, FidelityError, ImageError, StorageUnavailable
-from shared.images import encoding, jpeg
+from shared.images import jpeg, jpeg_file
 
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -195,7 +195,7 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
 )
 def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
     picture = repainted(FILES[name], boxed((171, 203), BOX))
-    spliced, whole = images.encode(picture), encoding._write_jpeg(*as_whole(picture))
+    spliced, whole = images.encode(picture), jpeg_file.write(*as_whole(picture))
     assert picture.touched is not None
     ours, theirs = (
         error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
@@ -227,7 +227,7 @@ def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_a
     beside = allowed(FILES[name], picture.touched) & ~picture.touched
     before = by_pillow(FILES[name])
     ours = error(by_pillow(images.encode(picture)), before, beside)
-    assert ours < error(by_pillow(encoding._write_jpeg(*as_whole(picture))), before, beside)
+    assert ours < error(by_pillow(jpeg_file.write(*as_whole(picture))), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:

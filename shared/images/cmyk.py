@@ -1,0 +1,71 @@
+"""Ink and light: CMYK to RGB and back, through the picture's colour profile if it has one."""
+
+from __future__ import annotations
+
+import io
+import logging
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+
+_FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
+_INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
+
+
+def to_rgb(inks: Pixels, profile: bytes) -> Pixels:
+    """(h, w, 3) sRGB from (h, w, 4) inks, 255 = full ink."""
+    image = Image.frombytes("CMYK", (inks.shape[1], inks.shape[0]), inks.tobytes())
+    transforms = _transforms(profile)
+    if transforms is None:
+        return np.asarray(image.convert("RGB"))
+    return np.asarray(transforms[0].apply(image))
+
+
+def from_rgb(rgb: NDArray[np.float32], profile: bytes) -> NDArray[np.float32]:
+    """(..., 4) inks of 0 to 255 from (..., 3) sRGB of 0 to 255."""
+    transforms = _transforms(profile)
+    if transforms is None:
+        return _separated(rgb)
+    row = np.rint(rgb).clip(0, 255).astype(np.uint8).reshape(1, -1, 3)
+    if row.size == 0:
+        return np.zeros((*rgb.shape[:-1], 4), np.float32)
+    inks = np.asarray(transforms[1].apply(Image.fromarray(row)))
+    return inks.reshape(*rgb.shape[:-1], 4).astype(np.float32)
+
+
+def _separated(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Black takes over the square of the grey component, so that highlights stay free of it.
+
+    The exact inverse of ``(1 - ink) * (1 - black)``, by which ``to_rgb`` mixes.
+    """
+    light = rgb / np.float32(255)
+    black = (1 - light.max(axis=-1, keepdims=True)) ** 2
+    inks = 1 - light / np.maximum(1 - black, np.float32(1e-6))
+    inks[np.broadcast_to(black > 1 - 1e-6, inks.shape)] = 0
+    both = np.concatenate([inks, black], axis=-1)
+    return np.asarray(both.clip(0, 1) * np.float32(255), np.float32)
+
+
+@lru_cache(maxsize=8)
+def _transforms(
+    profile: bytes,
+) -> tuple[ImageCms.ImageCmsTransform, ImageCms.ImageCmsTransform] | None:
+    """To sRGB and back; None where the profile is absent, damaged, or works one way only."""
+    if not profile:
+        return None
+    try:
+        inks = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+        return (
+            ImageCms.ImageCmsTransform(inks, srgb, "CMYK", "RGB", _INTENT, flags=_FLAGS),
+            ImageCms.ImageCmsTransform(srgb, inks, "RGB", "CMYK", _INTENT, flags=_FLAGS),
+        )
+    except (OSError, ValueError, TypeError, ImageCms.PyCMSError) as error:
+        log.warning("the CMYK picture's colour profile cannot be used: %s", error)
+        return None

@@ -1,0 +1,73 @@
+"""Palette pictures stay such: old pixels keep their entry, new colours get the free ones."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from shared.images.picture import Picture, Pixels
+
+Indices = NDArray[np.uint8]  # (H, W), into the palette
+Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA
+
+_ALPHA_WEIGHT = 16  # a wrong transparency is worse than a wrong colour
+_CHUNK = 4096
+
+
+def colours_of(image: Image.Image) -> Colours:
+    """What each index of a palette image stands for."""
+    strip = Image.frombytes("P", (256, 1), bytes(range(256)))
+    strip.putpalette(image.getpalette("RGB") or [], "RGB")
+    strip.info.update(image.info)
+    colours: Colours = np.array(strip.convert("RGBA"))[0]
+    return colours
+
+
+def repainted(
+    picture: Picture, indices: Indices, colours: Colours
+) -> tuple[Indices, Colours] | None:
+    """The source's indices and palette with the touched pixels in the picture's new colours.
+
+    An entry that no untouched pixel uses is free. Where there are more new colours than free
+    entries, they are quantised. None where a new pixel's transparency finds no entry.
+    """
+    touched = picture.touched
+    assert touched is not None  # noqa: S101 - encode returns the source then
+    used = np.unique(indices[~touched])
+    free = np.setdiff1d(np.arange(256, dtype=np.uint8), used)
+    new = picture.pixels[touched]
+    if new.shape[1] == 3:
+        new = np.concatenate([new, np.full_like(new[:, :1], 255)], axis=1)
+    wanted, inverse = np.unique(new, axis=0, return_inverse=True)
+    added = _representatives(wanted, new, len(free))
+    colours = colours.copy()
+    colours[free[: len(added)]] = added
+    choices = np.concatenate([used, free[: len(added)]]).astype(np.uint8)
+    nearest = choices[_nearest(wanted, colours[choices])]
+    if not np.array_equal(colours[nearest, 3], wanted[:, 3]):
+        return None
+    indices = indices.copy()
+    indices[touched] = nearest[inverse.ravel()]
+    return indices, colours
+
+
+def _representatives(wanted: Pixels, new: Pixels, most: int) -> Pixels:
+    """(n, 4) at most that many colours for the new pixels; the wanted ones, if they fit."""
+    if len(wanted) <= most or most == 0:
+        return wanted[:most]
+    opaque = bool((new[:, 3] == 255).all())
+    row = Image.fromarray(np.ascontiguousarray(new[None, :, : 3 if opaque else 4]))
+    method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE
+    found = np.array(row.quantize(most, method=method).convert("RGBA"))[0]
+    return np.unique(found, axis=0)
+
+
+def _nearest(wanted: Pixels, choices: Colours) -> NDArray[np.intp]:
+    """(n,) the choice that is nearest to each wanted colour."""
+    weights = np.array([1, 1, 1, _ALPHA_WEIGHT])
+    found = []
+    for start in range(0, len(wanted), _CHUNK):
+        ahead = wanted[start : start + _CHUNK, None].astype(np.int32) - choices.astype(np.int32)
+        found.append(((ahead * ahead) * weights).sum(axis=-1).argmin(axis=1))
+    return np.concatenate(found)
