@@ -18,13 +18,10 @@ from json import detect_encoding
 
 from lxml import etree
 
-from shared.errors import ImageError
-
 log = logging.getLogger(__name__)
 
 NAMESPACE = "http://ns.inpaint-batch.org/1.0/"
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
-JPEG_PACKET_BYTES = 65502  # one APP1 segment, less its length and its signature
 
 _SPACES = {
     "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
@@ -61,27 +58,15 @@ class Provenance:
     trained: bool
 
 
-def mark(xmp: bytes, note: Provenance, *, max_bytes: int | None = None) -> bytes:
+def mark(xmp: bytes, note: Provenance) -> bytes:
     """The source's XMP packet, which may be empty, with the note in it: a whole packet, UTF-8.
 
     Everything else in it stays. An earlier note is replaced; ``xmp:CreatorTool`` is only set
     where there is none; a source type that already tells of generative AI stays, whatever the
     engine; the history gains one event a job, so marking twice changes nothing. A packet that
     is damaged, or has a DOCTYPE, is replaced by a new one, with a warning in the log.
-
-    max_bytes: ``JPEG_PACKET_BYTES`` for a JPEG. The parameters are left out where they do not
-    fit; the job's id still leads to them. Raises ImageError (code ``xmp_too_large``) where the
-    rest does not fit either.
     """
-    for parameters in (note.params_json, ""):
-        packet = _PACKET % _merged(_parsed(xmp), note, parameters)
-        if max_bytes is None or len(packet) <= max_bytes:
-            return packet
-    raise ImageError(
-        f"the picture's XMP packet would have {len(packet)} bytes and a JPEG holds {max_bytes}; "
-        "write another format, or remove what the packet does not need",
-        code="xmp_too_large",
-    )
+    return _PACKET % _merged(_parsed(xmp), note)
 
 
 def _parsed(xmp: bytes) -> etree._Element:
@@ -122,7 +107,7 @@ def _from_windows(match: re.Match[str]) -> str:
     return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
-def _merged(root: etree._Element, note: Provenance, parameters: str) -> bytes:
+def _merged(root: etree._Element, note: Provenance) -> bytes:
     rdf = next(root.iter(_name("rdf:RDF")))
     about = next((one.get(_name("rdf:about"), "") for one in _descriptions(rdf)), "")
     kind = "compositeWithTrainedAlgorithmicMedia" if note.trained else "algorithmicallyEnhanced"
@@ -137,8 +122,7 @@ def _merged(root: etree._Element, note: Provenance, parameters: str) -> bytes:
     _add(ours, _SOURCE_TYPE, SOURCE_TYPES + kind)
     for name in ("job", "seed", "engine", "revision"):
         _add(ours, f"inpaint:{name}", str(getattr(note, name)))
-    if parameters:
-        _add(ours, "inpaint:parameters", parameters)
+    _add(ours, "inpaint:parameters", note.params_json)
     merged: bytes = etree.tostring(root, encoding="utf-8", xml_declaration=False)
     return merged
 

@@ -89,7 +89,7 @@ def draw(picture: Picture, lettering: Lettering) -> Picture:
     pixels = picture.pixels.copy()
     top = box.top + (box.height - ink.shape[0]) // 2
     place = Box(box.left, top, box.right, top + ink.shape[0])
-    _print(pixels, picture.mode, place, ink, colour, opacity)
+    _print(pixels, picture, place, ink, colour, opacity)
     return picture.replace(pixels, touched=_touched(picture, pixels, place))
 
 
@@ -123,7 +123,7 @@ def _colour(text: str) -> tuple[NDArray[np.float32], float]:
 
 def _print(
     pixels: Array,
-    mode: str,
+    picture: Picture,
     place: Box,
     ink: NDArray[np.uint8],
     colour: NDArray[np.float32],
@@ -136,9 +136,9 @@ def _print(
             continue
         target = pixels[slices(tile)]
         painted = np.broadcast_to(colour, (*cover.shape, 3))
-        if mode in ("LA", "RGBA"):
+        if picture.has_alpha:
             cover = _over(target[..., -1], cover)
-        blend(target, painted, cover, mode, fill_alpha=False)
+        blend(target, painted, cover, picture.mode, fill_alpha=False)
 
 
 def _over(alpha: Array, cover: Weight) -> Weight:

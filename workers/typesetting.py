@@ -208,8 +208,6 @@ def _set(paragraphs: list[str], font: bytes, size: int, box: tuple[int, int]) ->
     """The text in lines no wider than the box; None where it does not fit."""
     face = ImageFont.truetype(io.BytesIO(font), size)
     pitch = max(sum(face.getmetrics()), 1)
-    if (len(paragraphs) - 1) * pitch > box[1] + 2 * size:
-        return None
     lines = [line for one in paragraphs for line in _broken(one, face, box[0])]
     setting = Setting(font=face, lines=tuple(lines), pitch=pitch)
     return setting if all(a <= b for a, b in zip(setting.size, box, strict=True)) else None
@@ -230,7 +228,7 @@ def _broken(paragraph: str, font: ImageFont.FreeTypeFont, width: int) -> Iterato
 
 
 def _line(text: str, font: ImageFont.FreeTypeFont, direction: str | None) -> Line:
-    text = text.rstrip().replace("\u200b", "")
+    text = text.rstrip()
     left, top, right, bottom = font.getbbox(text, anchor="ls", direction=direction)
     ink = (int(left), int(top), int(right), int(bottom))
     return Line(text=text, direction=direction, ink=ink)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import replace
@@ -9,8 +8,7 @@ from typing import Any
 import pytest
 from lxml import etree
 
-from shared.errors import ImageError
-from shared.provenance import JPEG_PACKET_BYTES, NAMESPACE, SOURCE_TYPES, Provenance, mark
+from shared.provenance import NAMESPACE, SOURCE_TYPES, Provenance, mark
 
 NOTE = Provenance(
     job=17,
@@ -178,25 +176,11 @@ def test_a_damaged_packet_is_replaced_and_logged(
     assert "damaged" in caplog.text
 
 
-# Size
+def test_what_xml_cannot_hold_is_left_out_of_the_note() -> None:
+    marked = mark(b"", replace(NOTE, params_json="a\uffffb\x01c"))
+    assert values(marked, NAMESPACE, "parameters") == ["a b c"]
 
 
-def test_long_prompts_fit_a_jpeg_segment() -> None:
-    params = json.dumps({"prompt": "ш" * 4000, "negative_prompt": "ы" * 4000}, ensure_ascii=False)
-    marked = mark(b"", replace(NOTE, params_json=params), max_bytes=JPEG_PACKET_BYTES)
-    assert values(marked, NAMESPACE, "parameters") == [params]
-
-
-def test_what_does_not_fit_goes_without_the_parameters_then_is_an_error() -> None:
-    def source(size: int) -> bytes:
-        return packet(f'<rdf:Description xmlns:p="urn:p" p:q="{"x" * size}"/>')
-
-    note = replace(NOTE, params_json="y" * 4000)
-    assert values(mark(source(63_000), note), NAMESPACE, "parameters") == ["y" * 4000]
-    fitting = mark(source(63_000), note, max_bytes=JPEG_PACKET_BYTES)
-    assert len(fitting) <= JPEG_PACKET_BYTES
-    assert values(fitting, NAMESPACE, "parameters") == []
-    assert values(fitting, NAMESPACE, "job") == ["17"]
-    with pytest.raises(ImageError, match="write another format") as caught:
-        mark(source(65_000), note, max_bytes=JPEG_PACKET_BYTES)
-    assert caught.value.code == "xmp_too_large"
+def test_an_xml_declaration_inside_the_packet_is_no_damage() -> None:
+    declared = PHOTOSHOP.replace(b"<x:xmpmeta", b'<?xml version="1.0"?><x:xmpmeta')
+    assert mark(declared, NOTE) == mark(PHOTOSHOP, NOTE)

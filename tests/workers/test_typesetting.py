@@ -102,7 +102,7 @@ def test_nothing_too_small_to_read_is_drawn() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["fjord", "ffi", "//_|"]
+    ["jf", "ffi", "//_|"]
     + [pytest.param(text, marks=NEEDS_RAQM) for text in ("Ǻg̃ Z̃̓", "مرحبا", "שָׁלוֹם")],
 )
 @pytest.mark.parametrize("size", [9, 31])
@@ -111,6 +111,16 @@ def test_the_measured_ink_is_all_the_ink(text: str, size: int) -> None:
     image = setting.image("left", setting.size[0])
     whole = bytes(setting.font.getmask(text, direction=setting.lines[0].direction))
     assert np.asarray(image).sum(dtype=int) == sum(whole) > 0
+
+
+def test_lines_stand_apart_as_the_font_says() -> None:
+    setting = set_("a\na", size=20)
+    assert setting.pitch == sum(setting.font.getmetrics())
+    assert 20 <= setting.pitch <= 30
+
+
+def test_no_size_is_proposed_that_nobody_could_read() -> None:
+    assert "the largest size" not in str(refused("far too many words " * 50, size=9, box=(60, 30)))
 
 
 # Glyphs
@@ -144,7 +154,12 @@ def test_spaces_and_joiners_need_no_glyph_of_their_own(text: str) -> None:
 
 
 def test_an_accent_is_taken_with_its_letter() -> None:
-    assert set_("e\u0301").lines[0].text == "é"
+    assert set_("e\u0301\tx").lines[0].text == "é x"
+
+
+@NEEDS_RAQM
+def test_a_letter_may_be_made_of_the_parts_that_the_font_has() -> None:
+    assert set_("\u06c0").lines  # DejaVu Sans has only heh and hamza
 
 
 @NEEDS_RAQM
