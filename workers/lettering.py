@@ -138,7 +138,14 @@ def _print(
         painted = np.broadcast_to(colour, (*cover.shape, 3))
         if picture.has_alpha:
             cover = _over(target[..., -1], cover)
-        blend(target, painted, cover, picture.mode, fill_alpha=False)
+        blend(
+            target,
+            painted,
+            cover,
+            picture.mode,
+            profile=picture.metadata.icc,
+            fill_alpha=False,
+        )
 
 
 def _over(alpha: Array, cover: Weight) -> Weight:

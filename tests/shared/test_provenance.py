@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import io
+import json
 import logging
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyexiv2
 import pytest
 from lxml import etree
+from PIL import Image
 
+from shared import images
 from shared.provenance import NAMESPACE, SOURCE_TYPES, Provenance, mark
 
 NOTE = Provenance(
@@ -32,6 +41,11 @@ PHOTOSHOP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  xap:Rating="4"><!-- kept --><dc:title><r:Alt><r:li xml:lang="x-default">Łódź &amp; fog</r:li>
 </r:Alt></dc:title><MM:History><r:Seq><r:li e:action="saved" e:softwareAgent="Photoshop"/>
 </r:Seq></MM:History></r:Description></r:RDF></x:xmpmeta>{" " * 2000}<?xpacket end="w"?>""".encode()
+# The same with the prefixes that Exiv2 wants.
+LIGHTROOM = PHOTOSHOP
+for old, new in ((b"r", b"rdf"), (b"xap", b"xmp"), (b"MM", b"xmpMM"), (b"e", b"stEvt")):
+    LIGHTROOM = re.sub(rb"(?<=[ </:])%b(?=[:=])" % old, new, LIGHTROOM)
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 
 
 def rdf(packet: bytes) -> Any:
@@ -184,3 +198,59 @@ def test_what_xml_cannot_hold_is_left_out_of_the_note() -> None:
 def test_an_xml_declaration_inside_the_packet_is_no_damage() -> None:
     declared = PHOTOSHOP.replace(b"<x:xmpmeta", b'<?xml version="1.0"?><x:xmpmeta')
     assert mark(declared, NOTE) == mark(PHOTOSHOP, NOTE)
+
+
+# Files, as other programs read them
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One marked result a format, and a JPEG whose packet is longer than a segment."""
+    folder = tmp_path_factory.mktemp("marked")
+    found = {}
+    for name in (*FORMATS, "long JPEG"):
+        filler = "long " * 20_000 if name == "long JPEG" else ""
+        source = LIGHTROOM.replace(b"</dc:title>", filler.encode() + b"</dc:title>")
+        format = name.split()[-1]
+        found[name] = folder / f"{name}.{format.lower()}"
+        found[name].write_bytes(encoded(format, mark(source, NOTE)))
+    return found
+
+
+def encoded(format: str, packet: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), "teal").save(buffer, format, dpi=(72, 72))
+    picture = images.decode(buffer.getvalue(), max_pixels=10_000)
+    pixels, touched = picture.pixels.copy(), np.zeros((24, 32), np.bool_)
+    pixels[3, 3] = 0
+    touched[3, 3] = True
+    return images.encode(picture.replace(pixels, touched=touched), xmp=packet)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_exiv2_reads_the_note(files: dict[str, Path], name: str) -> None:
+    with pyexiv2.Image(str(files[name])) as image:
+        found = image.read_xmp()
+    assert found["Xmp.iptcExt.DigitalSourceType"] == EDITED
+    assert found["Xmp.inpaint.parameters"] == NOTE.params_json
+    assert found["Xmp.inpaint.seed"] == str(NOTE.seed)
+    assert found["Xmp.xmp.CreatorTool"] == "X-T5 Ver1.10"
+    assert found["Xmp.xmpMM.History[2]/stEvt:action"] == "edited"
+
+
+@pytest.mark.skipif(not shutil.which("exiftool"), reason="exiftool is not installed")
+def test_exiftool_reads_the_note_and_finds_no_fault(files: dict[str, Path]) -> None:
+    command = ["exiftool", "-json", "-G1", "-struct", "-validate", "-warning", "-XMP:all"]
+    output = subprocess.run([*command, *files.values()], capture_output=True, check=True).stdout
+    for found in json.loads(output):
+        assert found["XMP-iptcExt:DigitalSourceType"] == EDITED, found["SourceFile"]
+        assert found["XMP-inpaint:Job"] == NOTE.job
+        assert found["XMP-inpaint:Engine"] == "sd2"
+        assert json.loads(NOTE.params_json) in (
+            found["XMP-inpaint:Parameters"],
+            json.loads(found["XMP-inpaint:Parameters"]),
+        )
+        assert found["XMP-xmp:CreatorTool"] == "X-T5 Ver1.10"
+        assert [event["Action"] for event in found["XMP-xmpMM:History"]] == ["saved", "edited"]
+        assert found["XMP-dc:Title"].startswith("Łódź & fog")
+        assert found.get("ExifTool:Warning", "[minor]").startswith("[minor]")
