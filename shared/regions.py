@@ -2,11 +2,15 @@
 
 Two kinds of engine ask for two kinds of plan. One with a window (a diffusion model) gets
 regions whose windows all have its size; one without (``native``) gets the box it needs.
+
+How many picture pixels go to an engine pixel (the scale) depends on how thick the marks are:
+strokes, however long, are painted 1:1; a solid area that no window holds with its context is
+painted just coarsely enough that one does, because a model that sees only hole invents a
+different picture in each window. A picture smaller than a window is enlarged to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, NamedTuple
@@ -14,15 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from shared import groups
+from shared.groups import Boxes
 from shared.params import Mode
 
 OVERLAP_PX = 64
 CONTEXT_PX = 32
 SIZE_STEP = 64
 LATENT_STEP = 8
+UNIT = 64  # engine pixels; a scale counts the picture pixels that go to so many
+FINEST = 16  # a quarter: enlarged more, a picture has nothing more to show
 
 Mask = NDArray[np.bool_] | NDArray[np.uint8]
-Boxes = NDArray[np.int64]  # (n, 4): left, top, right, bottom
 
 
 class Box(NamedTuple):
@@ -59,8 +66,8 @@ class Box(NamedTuple):
 class Region:
     """A box of the image to be filled, with its context.
 
-    box: original-image pixels; past the image's right or bottom edge only where the image is
-    smaller than a window, or where its side is no multiple of 8 and a canvas needs all of it.
+    box: original-image pixels; past the image's right or bottom edge only by less than 64
+    engine pixels, or where even at the finest scale the image is smaller than a window.
     size: (width, height) in engine pixels the box is scaled to, of the box's aspect.
     windows: engine pixels in the region's frame; together they cover every masked pixel.
     """
@@ -71,13 +78,20 @@ class Region:
 
 
 def plan(
-    mask: Mask, *, mode: Mode, window: tuple[int, int], native: bool = False
+    mask: Mask,
+    *,
+    mode: Mode,
+    window: tuple[int, int],
+    native: bool = False,
+    scale: float | None = None,
 ) -> tuple[Region, ...]:
     """The regions that together hold every nonzero pixel of the mask, top to bottom.
 
     mask: (H, W), nonzero = repaint. window: the engine's (width, height), multiples of 64.
     native: the engine takes any size, so a region is one window at 1:1; ``window`` then only
-    sets the tiles of mode ``tile``. An empty mask gives no region.
+    sets the tiles of mode ``tile``. scale: picture pixels to an engine pixel for mode ``auto``,
+    in steps of 1/64, from 1/4 to what lets a window span the picture; None chooses by the
+    thickness of the marks. An empty mask gives no region.
     """
     marked = mask.astype(np.bool_, copy=False)
     if not marked.any():
@@ -89,7 +103,7 @@ def plan(
     elif native:
         regions = _contexts(marked)
     else:
-        regions = _placed(marked, window)
+        regions = _placed(marked, _frame((mask.shape[1], mask.shape[0]), window, scale))
     return tuple(sorted(regions, key=lambda region: (region.box.top, region.box.left)))
 
 
@@ -119,10 +133,10 @@ def _tiles(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) ->
         for left in _tile_starts(width, window[0])
     ]
     dirty = [tile for tile in grid if _is_dirty(mask, tile)]
-    groups = _merged(np.array(dirty, np.int64), reach=lambda boxes: boxes)
+    joined = groups.merged(np.array(dirty, np.int64), reach=lambda boxes: boxes)
     if native:
-        return [_one_window(_box(group).clipped((width, height))) for group in groups]
-    return [_canvas(_box(group), dirty) for group in groups]
+        return [_one_window(_box(group).clipped((width, height))) for group in joined]
+    return [_canvas(_box(group), dirty) for group in joined]
 
 
 def _tile_starts(length: int, window: int) -> list[int]:
@@ -134,173 +148,162 @@ def _tile_starts(length: int, window: int) -> list[int]:
 def _contexts(mask: NDArray[np.bool_]) -> list[Region]:
     """One region for each group of marks whose context boxes overlap, clipped to the image."""
     size = (mask.shape[1], mask.shape[0])
-    return [_one_window(_box(box).clipped(size)) for box in _grown(_marks(mask), CONTEXT_PX)]
+    marks = groups.find(mask, CONTEXT_PX)
+    return [_one_window(_box(box).clipped(size)) for box in groups.grown(marks, CONTEXT_PX)]
 
 
-def _placed(mask: NDArray[np.bool_], window: tuple[int, int]) -> list[Region]:
-    """Windows around groups of marks at 1:1, and canvases where a group outgrows a window."""
-    size = (mask.shape[1], mask.shape[0])
+@dataclass(frozen=True, kw_only=True)
+class _Frame:
+    """What windows are placed in. base: the scale of thin marks. coarsest: that of thick ones."""
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    base: int
+    coarsest: int
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(width, height) of a window in picture pixels, at the base scale."""
+        return self.base * self.window[0] // UNIT, self.base * self.window[1] // UNIT
+
+    @property
+    def held(self) -> int:
+        """The side, in engine pixels, of the largest square a window holds with its context."""
+        return min(self.window) - 2 * CONTEXT_PX
+
+    @property
+    def thin(self) -> int:
+        """The same in picture pixels, at the base scale."""
+        return self.base * self.held // UNIT
+
+
+def _frame(size: tuple[int, int], window: tuple[int, int], scale: float | None) -> _Frame:
+    """A window of the coarsest scale just spans the picture's shorter side."""
+    spanning = min(-(-UNIT * length // side) for length, side in zip(size, window, strict=True))
+    coarsest = max(spanning, FINEST)
+    base = min(UNIT if scale is None else max(round(scale * UNIT), FINEST), coarsest)
+    return _Frame(size=size, window=window, base=base, coarsest=coarsest if scale is None else base)
+
+
+def _placed(mask: NDArray[np.bool_], frame: _Frame) -> list[Region]:
+    """Windows around groups of marks, and canvases where a group outgrows a window."""
 
     def place(boxes: Boxes) -> Boxes:
-        return _placements(boxes, size, window)
+        return _placements(boxes, frame)
 
-    marks = _share_windows(_marks(mask), size, window)
+    marks = _with_thickness(groups.find(mask, _context(frame.base)), mask, frame)
+    thick = marks[:, 4] > frame.thin
+    marks = np.concatenate([marks[thick], _share_windows(marks[~thick], frame)])
     # A mark that lies in two regions would be painted twice, differently.
-    marks = _merged(marks, reach=place)
-    return [_dirty_canvas(mask, _box(box), window) for box in place(marks)]
+    marks = groups.merged(marks, reach=place)
+    return [_dirty_canvas(mask, placement, frame.window) for placement in place(marks)]
 
 
-def _marks(mask: NDArray[np.bool_]) -> Boxes:
-    """Tight boxes of the connected components, joined where their context boxes overlap.
-
-    Two pixels in touching cells of a grid as fine as the context always have overlapping
-    contexts. So components of cells stand in for components of pixels: the same groups,
-    found in a grid a thousand times smaller.
-    """
-    boxes, occupied = _cell_boxes(mask, CONTEXT_PX)
-    number = np.full(occupied.shape, -1, np.int64)
-    number[occupied] = np.arange(len(boxes))
-    labels = _connected(len(boxes), *_neighbours(number))
-    return _merged(_bounds(boxes, labels), reach=lambda found: _grown(found, 2 * CONTEXT_PX))
+def _context(scale: Any) -> Any:
+    """Context in picture pixels, for one scale or an array of them."""
+    return -(-CONTEXT_PX * scale // UNIT)
 
 
-def _cell_boxes(mask: NDArray[np.bool_], cell: int) -> tuple[Boxes, NDArray[np.bool_]]:
-    """(n, 4) tight boxes of the masked pixels in each occupied cell, row by row; (h, w) cells.
+def _share_windows(boxes: Boxes, frame: _Frame) -> Boxes:
+    """Joins groups that need fewer windows together than apart, the tightest pairs first.
 
-    cell: a multiple of 8, so that eight pixels can be tested at once as one 64-bit word.
-    """
-    high, wide = (-(-side // cell) for side in mask.shape)
-    padded = np.zeros((high * cell, wide * cell), np.bool_)
-    padded[: mask.shape[0], : mask.shape[1]] = mask
-    words = padded.view(np.uint64).reshape(high * cell, wide, cell // 8)
-    by_row = np.bitwise_or.reduce(words, axis=2) != 0  # (high * cell, wide)
-    by_column = np.logical_or.reduce(padded.reshape(high, cell, wide * cell), axis=1)
-    in_row = by_row.reshape(high, cell, wide).transpose(0, 2, 1)  # (high, wide, cell)
-    in_column = by_column.reshape(high, wide, cell)
-    occupied = in_row.any(axis=2)
-    top, left = np.nonzero(occupied)
-    rows, columns = in_row[occupied], in_column[occupied]  # (n, cell)
-    first = [left * cell + columns.argmax(1), top * cell + rows.argmax(1)]
-    last = [
-        (left + 1) * cell - columns[:, ::-1].argmax(1),
-        (top + 1) * cell - rows[:, ::-1].argmax(1),
-    ]
-    return np.stack(first + last, axis=1), occupied
-
-
-def _neighbours(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of cells side by side or one above the other; ``_merged`` finds the diagonal ones.
-
-    number: (h, w), the cell's number or -1 where it is clean.
-    """
-    pairs = [(number[:, :-1], number[:, 1:]), (number[:-1], number[1:])]
-    both = [(one >= 0) & (other >= 0) for one, other in pairs]
-    ones = [one[where] for (one, _), where in zip(pairs, both, strict=True)]
-    others = [other[where] for (_, other), where in zip(pairs, both, strict=True)]
-    return np.concatenate(ones), np.concatenate(others)
-
-
-def _connected(count: int, ones: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(count,) the lowest node that each node is joined to by the edges (ones, others).
-
-    Minimum-label hooking with pointer jumping (Shiloach and Vishkin, 1982).
-    """
-    labels = np.arange(count)
-    while True:
-        low = np.minimum(labels[ones], labels[others])
-        if np.array_equal(labels[ones], labels[others]):
-            return labels
-        np.minimum.at(labels, labels[ones], low)
-        np.minimum.at(labels, labels[others], low)
-        while not np.array_equal(labels, labels[labels]):
-            labels = labels[labels]
-
-
-def _merged(boxes: Boxes, *, reach: Callable[[Boxes], Boxes]) -> Boxes:
-    """Joins boxes until none touches what another reaches; sorted by top, then left."""
-    while True:
-        boxes = boxes[np.lexsort((boxes[:, 0], boxes[:, 1]))]
-        reached = reach(boxes)
-        pairs = [
-            (np.full(len(touched), index), touched)
-            for index, box in enumerate(reached)
-            if len(touched := np.flatnonzero(_overlap(box, boxes))) > 1
-        ]
-        if not pairs:
-            return boxes
-        ones, others = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        boxes = _bounds(boxes, _connected(len(boxes), ones, others))
-
-
-def _overlap(box: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
-    across = (box[0] < boxes[:, 2]) & (boxes[:, 0] < box[2])
-    down = (box[1] < boxes[:, 3]) & (boxes[:, 1] < box[3])
-    both: NDArray[np.bool_] = across & down
-    return both
-
-
-def _bounds(boxes: Boxes, labels: NDArray[np.int64]) -> Boxes:
-    """One box around all the boxes of each label."""
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
-    low = np.minimum.reduceat(boxes[order, :2], starts, axis=0)
-    high = np.maximum.reduceat(boxes[order, 2:], starts, axis=0)
-    return np.hstack([low, high])
-
-
-def _grown(boxes: Boxes, px: int) -> Boxes:
-    return boxes + np.array([-px, -px, px, px], np.int64)
-
-
-def _share_windows(boxes: Boxes, size: tuple[int, int], window: tuple[int, int]) -> Boxes:
-    """Joins groups that one window still holds with their context, the tightest pairs first.
-
-    boxes: sorted by top, so that only the first few can share the topmost one's window.
+    boxes: sorted by top, so that only the first few can share the topmost one's windows.
     """
     waiting, joined = boxes, []
     while len(waiting):
         box, waiting = waiting[0], waiting[1:]
         while True:
-            others = waiting[: np.searchsorted(waiting[:, 1], box[1] + window[1])]
+            reach = max(box[1] + frame.span[1], box[3])
+            others = waiting[: np.searchsorted(waiting[:, 1], reach)]
             unions = np.hstack(
                 [np.minimum(box[:2], others[:, :2]), np.maximum(box[2:], others[:, 2:])]
             )
-            sides = _context_sides(unions, size)
-            fits = (sides <= window).all(axis=1)
-            if not fits.any():
+            apart = _window_counts(box[None], frame) + _window_counts(others, frame)
+            fewer = _window_counts(unions, frame) < apart
+            if not fewer.any():
                 break
-            nearest = int(np.where(fits, sides.prod(axis=1), np.iinfo(np.int64).max).argmin())
+            areas = (unions[:, 2:4] - unions[:, :2]).prod(axis=1)
+            nearest = int(np.where(fewer, areas, np.iinfo(np.int64).max).argmin())
             box, waiting = unions[nearest], np.delete(waiting, nearest, axis=0)
         joined.append(box)
-    return np.stack(joined)
+    return np.stack(joined) if joined else boxes
 
 
-def _context_sides(boxes: Boxes, size: tuple[int, int]) -> NDArray[np.int64]:
-    """(n, 2) width and height of the boxes with their context, as far as the image goes."""
-    grown = _grown(boxes, CONTEXT_PX)
-    return np.minimum(grown[:, 2:], size) - np.maximum(grown[:, :2], 0)
+def _window_counts(boxes: Boxes, frame: _Frame) -> NDArray[np.int64]:
+    """(n,) windows over each box with its context, at the base scale."""
+    sides = _context_sides(boxes, frame.size, _context(frame.base))
+    steps = np.array(frame.window) - OVERLAP_PX
+    lengths = _round_up(-(-UNIT * sides // frame.base), SIZE_STEP) - OVERLAP_PX
+    counts: NDArray[np.int64] = np.maximum(-(-lengths // steps), 1).prod(axis=1)
+    return counts
 
 
-def _placements(boxes: Boxes, size: tuple[int, int], window: tuple[int, int]) -> Boxes:
-    """Boxes of engine-sized regions: centred on their marks, shifted inward at borders."""
-    needed = np.maximum(_context_sides(boxes, size), window)
-    sides = np.where(needed > window, _round_up(needed, SIZE_STEP), needed)
-    beyond = (sides > size) & (needed > window)
-    sides = np.where(beyond, _round_up(np.array(size), LATENT_STEP), sides)
-    starts = (boxes[:, :2] + boxes[:, 2:]) // 2 - sides // 2
-    starts = np.clip(starts, 0, np.maximum(np.array(size) - sides, 0))
-    return np.concatenate([starts, starts + sides], axis=1)
+def _context_sides(boxes: Boxes, size: tuple[int, int], context: Any) -> NDArray[np.int64]:
+    """(n, 2) width and height of the boxes with their context, as far as the image goes.
+
+    context: picture pixels, for all boxes or (n, 1).
+    """
+    ends: NDArray[np.int64] = np.minimum(boxes[:, 2:4] + context, size)
+    ends -= np.maximum(boxes[:, :2] - context, 0)
+    return ends
 
 
-def _dirty_canvas(mask: NDArray[np.bool_], box: Box, window: tuple[int, int]) -> Region:
-    """A region of evenly spread windows at 1:1, without the clean ones."""
+def _with_thickness(boxes: Boxes, mask: NDArray[np.bool_], frame: _Frame) -> Boxes:
+    """(n, 5) the boxes, and the side of the largest square of masked pixels in each.
+
+    What a window of the base scale holds is not measured: it counts as just held.
+    """
+    sides = _context_sides(boxes, frame.size, _context(frame.base))
+    outgrown: NDArray[np.bool_] = np.any(sides > frame.span, axis=1)
+    found = [
+        groups.thickness(mask[top:bottom, left:right], frame.thin)
+        if outgrown[index] and frame.coarsest > frame.base
+        else frame.thin
+        for index, (left, top, right, bottom) in enumerate(boxes)
+    ]
+    return np.column_stack([boxes, np.array(found, np.int64)])
+
+
+def _placements(boxes: Boxes, frame: _Frame) -> Boxes:
+    """(n, 5) boxes of regions, and their scales: centred on their marks, shifted inward at borders.
+
+    boxes: (n, 5) with their thickness. Scales above 1 go in eighths, so that sides in multiples
+    of 8 engine pixels are whole picture pixels; others need sides in greater multiples.
+    """
+    size, window = np.array(frame.size), np.array(frame.window)
+    scales = -(-UNIT * boxes[:, 4:] // frame.held)
+    scales = np.minimum(np.where(scales > UNIT, _round_up(scales, 8), scales), frame.coarsest)
+    needed = -(-UNIT * _context_sides(boxes, frame.size, _context(scales)) // scales)
+    sides = np.where(needed > window, _round_up(needed, SIZE_STEP), window)
+    step = np.maximum(UNIT // np.gcd(scales, UNIT), LATENT_STEP)
+    whole = _round_up(-(-UNIT * size // scales), step)
+    sides = np.where((sides * scales > UNIT * size) & (needed > window), whole, sides)
+    covered = sides * scales // UNIT
+    starts = (boxes[:, :2] + boxes[:, 2:4]) // 2 - covered // 2
+    starts = np.clip(starts, 0, np.maximum(size - covered, 0))
+    return np.hstack([starts, starts + covered, scales])
+
+
+def _dirty_canvas(
+    mask: NDArray[np.bool_], placement: NDArray[np.int64], window: tuple[int, int]
+) -> Region:
+    """A region of evenly spread windows, without the clean ones."""
+    box, scale = _box(placement[:4]), int(placement[4])
+    size = (box.width * UNIT // scale, box.height * UNIT // scale)
     grid = [
         Box(left, top, left + window[0], top + window[1])
-        for top in _spread_starts(box.height, window[1])
-        for left in _spread_starts(box.width, window[0])
+        for top in _spread_starts(size[1], window[1])
+        for left in _spread_starts(size[0], window[0])
     ]
-    dirty = tuple(one for one in grid if _is_dirty(mask, one.moved(box.left, box.top)))
-    return Region(box=box, size=box.size, windows=dirty)
+    dirty = tuple(one for one in grid if _is_dirty(mask, _in_picture(one, box, scale)))
+    return Region(box=box, size=size, windows=dirty)
+
+
+def _in_picture(window: Box, box: Box, scale: int) -> Box:
+    """The picture pixels that a window of a region reaches into."""
+    left, top = (edge * scale // UNIT for edge in window[:2])
+    right, bottom = (-(-edge * scale // UNIT) for edge in window[2:])
+    return Box(left, top, right, bottom).moved(box.left, box.top)
 
 
 def _spread_starts(length: int, window: int) -> list[int]:
@@ -316,7 +319,7 @@ def _canvas(box: Box, tiles: list[Box]) -> Region:
     windows = tuple(
         tile.moved(-box.left, -box.top)
         for tile in tiles
-        if _overlap(np.array(tile, np.int64), frame)[0]
+        if groups.overlap(np.array(tile, np.int64), frame)[0]
     )
     return Region(box=box, size=box.size, windows=windows)
 
