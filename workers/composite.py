@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.errors import FidelityError
 from shared.images import Array, Picture, as_rgb, from_rgb, full_scale, has_alpha
-from shared.masks import Mask, slices, squared_distances, tiles
+from shared.masks import Mask, dilate, slices, squared_distances, tiles
 from shared.params import ColourFit, Params
 from shared.regions import Box, Region
 from workers.colour import fit_colour
@@ -22,19 +22,20 @@ from workers.colour import fit_colour
 Pixels = NDArray[np.uint8]
 Weight = NDArray[np.float32]  # (H, W), 1 = the engine's pixel, 0 = the picture's
 
+RINGING_PX = 6  # Lanczos reaches 3 pixels along each axis, and a pixel on either side half of one
+
 
 def cut(rgb: Pixels, mask: Mask, region: Region) -> tuple[Pixels, Pixels]:
     """The region for the engine: (h, w, 3) uint8 and its mask (h, w) uint8 of 0 and 255.
 
     rgb: (H, W, 3); mask: (H, W). Past the picture's edge both repeat their last pixels. An
     engine pixel is masked if any picture pixel in it is; unmasked ones hold nothing of the
-    mark, which is why shrinking averages boxes and does not ring.
+    mark.
     """
     image, marked = _reach(rgb, region.box), _reach(mask, region.box)
     if region.size != region.box.size:
-        shrinks = region.size[0] < region.box.width
-        image = _resized(image, region.size, Image.Resampling.BOX if shrinks else _SMOOTH)
-        marked = _any_in_each(_any_in_each(marked, region.size[1]).T, region.size[0]).T
+        image = _scaled_for_engine(image, marked, region.size)
+        marked = _scaled_mask(marked, region.size)
     return np.ascontiguousarray(image), np.ascontiguousarray(marked) * np.uint8(255)
 
 
@@ -196,6 +197,22 @@ def _reach(array: Array, box: Box) -> Array:
         return array[slices(box)]
     reached: Array = array[rows[:, None], columns]
     return reached
+
+
+def _scaled_for_engine(image: Pixels, marked: Mask, size: tuple[int, int]) -> Pixels:
+    """Shrinking averages boxes, which does not ring; nor does what is enlarged near the mark."""
+    if size[0] < image.shape[1]:
+        return _resized(image, size, Image.Resampling.BOX)
+    smooth = _resized(image, size, _SMOOTH)
+    rung = _scaled_mask(dilate(marked, RINGING_PX), size)
+    if not rung.any():
+        return smooth
+    return np.where(rung[..., None], _resized(image, size, Image.Resampling.NEAREST), smooth)
+
+
+def _scaled_mask(mask: Mask, size: tuple[int, int]) -> Mask:
+    """(h, w) of that (width, height): whether any pixel that reaches into each one is masked."""
+    return _any_in_each(_any_in_each(mask, size[1]).T, size[0]).T
 
 
 def _any_in_each(mask: Mask, count: int) -> Mask:
