@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice, zip_longest
 
 from workers.engines.sequence import Draft, Row, Sequence
 
 Size = tuple[int, int]  # (height, width) of a window in latents
 
 
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Batch sizes worth a graph each: 1, 2, then steps of four, and the largest."""
+    return tuple(sorted({n for n in (1, 2, *range(4, max_rows, 4)) if n < max_rows} | {max_rows}))
+
+
+def pad(rows: list[Row], sizes: Iterable[int]) -> list[Row]:
+    """As many rows as the next larger size has; what fills it up is thrown away."""
+    wanted = min((size for size in sizes if size >= len(rows)), default=len(rows))
+    return rows + rows[-1:] * (wanted - len(rows))
+
+
 def choose_joining(
     waiting: Iterable[Draft], active: Iterable[Sequence], max_rows: int
 ) -> list[Draft]:
-    """First come, first served for each window size, while one forward has room for all.
+    """By priority, then first come, first served, while one forward has room for all of a size.
 
     A canvas counts as one window: it shares every forward with the others. Regions beyond
     one forward would finish no sooner together than one after another, so they wait.
@@ -22,7 +34,7 @@ def choose_joining(
     for one in active:
         rows[one.draft.window_size] += one.draft.rows
     joining, full = [], set[Size]()
-    for draft in waiting:
+    for draft in sorted(waiting, key=lambda one: -one.work.priority):
         size = draft.window_size
         if size in full or (rows[size] and rows[size] + draft.rows > max_rows):
             full.add(size)
@@ -33,15 +45,45 @@ def choose_joining(
 
 
 def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[Row]:
-    """Rows for one forward, of the first sequence's window size, in the sequences' order."""
+    """Rows for one forward: of one window size, by priority, a window of each in turn.
+
+    So a region of one window has its step in every forward of its size, whatever canvas is
+    beside it, and the canvas takes the room that is left.
+    """
+    ordered = sorted(active, key=lambda one: -one.draft.work.priority)
+    if not ordered:
+        return []
+    size = ordered[0].draft.window_size
+    room = limit(size)
     rows: list[Row] = []
-    for one in active:
-        if not rows or one.draft.window_size == rows[0].sequence.draft.window_size:
-            rows += one.pending[: limit(one.draft.window_size) - len(rows)]
+    same = [one for one in ordered if one.draft.window_size == size]
+    for _, equals in groupby(same, key=lambda one: one.draft.work.priority):
+        rows += _in_turns(list(equals), room - len(rows))
     return rows
+
+
+def _in_turns(active: list[Sequence], room: int) -> list[Row]:
+    """Up to ``room`` rows; each region's first pending window, then each one's second."""
+    windows = [
+        [one.pending[n : n + one.draft.rows] for n in range(0, len(one.pending), one.draft.rows)]
+        for one in active
+    ]
+    turns = zip_longest(*windows, fillvalue=[])
+    return list(islice((row for turn in turns for window in turn for row in window), max(room, 0)))
 
 
 def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]:
     """Those that had rows in a forward go behind those that had none, else in order."""
     served = {id(row.sequence) for row in rows}
     return sorted(active, key=lambda one: id(one) in served)
+
+
+def group_steps(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+    """Those whose steps can be taken together; a scheduler without a table goes alone."""
+    groups: dict[Size, list[Sequence]] = {}
+    for one in sequences:
+        if one.draft.sampler.table.is_whole:
+            groups.setdefault(one.draft.canvas.size, []).append(one)
+        else:
+            yield [one]
+    yield from groups.values()

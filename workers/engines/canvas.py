@@ -78,11 +78,17 @@ def count_windows(size: tuple[int, int], windows: Iterable[Box]) -> Tensor:
     return counts
 
 
-def average(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
-    """One (1, C, H, W) from parts of (C, h, w), averaged where windows overlap, else 0."""
+def add_up(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+    """One (1, C, H, W) from parts of (C, h, w), added where windows overlap, else 0."""
     whole = parts[0].new_zeros(1, parts[0].shape[0], *size)
     for part, box in zip(parts, windows, strict=True):
         crop(whole, box).add_(part)
+    return whole
+
+
+def average(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+    """One (1, C, H, W) from parts of (C, h, w), averaged where windows overlap, else 0."""
+    whole = add_up(parts, size, windows)
     return whole / count_windows(size, windows).clamp_(min=1).to(whole.device)
 
 

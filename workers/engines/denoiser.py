@@ -1,16 +1,27 @@
-"""The model's three uses, each on a batch: encode and begin, predict a step's noise, decode."""
+"""The model's uses, each on a batch: encode and begin, predict a step's noise, step, decode."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from workers.engines.batching import Size
+from shared.errors import OutOfMemory
+from workers.engines.batching import Size, buckets, pad
 from workers.engines.canvas import blend, crop
 from workers.engines.diffusers_loading import Components
-from workers.engines.memory import RowLimit, attempt, run_in_chunks
+from workers.engines.forward import Forward
+from workers.engines.memory import RowLimit, attempt, release_memory, run_in_chunks
+from workers.engines.memory_modes import MemoryModes, Stage
+from workers.engines.options import EngineOptions
 from workers.engines.prompts import PromptEncoder
 from workers.engines.sequence import Draft, Row, Sequence, begin
+from workers.engines.step_table import COLUMNS, advance, guide
+from workers.engines.transfer import Transfer
+
+FIRST_GUESS = {"cuda": 64, "cpu": 8}  # rows; more is no faster
+VAE_BATCH = 8
+VAE_LATENTS = 8 * 64 * 64  # in one VAE pass: more pixels than 32-bit indices reach above that
+NAMES = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
 
 
 class Denoiser:
@@ -20,44 +31,104 @@ class Denoiser:
     a scheduler's many small steps lose nothing.
     """
 
-    def __init__(self, components: Components, *, max_rows: int, vae_rows: int) -> None:
+    def __init__(self, components: Components, options: EngineOptions) -> None:
+        """Places the model. Raises EngineUnavailable where it does not fit the device."""
+        self.transfer = Transfer(components.device)
         self._components = components
+        self._modes = MemoryModes(components, options.memory)
+        self._largest = options.max_batch or FIRST_GUESS[components.device.type]
         self._prompts = PromptEncoder(components)
-        self._max_rows = max_rows
-        self._vae_rows = vae_rows
-        self._limits: dict[tuple[str, Size], RowLimit] = {}
+        self._forward = Forward(
+            components,
+            attention=options.attention,
+            compile=options.compile,
+            graphs=options.graphs,
+        )
+        self._is_deterministic = options.deterministic
+        is_single = components.device.type == "cpu" or options.deterministic
+        self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
+        self._limits: dict[tuple[Stage, Size], RowLimit] = {}
+        if components.device.type == "cuda":
+            self._warm_up(is_fixed=options.max_batch is not None)
+
+    @property
+    def max_batch(self) -> int:
+        """The most rows of any UNet forward."""
+        return self._largest
 
     def max_rows(self, size: Size) -> int:
         """The most rows of one UNet forward at this window size."""
-        return self._limit("the UNet", size, self._max_rows).rows
+        return self._limit("unet", size).rows
+
+    def vae_rows(self, size: Size) -> int:
+        """The most pictures of one VAE pass at this window size."""
+        return self._limit("vae", size).rows
+
+    def memory(self, size: Size) -> str:
+        """What it took to fit, for the record: ``batch 2, attention_slicing``."""
+        limit = self._limit("unet", size)
+        lowered = [f"batch {limit.rows}"] if limit.is_lowered else []
+        return ", ".join([*lowered, *self._modes.active])
 
     def begin(self, drafts: list[Draft]) -> list[Sequence]:
         """The drafts' first latents. Raises OutOfMemory where one window does not fit."""
-        pictures = [picture for draft in drafts for picture in draft.pictures]
-        limit = self._limit("the VAE's encoder", drafts[0].window_size, self._vae_rows)
-        moments = run_in_chunks(self._encode, torch.stack(pictures), limit)
-        shares = torch.split(moments, [len(draft.pictures) for draft in drafts])
+        wholes = self.transfer.upload(picture for draft in drafts for picture in draft.pictures)
+        boxes = [draft.canvas.pixel_windows for draft in drafts for _ in draft.pictures]
+        pictures = [
+            crop(whole[0], box)
+            for whole, inside in zip(wholes, boxes, strict=True)
+            for box in inside
+        ]
+        size = drafts[0].window_size
+        moments = run_in_chunks(
+            self._encode,
+            torch.stack(pictures),
+            self._limit("vae", size),
+            lambda tried: self._give_way("vae", size, tried),
+        )
+        counts = [len(draft.pictures) * len(draft.canvas.windows) for draft in drafts]
         return [
             begin(
                 draft,
                 moments=share,
-                embeddings=[self._prompts.encode(text) for text in draft.prompts],
+                embeddings=[self._embed(text, size) for text in draft.prompts],
                 scaling_factor=self._components.scaling_factor,
+                transfer=self.transfer,
             )
-            for draft, share in zip(drafts, shares, strict=True)
+            for draft, share in zip(drafts, torch.split(moments, counts), strict=True)
         ]
 
     def predict(self, rows: list[Row]) -> list[Tensor]:
         """One UNet forward: (C, h, w) float32 for each row, or none where memory ran out.
 
-        The next call is then picked smaller. Raises OutOfMemory where one row does not fit.
+        The next call then needs less. Raises OutOfMemory where nothing is left to try.
         """
+        self._modes.relax()
+        self.transfer.pace()
         predictions = attempt(self._predict, rows)
         if predictions is not None:
-            return list(predictions.unbind())
-        size = rows[0].sequence.draft.window_size
-        self._limit("the UNet", size, self._max_rows).halve(len(rows))
+            return list(predictions[: len(rows)].unbind())
+        self._give_way("unet", rows[0].sequence.draft.window_size, len(rows))
         return []
+
+    def step(self, sequences: list[Sequence]) -> None:
+        """Guidance and one scheduler step for all; they are of one group of ``group_steps``."""
+        without, prediction = (
+            torch.cat(each) for each in zip(*(one.predictions() for one in sequences), strict=True)
+        )
+        table = torch.stack([one.coefficients for one in sequences])
+        noise = guide(table, without, prediction)
+        latents = torch.cat([one.latents for one in sequences])
+        first = sequences[0]
+        if not first.draft.sampler.table.is_whole:
+            first.move_on(first.draft.sampler.step(noise, first.step, latents))
+            return
+        last_image = torch.cat([one.last_image for one in sequences])
+        latents, image = advance(table, latents, last_image, noise)
+        for one, *found in zip(
+            sequences, torch.split(latents, 1), torch.split(image, 1), strict=True
+        ):
+            one.move_on(*found)
 
     def decode(self, sequences: list[Sequence]) -> list[Tensor]:
         """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory."""
@@ -65,40 +136,114 @@ class Denoiser:
         latents = [
             crop(one.latents[0], box) for one in sequences for box in one.draft.canvas.windows
         ]
-        limit = self._limit("the VAE's decoder", drafts[0].window_size, self._vae_rows)
-        windows = run_in_chunks(self._decode, torch.stack(latents), limit)
+        size = drafts[0].window_size
+        windows = run_in_chunks(
+            self._decode,
+            torch.stack(latents),
+            self._limit("vae", size),
+            lambda tried: self._give_way("vae", size, tried),
+        )
         shares = torch.split(windows, [len(draft.canvas.windows) for draft in drafts])
         return [
             blend(share.unbind(), draft.canvas.pixel_size, draft.canvas.pixel_windows)
             for draft, share in zip(drafts, shares, strict=True)
         ]
 
-    def _limit(self, stage: str, size: Size, rows: int) -> RowLimit:
-        return self._limits.setdefault((stage, size), RowLimit(rows, stage=stage))
+    def _warm_up(self, *, is_fixed: bool) -> None:
+        """Runs each batch size once at the model's own window; finds the largest that fits.
+
+        Compiling, capturing graphs and choosing kernels happen here, before any job waits.
+        """
+        size = (self._components.unet.config.sample_size,) * 2
+        if not is_fixed:
+            guesses = (rows for rows in reversed(buckets(self._largest)) if self._fits(rows, size))
+            self._largest = next(guesses, 1)
+        for rows in self._sizes():
+            self._fits(rows, size)
+        latents = torch.zeros(
+            self._limit("vae", size).rows, self._components.latent_channels, *size
+        )
+        attempt(self._decode, latents.to(self._components.device))
+
+    def _fits(self, rows: int, size: Size) -> bool:
+        """Whether a forward of so many rows has room; its graph is kept."""
+        device = self._components.device
+        inputs = torch.zeros(rows, 2 * self._components.latent_channels + 1, *size, device=device)
+        words = self._embed("", size).expand(rows, -1, -1).contiguous()
+        self._modes.use("unet")
+
+        def run(inputs: Tensor) -> Tensor:
+            timesteps = torch.zeros(rows, device=device)
+            return self._forward(inputs, timesteps, words, is_moving=self._modes.is_offloading)
+
+        found = attempt(run, inputs)
+        if found is None:
+            self._forward.forget()
+            release_memory()
+        return found is not None
+
+    def _sizes(self) -> tuple[int, ...]:
+        """The batch sizes that are run; none, where any will do."""
+        if self._is_deterministic:
+            return (self._largest,)
+        return buckets(self._largest) if self._forward.wants_buckets else ()
+
+    def _limit(self, stage: Stage, size: Size) -> RowLimit:
+        if (stage, size) not in self._limits:
+            most = self._largest if stage == "unet" else self._vae_batch
+            if stage == "vae" and self._components.device.type == "cuda":
+                most = max(1, min(most, VAE_LATENTS // (size[0] * size[1])))
+            self._limits[stage, size] = RowLimit(most, stage=NAMES[stage])
+        return self._limits[stage, size]
+
+    def _give_way(self, stage: Stage, size: Size, tried: int) -> None:
+        """Makes the next try need less. Raises OutOfMemory where nothing is left to do."""
+        self._forward.forget()
+        release_memory()
+        if self._is_deterministic:
+            raise OutOfMemory(
+                f"{tried} rows do not fit the device in {NAMES[stage]}, and a deterministic "
+                "engine cannot go on with fewer; use a smaller max_batch"
+            )
+        if tried > 1:
+            self._limit(stage, size).halve(tried)
+        elif not self._modes.relieve(stage):
+            raise OutOfMemory(
+                f"one window does not fit the device in {NAMES[stage]}; use a smaller one"
+            )
+
+    def _embed(self, text: str, size: Size) -> Tensor:
+        self._modes.use("text_encoder")
+        while (found := attempt(self._prompts.encode, text)) is None:
+            self._give_way("text_encoder", size, 1)
+            self._modes.use("text_encoder")
+        return found
 
     def _encode(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 on the CPU to (N, 2C, h, w) float32: mean and deviation."""
-        pictures = pictures.to(
-            self._components.device, self._components.dtype, memory_format=torch.channels_last
-        )
+        """(N, 3, H, W) float32 to (N, 2C, h, w) float32: mean and deviation."""
+        self._modes.use("vae")
+        pictures = pictures.to(self._components.dtype, memory_format=torch.channels_last)
         posterior = self._components.vae.encode(pictures).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
     def _predict(self, rows: list[Row]) -> Tensor:
-        """(N, C, h, w) float32"""
-        dtype, device = self._components.dtype, self._components.device
-        inputs = torch.stack([row.sequence.row_input(row) for row in rows])
-        timesteps = torch.stack([row.sequence.timestep.float() for row in rows])
-        prediction: Tensor = self._components.unet(
-            inputs.to(dtype),
-            timesteps.to(device),
-            encoder_hidden_states=torch.cat([row.sequence.row_embedding(row) for row in rows]),
-            return_dict=False,
-        )[0]
-        return prediction.float()
+        """(N, C, h, w) float32, N at least the rows given"""
+        self._modes.use("unet")
+        rows = pad(rows, self._sizes())
+        table = torch.stack([row.sequence.coefficients for row in rows])
+        divisor = table[:, COLUMNS.index("divisor"), None, None, None]
+        latents = torch.stack([row.sequence.row_latents(row) for row in rows]) / divisor
+        fixed = torch.stack([row.sequence.row_fixed(row) for row in rows])
+        return self._forward(
+            torch.cat([latents, fixed], dim=1),
+            table[:, COLUMNS.index("timestep")],
+            torch.cat([row.sequence.row_embedding(row) for row in rows]),
+            is_moving=self._modes.is_offloading,
+        )
 
     def _decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) float32 to (N, 3, H, W) float32"""
+        self._modes.use("vae")
         scaled = (latents / self._components.scaling_factor).to(self._components.dtype)
         pictures: Tensor = self._components.vae.decode(scaled, return_dict=False)[0]
         return pictures.float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import EngineUnavailable
-from workers.engines.memory import is_out_of_memory
 from workers.engines.model_files import ModelFiles, find_model, read_json
-from workers.engines.options import Attention, Dtype, EngineOptions
+from workers.engines.options import Dtype, EngineOptions
 
 NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
@@ -29,7 +27,7 @@ NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """A model on its device; sizes are the model's own.
+    """A model and where it is to run; sizes are the model's own.
 
     vae_factor: image pixels to a latent's side. latent_channels: C. scaling_factor: of the
     latents. scheduler_config: the model's, from which every scheduler is built.
@@ -58,7 +56,7 @@ class Components:
 
 
 def load_components(model: str, revision: str | None, options: EngineOptions) -> Components:
-    """Finds the model, reads its weights and places them on the device, once.
+    """Finds the model and reads its weights, on the host as yet.
 
     Raises EngineUnavailable with one line that names the remedy.
     """
@@ -66,18 +64,12 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
     dtype = choose_dtype(options.dtype, device)
     files = find_model(model, revision)
     try:
-        components = _read(files, device, dtype)
+        return _read(files, device, dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise EngineUnavailable(
-                f"{model} does not fit on {device}; use a larger one"
-            ) from error
         raise EngineUnavailable(
-            f"{model} cannot be loaded on {device}: {_one_line(error)}; "
+            f"{model} cannot be loaded on {device}: {one_line(error)}; "
             "if its files are damaged, fetch it again"
         ) from error
-    choose_attention(components, options.attention)
-    return components
 
 
 def choose_device(name: str) -> torch.device:
@@ -112,28 +104,7 @@ def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def choose_attention(components: Components, attention: Attention | None) -> None:
-    """Raises EngineUnavailable where xformers is asked for and cannot run."""
-    if attention == "sliced":
-        components.unet.set_attention_slice("auto")
-    if attention == "xformers":
-        _use_xformers(components)
-
-
-def _use_xformers(components: Components) -> None:
-    if components.device.type != "cuda":
-        raise EngineUnavailable("attention xformers needs a CUDA device; leave it out")
-    if find_spec("xformers") is None:
-        raise EngineUnavailable("xformers is not installed; pip install 'inpaint-batch[xformers]'")
-    try:
-        components.unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise EngineUnavailable(
-            f"xformers does not run on {components.device}: {_one_line(error)}; leave it out"
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
@@ -141,9 +112,9 @@ def _read(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Compon
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     diffusers_logging.disable_progress_bar()
     return Components(
-        vae=_place(_weights(AutoencoderKL, files, "vae", dtype), device),
-        unet=_place(_weights(UNet2DConditionModel, files, "unet", dtype), device),
-        text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype).to(device),
+        vae=_laid_out(_weights(AutoencoderKL, files, "vae", dtype), device),
+        unet=_laid_out(_weights(UNet2DConditionModel, files, "unet", dtype), device),
+        text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype),
         tokenizer=CLIPTokenizer.from_pretrained(files.path / "tokenizer"),
         scheduler_config=read_json(files.path / "scheduler" / "scheduler_config.json"),
         revision=files.revision,
@@ -163,8 +134,6 @@ def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any
     return model.eval().requires_grad_(False)
 
 
-def _place(model: Any, device: torch.device) -> Any:
-    """On CUDA in the layout that half-precision convolutions want; others transpose each time."""
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    return model.to(device)
+def _laid_out(model: Any, device: torch.device) -> Any:
+    """For CUDA in the layout that half-precision convolutions want; others transpose each time."""
+    return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model

@@ -7,47 +7,48 @@ scheduler share UNet forwards, and join and leave at step boundaries.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from shared.errors import EngineError, InpaintError, OutOfMemory, Released
-from workers.engines.batching import choose_joining, move_back, pick_rows
+from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released
+from workers.engines.batching import choose_joining, group_steps, move_back, pick_rows
+from workers.engines.delivery import Delivery, telling
 from workers.engines.denoiser import Denoiser
 from workers.engines.diffusers_loading import Components
 from workers.engines.memory import is_out_of_memory
+from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
-from workers.engines.sequence import Draft, Sequence, draw_up, to_pixels
+from workers.engines.sequence import Draft, Sequence, draw_up
+
+LONGEST_WAIT = 4  # forwards between two decodings while something is done
 
 
 class DiffusionEngine:
     """Fills regions with a Stable Diffusion inpainting model on one device."""
 
-    def __init__(
-        self, *, name: str, components: Components, max_batch: int, vae_batch: int | None = None
-    ) -> None:
-        """Both batches count rows and shrink where memory runs out.
+    def __init__(self, *, name: str, components: Components, options: EngineOptions) -> None:
+        """Returns once the model is on its device and warm.
 
-        vae_batch: by default ``max_batch`` on CUDA, and 1 on the CPU, where more is no faster
-        and one at a time gives the same bits whatever the neighbours.
+        Raises EngineUnavailable where it does not fit.
         """
         self._name = name
         self._components = components
-        if vae_batch is None:
-            vae_batch = 1 if components.device.type == "cpu" else max_batch
-        self._denoiser = Denoiser(components, max_rows=max_batch, vae_rows=vae_batch)
-        self._max_batch = max_batch
+        self._options = options
         self._inbox: SimpleQueue[Draft | None] = SimpleQueue()
         self._waiting: list[Draft] = []
         self._active: list[Sequence] = []
+        self._finished: list[Sequence] = []
+        self._forwards_since_decoding = 0
+        self._delivery = Delivery()
         self._closing = threading.Event()
         self._submitting = threading.Lock()
+        self._ready: Future[Denoiser] = Future()
         self._thread = threading.Thread(target=self._run, name="diffusion", daemon=True)
         self._thread.start()
+        self._denoiser = self._ready.result()
 
     @property
     def name(self) -> str:
@@ -66,12 +67,17 @@ class DiffusionEngine:
             return str(device)
         return f"{device} {torch.cuda.get_device_name(device)}"
 
+    @property
+    def max_batch(self) -> int:
+        """The most rows of one forward, as given or found."""
+        return self._denoiser.max_batch
+
     def submit(self, work: RegionWork) -> Future[Pixels]:
         """Starts one region; the caller's thread turns its pixels into tensors.
 
-        The future raises EngineError (code ``engine_nan`` where the model computed no
-        numbers), OutOfMemory, the interruption's reason, or ParameterError where the
-        scheduler cannot take the parameters. Raises ValueError where a window is not on the
+        The future raises GateError (where the model computed no numbers, or black), EngineError,
+        OutOfMemory, the interruption's reason, or ParameterError where the scheduler cannot
+        take the parameters. Raises ValueError where a window is not on the
         latents' grid, lies outside, or differs in size from the others.
         """
         future: Future[Pixels] = Future()
@@ -95,19 +101,37 @@ class DiffusionEngine:
             self._thread.join()
 
     def _run(self) -> None:
-        if self._components.device.type == "cuda":
-            torch.cuda.set_device(self._components.device)
         with torch.inference_mode():
+            if not self._prepare():
+                return
             while not self._closing.is_set():
                 self._receive()
-                with telling((*self._waiting, *(one.draft for one in self._active))):
+                with telling(self._held()):
                     self._advance()
-        with telling((*self._waiting, *(one.draft for one in self._active), *self._drained())):
+        self._delivery.close()
+        with telling((*self._held(), *self._drained())):
             raise Released("the engine was closed before the region was done")
+
+    def _prepare(self) -> bool:
+        """Puts the model on its device, from the thread that will run it."""
+        if self._components.device.type == "cuda":
+            torch.cuda.set_device(self._components.device)
+        try:
+            self._ready.set_result(Denoiser(self._components, self._options))
+        except Exception as error:  # noqa: BLE001
+            self._delivery.close()
+            self._ready.set_exception(as_unavailable(error, self._components))
+            return False
+        self._denoiser = self._ready.result()
+        return True
+
+    def _held(self) -> list[Draft]:
+        """Every region not answered yet that the device thread knows of."""
+        return [*self._waiting, *(one.draft for one in (*self._active, *self._finished))]
 
     def _receive(self) -> None:
         """Takes what was submitted; sleeps while there is nothing to do."""
-        if not self._active and not self._waiting:
+        if not self._held():
             self._waiting.extend(_known(self._inbox.get()))
         self._waiting.extend(self._drained())
 
@@ -125,17 +149,18 @@ class DiffusionEngine:
         self._finish()
 
     def _stop_interrupted(self) -> None:
-        for draft in (*self._waiting, *(one.draft for one in self._active)):
+        for draft in self._held():
             with telling((draft,)):
                 draft.work.interruption.check()
-        self._waiting = [draft for draft in self._waiting if not draft.future.done()]
         self._drop_answered()
 
     def _drop_answered(self) -> None:
+        self._waiting = [draft for draft in self._waiting if not draft.future.done()]
         self._active = [one for one in self._active if not one.draft.future.done()]
+        self._finished = [one for one in self._finished if not one.draft.future.done()]
 
     def _admit(self) -> None:
-        joining = choose_joining(self._waiting, self._active, self._max_batch)
+        joining = choose_joining(self._waiting, self._active, self._denoiser.max_batch)
         self._waiting = [draft for draft in self._waiting if draft not in joining]
         for size in dict.fromkeys(draft.window_size for draft in joining):
             drafts = [draft for draft in joining if draft.window_size == size]
@@ -150,62 +175,53 @@ class DiffusionEngine:
         predictions: list[Tensor] = []
         with telling(row.sequence.draft for row in rows):
             predictions = self._denoiser.predict(rows)
-        for row, prediction in zip(rows, predictions, strict=False):
-            with telling((row.sequence.draft,)):
-                row.sequence.absorb(row, prediction)
+        complete = [
+            row.sequence
+            for row, prediction in zip(rows, predictions, strict=False)
+            if row.sequence.absorb(row, prediction)
+        ]
+        for group in group_steps(complete):
+            with telling(one.draft for one in group):
+                self._denoiser.step(group)
         self._active = move_back(self._active, rows)
         self._drop_answered()
+        self._forwards_since_decoding += 1
 
     def _finish(self) -> None:
+        """Decodes what is done, a full batch at once where that is worth a short wait."""
         done = [one for one in self._active if one.is_done]
-        for size in dict.fromkeys(one.draft.window_size for one in done):
-            group = [one for one in done if one.draft.window_size == size]
-            with telling(one.draft for one in group):
-                pictures = self._denoiser.decode(group)
-                for one, picture in zip(group, pictures, strict=True):
-                    answer(one.draft, picture)
-        self._drop_answered()
+        self._active = [one for one in self._active if not one.is_done]
+        self._finished += done
+        for size in dict.fromkeys(one.draft.window_size for one in self._finished):
+            group = [one for one in self._finished if one.draft.window_size == size]
+            if self._is_worth_decoding(group):
+                self._decode(group)
+
+    def _is_worth_decoding(self, group: list[Sequence]) -> bool:
+        windows = sum(len(one.draft.canvas.windows) for one in group)
+        return (
+            windows >= self._denoiser.vae_rows(group[0].draft.window_size)
+            or not self._active
+            or self._forwards_since_decoding >= LONGEST_WAIT
+        )
+
+    def _decode(self, group: list[Sequence]) -> None:
+        self._forwards_since_decoding = 0
+        with telling(one.draft for one in group):
+            for one, picture in zip(group, self._denoiser.decode(group), strict=True):
+                one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
+                self._delivery.send(one.draft, picture, self._denoiser.transfer)
+        self._finished = [one for one in self._finished if one not in group]
 
 
-def answer(draft: Draft, picture: Tensor) -> None:
-    """Gives the future its pixels, or EngineError ``engine_nan`` where there are none.
-
-    picture: (3, H, W) float32.
-    """
-    with telling((draft,)):
-        if not torch.isfinite(picture).all():  # latents that are no numbers end here, too
-            raise EngineError(
-                "the model computed values that are no numbers; try dtype bfloat16 or float32",
-                code="engine_nan",
-            )
-        draft.future.set_result(to_pixels(picture, draft))
-
-
-@contextmanager
-def telling(drafts: Iterable[Draft]) -> Iterator[None]:
-    """Whatever is raised inside goes to these regions' futures, and no further.
-
-    An exception that left the device thread would leave every future waiting for ever.
-    """
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        for draft in drafts:
-            if not draft.future.done():
-                draft.future.set_exception(as_product_error(error))
-
-
-def as_product_error(error: Exception) -> InpaintError:
-    """OutOfMemory, or EngineError naming the exception; ``device_lost`` needs a new process."""
-    if isinstance(error, InpaintError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory("the device's memory ran out; use a smaller window or max_batch")
-    text = " ".join(str(error).split())[:300]
-    code = "device_lost" if isinstance(error, torch.AcceleratorError) else None
-    found = EngineError(f"{type(error).__name__}: {text}", code=code)
-    found.__cause__ = error
-    return found
+def as_unavailable(error: Exception, components: Components) -> Exception:
+    """What starting the engine raises instead; anything unexpected stays as it is."""
+    if is_out_of_memory(error) or isinstance(error, OutOfMemory):
+        return EngineUnavailable(
+            f"the model does not fit on {components.device}; use a larger one, or "
+            "memory model_offload"
+        )
+    return error
 
 
 def _known(draft: Draft | None) -> tuple[Draft, ...]:

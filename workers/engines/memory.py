@@ -1,45 +1,81 @@
-"""When the device's memory runs out: telling it, and going on with half as many rows."""
+"""When the device's memory runs out: telling it, and going on with fewer rows for a while."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from shared.errors import OutOfMemory
-
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+FIRST_PAUSE_SECONDS = 60.0
+LONGEST_PAUSE_SECONDS = 3600.0
+
+
+class Pause:
+    """How long not to try again what did not fit: twice as long after each failure."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seconds = FIRST_PAUSE_SECONDS / 2
+        self._until = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self._clock() >= self._until
+
+    def lengthen(self) -> None:
+        self._seconds = min(self._seconds * 2, LONGEST_PAUSE_SECONDS)
+        self.restart()
+
+    def restart(self) -> None:
+        self._until = self._clock() + self._seconds
+
 
 class RowLimit:
-    """The most rows that share a forward pass; halved each time they did not fit."""
+    """The most rows that share a forward pass: halved when they did not fit, then doubled again."""
 
-    def __init__(self, rows: int, *, stage: str) -> None:
+    def __init__(self, most: int, *, stage: str, clock: Callable[[], float] = time.monotonic):
         """stage: what runs, for messages, such as ``the UNet``."""
-        self.rows = rows
+        self.most = most
         self.stage = stage
+        self._rows = most
+        self._pause = Pause(clock)
+
+    @property
+    def rows(self) -> int:
+        if self._rows < self.most and self._pause.is_over:
+            self._rows = min(self._rows * 2, self.most)
+            self._pause.restart()
+        return self._rows
+
+    @property
+    def is_lowered(self) -> bool:
+        return self._rows < self.most
 
     def halve(self, tried: int) -> None:
-        """Raises OutOfMemory where a single row was too much."""
-        release_memory()
-        if tried <= 1:
-            raise OutOfMemory(
-                f"one window does not fit the device in {self.stage}; use a smaller one"
-            )
-        self.rows = min(self.rows, tried // 2)
+        """tried: rows that did not fit, more than one."""
+        self._rows = min(self._rows, tried // 2)
+        self._pause.lengthen()
         log.warning(
-            "out of memory with %d rows in %s; going on with %d", tried, self.stage, self.rows
+            "out of memory with %d rows in %s; going on with %d", tried, self.stage, self._rows
         )
 
 
-def run_in_chunks(run: Callable[[Tensor], Tensor], batch: Tensor, limit: RowLimit) -> Tensor:
+def run_in_chunks(
+    run: Callable[[Tensor], Tensor],
+    batch: Tensor,
+    limit: RowLimit,
+    give_way: Callable[[int], None],
+) -> Tensor:
     """``run`` over (N, ...) in chunks of the limit, joined again.
 
-    Raises OutOfMemory where even one row does not fit.
+    give_way: told how many rows did not fit, makes the next try need less, or raises.
     """
     parts: list[Tensor] = []
     start = 0
@@ -47,7 +83,7 @@ def run_in_chunks(run: Callable[[Tensor], Tensor], batch: Tensor, limit: RowLimi
         chunk = batch[start : start + limit.rows]
         part = attempt(run, chunk)
         if part is None:
-            limit.halve(len(chunk))
+            give_way(len(chunk))
         else:
             parts.append(part)
             start += len(chunk)
@@ -64,10 +100,17 @@ def attempt(run: Callable[[T], Tensor], batch: T) -> Tensor | None:
     return None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error, or the CPU allocator's, which is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """CUDA's own error, or the CPU allocator's, which is a plain RuntimeError.
+
+    One that ends the capture of a graph is followed by another error, which hides it.
+    """
+    if error is None:
+        return False
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        or is_out_of_memory(error.__context__)
     )
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Attention = Literal["xformers", "sliced"]
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
+Compile = Literal["off", "default", "max-autotune"]
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+MemoryMode = Literal[
+    "attention_slicing", "vae_slicing", "vae_tiling", "model_offload", "sequential_offload"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,11 +18,23 @@ class EngineOptions:
     """How an engine runs, whatever it is; the OpenCV engine uses none of it.
 
     device: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-    max_batch: most rows of one UNet forward; a window with guidance takes two.
-    attention: None is torch's own scaled dot product; ``sliced`` trades speed for memory.
+    max_batch: most rows of one UNet forward; a window with guidance takes two. None finds the
+    largest that fits.
+    attention: the kernel; ``auto`` is torch's own choice, ``sliced`` trades speed for memory.
+    compile: whether the UNet goes through ``torch.compile``, and how long it may search.
+    graphs: on CUDA, replay each batch size as one CUDA graph.
+    memory: modes that are on from the start; others follow where memory runs out.
+    vae_batch: most pictures of one VAE pass; None chooses.
+    deterministic: every forward has ``max_batch`` rows, so that a region's pixels are the same
+    to the last bit alone and beside any others.
     """
 
     device: str = "auto"
-    max_batch: int = 8
+    max_batch: int | None = 8
+    vae_batch: int | None = None
     dtype: Dtype = "auto"
-    attention: Attention | None = None
+    attention: Attention = "auto"
+    compile: Compile = "off"
+    graphs: bool = True
+    memory: tuple[MemoryMode, ...] = ()
+    deterministic: bool = False

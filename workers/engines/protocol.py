@@ -51,13 +51,25 @@ class Interruption:
         self.check()
 
 
+@dataclass(kw_only=True)
+class Report:
+    """What an engine tells of a region it has filled; read once its future is done.
+
+    memory: what the region's last step needed to fit, such as ``batch 2, attention_slicing``;
+    empty where everything fitted.
+    """
+
+    memory: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RegionWork:
     """One region, cut out and scaled to the engine's pixels.
 
     image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 or 255, 255 = repaint.
     windows: (left, top, right, bottom) in this image's pixels, half open; together they
-    cover every masked pixel. seed: 0 to 2**64 - 1, already distinct per region.
+    cover every masked pixel. seed: 0 to 2**64 - 1, already distinct per region. priority:
+    higher goes first. report: the engine writes into it.
     """
 
     image: Pixels
@@ -65,7 +77,9 @@ class RegionWork:
     windows: tuple[Box, ...]
     params: Params
     seed: int
+    priority: int = 0
     interruption: Interruption = field(default_factory=Interruption)
+    report: Report = field(default_factory=Report)
 
 
 class Engine(Protocol):
@@ -86,7 +100,7 @@ class Engine(Protocol):
     def submit(self, work: RegionWork) -> Future[Pixels]:
         """Starts one region; the future holds (H, W, 3) uint8 RGB of the work's size.
 
-        The future raises EngineError or OutOfMemory, or the interruption's reason.
+        The future raises EngineError, OutOfMemory or GateError, or the interruption's reason.
         """
 
     def close(self) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from shared.errors import EngineUnavailable
 from shared.params import did_you_mean
-from workers.engines.options import Attention, Dtype, EngineOptions
+from workers.engines.options import EngineOptions
 from workers.engines.protocol import Engine
 
 SD2_ID = "sd2-community/stable-diffusion-2-inpainting"
@@ -15,22 +16,15 @@ SD2_REVISION = "main"  # a branch until somebody with the hub at hand writes the
 SD2_GONE = "stabilityai/stable-diffusion-2-inpainting"
 
 
-def load_engine(
-    name: str,
-    *,
-    device: str = "auto",
-    max_batch: int = 8,
-    dtype: Dtype = "auto",
-    attention: Attention | None = None,
-) -> Engine:
+def load_engine(name: str, options: EngineOptions | None = None, **choices: Any) -> Engine:
     """An engine ready for work, by its name: ``opencv``, ``sd2`` or ``diffusers:MODEL[@REVISION]``.
 
-    MODEL is a folder with a diffusers pipeline or a hub id. The options are those of
-    ``EngineOptions``. Raises EngineUnavailable with one line that names the remedy.
+    MODEL is a folder with a diffusers pipeline or a hub id. The options may be given as
+    ``EngineOptions`` or by name. Raises EngineUnavailable with one line that names the remedy.
     """
-    options = EngineOptions(device=device, max_batch=max_batch, dtype=dtype, attention=attention)
-    if options.max_batch < 1:
-        raise EngineUnavailable(f"max_batch: {max_batch} is not allowed; use 1 or more")
+    options = options or EngineOptions(**choices)
+    if options.max_batch is not None and options.max_batch < 1:
+        raise EngineUnavailable(f"max_batch: {options.max_batch} is not allowed; use 1 or more")
     kind = name.partition(":")[0] if name.startswith("diffusers:") else name
     if kind not in LOADERS:
         meant = f"; write 'diffusers:{name}'" if "/" in name else did_you_mean(name, KNOWN)
@@ -75,12 +69,14 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 def _load_diffusion(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
     try:
+        from workers.engines.attention import choose_attention
         from workers.engines.diffusers_loading import load_components
         from workers.engines.diffusion import DiffusionEngine
     except ImportError as error:
         raise _not_installed(error, extra="worker") from error
     components = load_components(model, revision, options)
-    return DiffusionEngine(name=name, components=components, max_batch=options.max_batch)
+    choose_attention(components, options.attention)
+    return DiffusionEngine(name=name, components=components, options=options)
 
 
 def _not_installed(error: ImportError, *, extra: str) -> EngineUnavailable:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shared.errors import ParameterError
 from shared.params import Params, Scheduler
+from workers.engines.step_table import tabulate
 
 CLASSES: Mapping[Scheduler, str] = {
     "ddim": "DDIMScheduler",
@@ -41,7 +42,15 @@ class Sampler:
         self._scheduler = build_scheduler(config, params.scheduler)
         self._is_pure_noise = params.strength == 1.0
         self.generator = generator
-        self.timesteps = _timesteps(self._scheduler, params)
+        skipped = _set_timesteps(self._scheduler, params)
+        self.timesteps: Tensor = self._scheduler.timesteps[skipped:]
+        self.table = tabulate(
+            self._scheduler,
+            params.scheduler,
+            skipped=skipped,
+            eta=params.eta,
+            guidance=params.guidance_scale,
+        )
         accepted = inspect.signature(self._scheduler.step).parameters
         choices = {"eta": params.eta, "generator": generator}
         self._step_options = {key: choices[key] for key in choices if key in accepted}
@@ -62,14 +71,10 @@ class Sampler:
         first = self.timesteps[:1]
         return self._scheduler.add_noise(image_latents, noise, first)  # type: ignore[no-any-return]
 
-    def scale(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The latents as the UNet wants them at this timestep."""
-        return self._scheduler.scale_model_input(latents, timestep)  # type: ignore[no-any-return]
-
-    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
-        """The latents one step on, same shape, float32."""
+    def step(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
+        """The latents one step on, same shape, float32, for steps that no table holds."""
         found = self._scheduler.step(
-            prediction, timestep, latents, **self._step_options, return_dict=False
+            prediction, self.timesteps[step], latents, **self._step_options, return_dict=False
         )
         return found[0]  # type: ignore[no-any-return]
 
@@ -82,8 +87,8 @@ def build_scheduler(config: Mapping[str, Any], name: Scheduler) -> Any:
     return kind.from_config({key: values[key] for key in values if key in known})
 
 
-def _timesteps(scheduler: Any, params: Params) -> Tensor:
-    """(N,) on the CPU, where reading one does not wait for the device.
+def _set_timesteps(scheduler: Any, params: Params) -> int:
+    """How many of the scheduler's timesteps are left out, which are set on the CPU.
 
     Strength decides how many of the steps are run, as in diffusers' ``get_timesteps``.
     """
@@ -101,7 +106,9 @@ def _timesteps(scheduler: Any, params: Params) -> Tensor:
             f"use up to {most}"
         )
     scheduler.set_timesteps(steps, device="cpu")
-    skipped = (steps - run) * scheduler.order
+    skipped = (steps - run) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    return scheduler.timesteps[skipped:]  # type: ignore[no-any-return]
+    # The table scales the UNet's input; without this the scheduler warns that nobody did.
+    scheduler.is_scale_input_called = True
+    return skipped

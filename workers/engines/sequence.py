@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engines.canvas import Canvas, average, count_windows, crop, plan_canvas
+from workers.engines.canvas import Canvas, add_up, average, count_windows, crop, plan_canvas
 from workers.engines.diffusers_loading import Components
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.schedulers import Sampler
+from workers.engines.transfer import Transfer, stage
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Draft:
-    """A region before it has touched the device; all tensors float32 on the CPU.
+    """A region before it has touched the device; all tensors float32 on the host.
 
     image: (1, 3, H, W) in -1 to 1. masked_image: the same with 0 under the mask. mask:
     (1, 1, h, w), 0 or 1, in latents. *_noise: (1, C, h, w).
@@ -45,11 +47,15 @@ class Draft:
 
     @property
     def pictures(self) -> list[Tensor]:
-        """What the VAE must encode, (3, H, W) each: masked windows, then windows if needed."""
-        wholes = (
-            [self.masked_image] if self.image_noise is None else [self.masked_image, self.image]
-        )
-        return [crop(whole[0], box) for whole in wholes for box in self.canvas.pixel_windows]
+        """What the VAE must encode, (1, 3, H, W) each: the masked region, then it if needed."""
+        return [self.masked_image, *([] if self.image_noise is None else [self.image])]
+
+    @property
+    def small_tensors(self) -> list[Tensor]:
+        """What the device needs to begin: table, mask, and the noises."""
+        noises = [self.start_noise, self.masked_noise, self.image_noise]
+        known = [noise for noise in noises if noise is not None]
+        return [self.sampler.table.values, self.mask, *known]
 
     @property
     def prompts(self) -> list[str]:
@@ -73,17 +79,18 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
     sampler = Sampler(components.scheduler_config, work.params, generator)
     image, mask = to_image(work.image), to_mask(work.mask)
     shape = (1, components.latent_channels, *canvas.size)
+    ready = partial(stage, device=components.device)
     return Draft(
         work=work,
         future=future,
         canvas=canvas,
         sampler=sampler,
-        image=image,
-        masked_image=image * (mask < 0.5),
-        mask=torch.nn.functional.max_pool2d(mask, canvas.factor),
-        image_noise=sampler.draw(shape) if sampler.needs_image else None,
-        start_noise=sampler.draw(shape),
-        masked_noise=sampler.draw(shape),
+        image=ready(image),
+        masked_image=ready(image * (mask < 0.5)),
+        mask=ready(torch.nn.functional.max_pool2d(mask, canvas.factor)),
+        image_noise=ready(sampler.draw(shape)) if sampler.needs_image else None,
+        start_noise=ready(sampler.draw(shape)),
+        masked_noise=ready(sampler.draw(shape)),
     )
 
 
@@ -93,13 +100,10 @@ def to_image(pixels: Pixels) -> Tensor:
     return 2.0 * (image.to(torch.float32) / 255.0) - 1.0
 
 
-def to_pixels(picture: Tensor, draft: Draft) -> Pixels:
-    """(3, H, W) float32 to (H, W, 3) uint8; where no window lies, the region's own pixels."""
-    canvas = draft.canvas
+def to_bytes(picture: Tensor) -> Tensor:
+    """(3, H, W) float32 in -1 to 1 to (H, W, 3) uint8, on the same device."""
     scaled = (picture * 0.5 + 0.5).clamp(0, 1) * 255
-    pixels = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    covered = count_windows(canvas.pixel_size, canvas.pixel_windows)[0, 0].numpy() > 0
-    return np.where(covered[..., None], pixels, draft.work.image)
+    return scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def to_mask(mask: Pixels) -> Tensor:
@@ -119,8 +123,10 @@ class Row:
 class Sequence:
     """A region being denoised: its latents, and what its present step still lacks.
 
-    latents: (1, C, h, w) float32. embeddings: one (1, tokens, embedding) for each branch,
-    the negative prompt first. masked_latents: (C, h, w) float32 for each window.
+    latents: (1, C, h, w) float32. last_image: the same shape, see ``step_table.advance``.
+    table: (steps, columns) on the device. embeddings: one (1, tokens, embedding) for each
+    branch, the negative prompt first. fixed: (1 + C, h, w) for each window, mask and masked
+    image.
     """
 
     def __init__(
@@ -128,89 +134,110 @@ class Sequence:
         draft: Draft,
         *,
         latents: Tensor,
+        table: Tensor,
         embeddings: list[Tensor],
-        masked_latents: list[Tensor],
+        fixed: list[Tensor],
     ) -> None:
         self.draft = draft
-        self.latents = latents
+        self.latents = self.last_image = latents
         self.step = 0
+        self._table = table.unbind()
         self._embeddings = embeddings
-        device, canvas = latents.device, draft.canvas
-        self._fixed = [  # (1 + C, h, w) for each window: mask and masked image
-            torch.cat([crop(draft.mask[0].to(device), box), part])
-            for box, part in zip(canvas.windows, masked_latents, strict=True)
-        ]
-        self._counts = count_windows(canvas.size, canvas.windows).clamp_(min=1).to(device)
+        self._fixed = fixed
+        self._counts = None
+        if len(fixed) > 1:
+            counts = count_windows(draft.canvas.size, draft.canvas.windows).clamp_(min=1)
+            self._counts = counts.to(latents.device)
         self._begin_step()
 
     @property
     def is_done(self) -> bool:
-        return self.step == len(self.draft.sampler.timesteps)
+        return self.step == len(self._table)
 
     @property
-    def timestep(self) -> Tensor:
-        """0-dimensional, on the CPU."""
-        return self.draft.sampler.timesteps[self.step]
+    def coefficients(self) -> Tensor:
+        """(columns,) on the device: this step's row of the table."""
+        return self._table[self.step]
 
-    def row_input(self, row: Row) -> Tensor:
-        """(2C + 1, h, w) float32: noisy latents, mask, masked image's latents."""
-        box = self.draft.canvas.windows[row.window]
-        return torch.cat([crop(self._scaled[0], box), self._fixed[row.window]])
+    def row_latents(self, row: Row) -> Tensor:
+        """(C, h, w) float32"""
+        return crop(self.latents[0], self.draft.canvas.windows[row.window])
+
+    def row_fixed(self, row: Row) -> Tensor:
+        """(1 + C, h, w) float32"""
+        return self._fixed[row.window]
 
     def row_embedding(self, row: Row) -> Tensor:
         """(1, tokens, embedding)"""
         return self._embeddings[row.branch]
 
-    def absorb(self, row: Row, prediction: Tensor) -> None:
-        """Takes one row's (C, h, w) float32; the last of a step advances the latents."""
-        box = self.draft.canvas.windows[row.window]
-        crop(self._sums[row.branch], box).add_(prediction)
+    def absorb(self, row: Row, prediction: Tensor) -> bool:
+        """Takes one row's (C, h, w) float32; True where it was the last of its step."""
+        self._parts[row.branch][row.window] = prediction
         self.pending.remove(row)
-        if not self.pending:
-            self._end_step()
+        return not self.pending
 
-    def _begin_step(self) -> None:
-        if self.is_done:
-            return
-        self._scaled = self.draft.sampler.scale(self.latents, self.timestep)
-        self._sums = self.latents.new_zeros(len(self._embeddings), *self.latents.shape[1:])
-        self.pending = [
-            Row(sequence=self, window=window, branch=branch)
-            for window in range(len(self._fixed))
-            for branch in range(len(self._embeddings))
-        ]
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """The step's noise, (1, C, h, w) each: without the prompt and with it.
 
-    def _end_step(self) -> None:
-        """Classifier-free guidance (Ho and Salimans 2022), then the scheduler's step."""
-        prediction = self._sums[-1:] / self._counts
-        if self.draft.is_guided:
-            without = self._sums[:1] / self._counts
-            prediction = without + self.draft.work.params.guidance_scale * (prediction - without)
-        self.latents = self.draft.sampler.step(prediction, self.timestep, self.latents)
+        The same twice where there is no guidance.
+        """
+        return self._whole(0), self._whole(-1)
+
+    def move_on(self, latents: Tensor, image: Tensor | None = None) -> None:
+        """To the next step, with its latents and the image they lead to."""
+        self.latents = latents
+        self.last_image = latents if image is None else image
         self.step += 1
         self._begin_step()
 
+    def _begin_step(self) -> None:
+        branches, windows = range(len(self._embeddings)), range(len(self._fixed))
+        self._parts: list[dict[int, Tensor]] = [{} for _ in branches]
+        self.pending = [
+            Row(sequence=self, window=window, branch=branch)
+            for window in windows
+            for branch in branches
+            if not self.is_done
+        ]
+
+    def _whole(self, branch: int) -> Tensor:
+        parts, canvas = self._parts[branch], self.draft.canvas
+        if self._counts is None:
+            return parts[0][None]
+        return add_up([parts[n] for n in sorted(parts)], canvas.size, canvas.windows) / self._counts
+
 
 def begin(
-    draft: Draft, *, moments: Tensor, embeddings: list[Tensor], scaling_factor: float
+    draft: Draft,
+    *,
+    moments: Tensor,
+    embeddings: list[Tensor],
+    scaling_factor: float,
+    transfer: Transfer,
 ) -> Sequence:
     """The first latents, on the device.
 
     moments: (N, 2C, h, w) float32, mean and deviation of the VAE's posterior for each of
     the draft's ``pictures``.
     """
-    canvas, device = draft.canvas, moments.device
+    canvas = draft.canvas
     masked, image = moments[: len(canvas.windows)], moments[len(canvas.windows) :]
+    table, mask, start_noise, masked_noise, *image_noise = transfer.upload(draft.small_tensors)
     image_latents = None
-    if draft.image_noise is not None:
-        parts = _sample(image, draft.image_noise.to(device), canvas)
+    if image_noise:
+        parts = _sample(image, image_noise[0], canvas)
         image_latents = scaling_factor * average(parts, canvas.size, canvas.windows)
-    parts = _sample(masked, draft.masked_noise.to(device), canvas)
+    parts = _sample(masked, masked_noise, canvas)
     return Sequence(
         draft,
-        latents=draft.sampler.start(draft.start_noise.to(device), image_latents),
+        latents=draft.sampler.start(start_noise, image_latents),
+        table=table,
         embeddings=embeddings,
-        masked_latents=[scaling_factor * part for part in parts],
+        fixed=[
+            torch.cat([crop(mask[0], box), scaling_factor * part])
+            for box, part in zip(canvas.windows, parts, strict=True)
+        ],
     )
 
 

@@ -69,7 +69,7 @@ def components(folder: Path) -> Components:
 @contextmanager
 def engine(parts: Components, **options: Any) -> Iterator[DiffusionEngine]:
     """A diffusion engine over loaded components, closed at the end."""
-    found = DiffusionEngine(name="tiny", components=parts, **{"max_batch": 8, **options})
+    found = DiffusionEngine(name="tiny", components=parts, options=EngineOptions(**options))
     try:
         yield found
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.errors import Cancelled, EngineError, OutOfMemory, ParameterError, Released
+from shared.errors import Cancelled, EngineError, GateError, OutOfMemory, ParameterError, Released
 from shared.regions import Box
 from tests.workers.engines.samples import DIFFUSERS_WARNS, Watch, components, engine, region
 from workers.engines.diffusers_loading import Components
@@ -195,7 +196,7 @@ def test_a_vae_that_runs_out_of_memory_goes_on_with_fewer(
     results = together(parts, watch, works, vae_batch=4)
     for ours, theirs in zip(results, alone, strict=True):
         assert_close(ours, theirs)
-    assert "in the VAE's decoder; going on with 1" in caplog.text
+    assert "in the VAE; going on with 1" in caplog.text
 
 
 def test_a_window_too_large_for_the_device_fails_alone(parts: Components, watch: Watch) -> None:
@@ -222,9 +223,9 @@ def test_any_other_error_reaches_the_futures_concerned_and_the_thread_lives(
 def test_a_scheduler_that_fails_takes_no_neighbour_with_it(
     parts: Components, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = solo(parts, region())
+    expected = solo(parts, region(scheduler="euler_a"))
 
-    def step(self: Sampler, *given: Tensor) -> Tensor:
+    def step(self: Sampler, *given: Any) -> Tensor:
         if self.generator.initial_seed() == 13:
             raise IndexError("no such sigma")
         return real(self, *given)
@@ -233,27 +234,60 @@ def test_a_scheduler_that_fails_takes_no_neighbour_with_it(
     monkeypatch.setattr(Sampler, "step", step)
     watch.gate.clear()
     with engine(parts) as ours:
-        sound, faulty = ours.submit(region()), ours.submit(region(seed=13))
+        sound = ours.submit(region(scheduler="euler_a"))
+        faulty = ours.submit(region(scheduler="euler_a", seed=13))
         watch.gate.set()
         with pytest.raises(EngineError, match="IndexError: no such sigma"):
             faulty.result(60)
         assert_close(sound.result(60), expected)
 
 
-def test_values_that_are_no_numbers_are_an_error_of_their_own(parts: Components) -> None:
-    def spoil(module: Any, args: Any, found: tuple[Tensor]) -> tuple[Tensor]:
-        return (found[0] * float("nan"),)
+def spoil(value: float) -> Callable[..., tuple[Tensor]]:
+    """A hook on the UNet that spoils the rows whose mask holds the first place."""
 
-    hook = parts.unet.register_forward_hook(spoil)
+    def hook(module: Any, args: Any, found: tuple[Tensor]) -> tuple[Tensor]:
+        spoilt = found[0].clone()
+        spoilt[[n for n, row in enumerate(args[0]) if row[4, 0, 0] == 1]] *= value
+        return (spoilt,)
+
+    return hook
+
+
+def test_a_region_of_no_numbers_fails_and_its_neighbours_do_not(
+    parts: Components, watch: Watch
+) -> None:
+    marked = np.zeros((64, 64), dtype=np.uint8)
+    marked[:8, :8] = 255
+    works = [region(), region(mask=marked, scheduler="dpmpp_2m"), region(seed=3)]
+    alone = [solo(parts, works[0]), None, solo(parts, works[2])]
+    parts.unet.register_forward_hook(spoil(float("nan")))
+    watch.gate.clear()
+    watch.entered.clear()
     with engine(parts) as ours:
-        with pytest.raises(EngineError) as caught:
+        futures = [ours.submit(work) for work in works]
+        watch.gate.set()
+        with pytest.raises(GateError, match="no numbers") as caught:
+            futures[1].result(60)
+        assert caught.value.code == "gate_not_finite"
+        for n in (0, 2):
+            assert_close(futures[n].result(60), alone[n])
+
+
+def test_black_is_refused_unless_the_picture_is_black(parts: Components) -> None:
+    parts.vae.decoder.register_forward_hook(lambda _, args, found: found * 0 - 2)
+    with engine(parts) as ours:
+        with pytest.raises(GateError, match="nothing but black") as caught:
             ours.submit(region()).result(60)
-        assert caught.value.code == "engine_nan"
-        hook.remove()
-        parts.vae.decoder.register_forward_hook(lambda _, args, found: found * float("inf"))
-        with pytest.raises(EngineError) as caught:
-            ours.submit(region()).result(60)
-        assert caught.value.code == "engine_nan"
+        assert caught.value.code == "gate_black"
+        black = replace(region(), image=np.zeros((64, 64, 3), dtype=np.uint8))
+        assert not ours.submit(black).result(60).any()
+
+
+def test_pixels_that_overflow_are_refused(parts: Components) -> None:
+    parts.vae.decoder.register_forward_hook(lambda _, args, found: found * float("inf"))
+    with engine(parts) as ours, pytest.raises(GateError) as caught:
+        ours.submit(region()).result(60)
+    assert caught.value.code == "gate_not_finite"
 
 
 def test_a_lost_device_has_a_code_of_its_own(parts: Components, watch: Watch) -> None:
@@ -329,7 +363,7 @@ def test_sliced_attention_gives_the_same_picture(tiny_model: Path) -> None:
     from workers.engines import load_engine
 
     results = []
-    for attention in (None, "sliced"):
+    for attention in ("auto", "sliced"):
         ours = load_engine(f"diffusers:{tiny_model}", device="cpu", attention=attention)
         results.append(ours.submit(region()).result(60))
         ours.close()
