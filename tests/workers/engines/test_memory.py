@@ -1,0 +1,229 @@
+"""When memory runs out: fewer rows, then the modes that need less, and back again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from shared.errors import EngineUnavailable, OutOfMemory
+from tests.workers.engines.samples import Watch, components, engine, region
+from workers.engines.diffusers_loading import Components
+from workers.engines.memory import Pause, RowLimit, is_out_of_memory
+from workers.engines.memory_modes import MemoryModes
+from workers.engines.options import MemoryMode
+from workers.engines.protocol import Pixels, RegionWork
+
+HARMLESS = ("attention_slicing", "vae_slicing", "model_offload", "sequential_offload")
+
+
+@pytest.fixture
+def parts(tiny_model: Path) -> Components:
+    return components(tiny_model)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def out_of_memory() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory")
+
+
+def run(parts: Components, work: RegionWork, **options: Any) -> Pixels:
+    with engine(parts, **options) as ours:
+        return ours.submit(work).result(60)
+
+
+@pytest.mark.parametrize("mode", get_args(MemoryMode))
+def test_every_mode_can_be_chosen_and_is_reported(tiny_model: Path, mode: str) -> None:
+    expected = run(components(tiny_model), region(strength=0.6))
+    work = region(strength=0.6)
+    found = run(components(tiny_model), work, memory=(mode,))
+    assert work.report.memory == mode
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.max() <= (1 if mode in HARMLESS else 255)
+    assert difference.mean() < 32
+
+
+def test_where_everything_fits_nothing_is_reported(parts: Components) -> None:
+    work = region()
+    run(parts, work)
+    assert work.report.memory == ""
+
+
+def test_a_unet_that_does_not_fit_climbs_the_ladder_and_reports_its_rung(
+    parts: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = run(parts, region())
+    watch = Watch(parts.unet)
+    watch.before = lambda rows: raise_while(len(watch.rows) <= 3)
+    work = region()
+    found = run(parts, work)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    assert work.report.memory == "batch 1, attention_slicing, model_offload"
+    assert "out of memory with 2 rows in the UNet; going on with 1" in caplog.text
+
+
+def raise_while(is_full: bool) -> None:
+    if is_full:
+        raise out_of_memory()
+
+
+@pytest.mark.parametrize(
+    ("failures", "rungs"),
+    [
+        (1, "vae_slicing"),
+        (2, "vae_slicing, vae_tiling"),
+        (4, "vae_slicing, vae_tiling, model_offload, sequential_offload"),
+    ],
+)
+def test_a_vae_that_does_not_fit_climbs_its_own_ladder(
+    parts: Components, failures: int, rungs: str
+) -> None:
+    seen: list[int] = []
+    parts.vae.decoder.register_forward_pre_hook(
+        lambda _, args: (seen.append(1), raise_while(len(seen) <= failures))[0]
+    )
+    work = region()
+    assert run(parts, work).shape == (64, 64, 3)
+    assert work.report.memory == rungs
+
+
+def test_a_prompt_that_does_not_fit_is_encoded_with_the_rest_away(parts: Components) -> None:
+    seen: list[int] = []
+    parts.text_encoder.register_forward_pre_hook(
+        lambda _, args, named: (seen.append(1), raise_while(len(seen) == 1))[1], with_kwargs=True
+    )
+    work = region()
+    run(parts, work)
+    assert work.report.memory == "model_offload"
+
+
+def test_whole_models_take_turns_on_the_device(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves: list[str] = []
+    for name in ("unet", "vae", "text_encoder"):
+        monkeypatch.setattr(
+            getattr(parts, name), "to", lambda place, name=name: moves.append(f"{name} {place}")
+        )
+    device: Any = "device"
+    modes = MemoryModes(Components(**{**vars(parts), "device": device}), ("model_offload",))
+    assert moves == ["unet cpu", "vae cpu", "text_encoder cpu"]
+    moves.clear()
+    modes.use("vae")
+    assert moves == ["unet cpu", "text_encoder cpu", "vae device"]
+
+
+def test_nothing_left_to_try_fails_the_region_and_not_the_engine(parts: Components) -> None:
+    watch = Watch(parts.unet)
+    with engine(parts) as ours:
+        watch.before = lambda rows: raise_while(True)
+        with pytest.raises(OutOfMemory, match="does not fit the device in the UNet"):
+            ours.submit(region()).result(60)
+        watch.before = None
+        work = region()
+        assert ours.submit(work).result(60).shape == (64, 64, 3)
+    assert work.report.memory.endswith("attention_slicing, model_offload, sequential_offload")
+
+
+def test_a_deterministic_engine_fails_rather_than_change_its_batch(parts: Components) -> None:
+    watch = Watch(parts.unet)
+    watch.before = lambda rows: raise_while(rows > 2)
+    with (
+        engine(parts, deterministic=True, max_batch=4) as ours,
+        pytest.raises(OutOfMemory, match="use a smaller max_batch"),
+    ):
+        ours.submit(region()).result(60)
+
+
+def test_a_mode_taken_is_left_again_and_one_chosen_is_not(parts: Components) -> None:
+    clock = Clock()
+    modes = MemoryModes(parts, ("vae_slicing",), pause=Pause(clock))
+    processors = dict(parts.unet.attn_processors)
+    assert modes.relieve("unet")
+    assert modes.relieve("unet")
+    assert modes.active == ("vae_slicing", "attention_slicing", "model_offload")
+    modes.relax()
+    assert len(modes.active) == 3
+    for left in (("vae_slicing", "attention_slicing"), ("vae_slicing",), ("vae_slicing",)):
+        clock.now += 1000
+        modes.relax()
+        assert modes.active == left
+    assert parts.unet.attn_processors == processors
+
+
+def test_a_mode_that_cannot_be_left_stays(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    modes = MemoryModes(parts, (), pause=Pause(clock))
+    assert modes.relieve("text_encoder")
+
+    def place(device: torch.device) -> None:
+        if device == "cuda":
+            raise out_of_memory()
+
+    monkeypatch.setattr(modes, "_place", place)
+    monkeypatch.setattr(modes, "_components", Components(**{**vars(parts), "device": "cuda"}))
+    clock.now += 1000
+    modes.relax()
+    assert modes.active == ("model_offload",)
+
+
+def test_a_batch_that_was_halved_grows_again_and_more_slowly_each_time() -> None:
+    clock = Clock()
+    limit = RowLimit(8, stage="the UNet", clock=clock)
+    limit.halve(8)
+    limit.halve(4)
+    assert limit.rows == 2
+    assert limit.is_lowered
+    seconds = []
+    for rows in (4, 8):
+        start = clock.now
+        while limit.rows < rows:
+            clock.now += 1
+        seconds.append(clock.now - start)
+    assert seconds == [120, 120]
+    assert not limit.is_lowered
+    limit.halve(8)
+    clock.now += 239
+    assert limit.rows == 4
+    clock.now += 1
+    assert limit.rows == 8
+
+
+def test_an_error_that_hides_the_lack_of_memory_is_seen_through() -> None:
+    def fail(error: Exception) -> Exception:
+        try:
+            try:
+                raise error
+            finally:
+                raise RuntimeError("the capture failed")
+        except RuntimeError as found:
+            return found
+
+    assert is_out_of_memory(fail(out_of_memory()))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(fail(ValueError()))
+
+
+@pytest.mark.parametrize("error", [out_of_memory, lambda: OutOfMemory("the text encoder")])
+def test_a_model_that_does_not_fit_at_all_is_an_answer(
+    parts: Components, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]
+) -> None:
+    def place(self: MemoryModes, device: torch.device) -> None:
+        raise error()
+
+    monkeypatch.setattr(MemoryModes, "_place", place)
+    with pytest.raises(EngineUnavailable, match="or memory model_offload"), engine(parts):
+        pass
