@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from dotenv import dotenv_values
@@ -89,6 +89,14 @@ def _check_broker(url: str) -> None:
         raise ValueError(f"{min(unknown)!r} is no option of a Redis URL")
 
 
+Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
+Compile = Literal["off", "default", "max-autotune"]
+MemoryMode = Literal[
+    "attention_slicing", "vae_slicing", "vae_tiling", "model_offload", "sequential_offload"
+]
+
+BatchSize = Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
+MemoryModes = Annotated[tuple[MemoryMode, ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split), AfterValidator(_absolutes)]
 
@@ -163,11 +171,31 @@ class Settings(BaseSettings):
     concurrency: int = Field(
         default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
     )
-    max_batch: int = Field(
-        default=8,
-        ge=1,
-        le=256,
-        description="Most rows of one forward pass; a window takes two with guidance.",
+    max_batch: BatchSize = Field(
+        default="auto",
+        description="Most rows of one forward pass; a window takes two with guidance. "
+        "`auto`: the largest that fits.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Every forward pass has `INPAINT_MAX_BATCH` rows (8 if `auto`): "
+        "a job's bits are the same alone and beside any others.",
+    )
+    compile: Compile = Field(
+        default="off",
+        description="`default` or `max-autotune`: run the UNet through `torch.compile`; "
+        "the first start takes minutes, kept under `INPAINT_HOME`.",
+    )
+    attention: Attention = Field(
+        default="auto",
+        description="`auto` (torch chooses), `flash`, `cudnn`, `efficient`, `math`, `xformers` "
+        "or `sliced`.",
+    )
+    memory: MemoryModes = Field(
+        default=(),
+        description="Modes that need less GPU memory, comma separated: `attention_slicing`, "
+        "`vae_slicing`, `vae_tiling`, `model_offload`, `sequential_offload`. "
+        "Unset: each only once memory runs out.",
     )
     max_object_bytes: int = Field(
         default=512 * 2**20, ge=1024, description="Largest image or mask that is read, in bytes."

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import get_args
 
 import click
 
@@ -26,7 +27,7 @@ from shared.processes import (
     EX_UNAVAILABLE,
     SAME_SIGNAL_SECONDS,
 )
-from shared.settings import Settings
+from shared.settings import Compile, Settings
 
 MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -37,27 +38,33 @@ MAX_DEVICE_LOSSES = 5
 @click.option("--engine", help="sd2, opencv or diffusers:FOLDER_OR_HUB_ID[@REVISION].")
 @click.option("--devices", default="all", show_default=True, help="all, cpu, or 0,1,...")
 @click.option("--concurrency", type=click.IntRange(0, 256), help="Jobs in hand per process.")
-@click.option("--max-batch", type=click.IntRange(1, 256), help="Rows per forward pass.")
+@click.option("--max-batch", help="Rows per forward pass, or auto.")
+@click.option("--deterministic", is_flag=True, default=None, help="The same bits in any company.")
+@click.option("--compile", type=click.Choice(get_args(Compile)), help="torch.compile for the UNet.")
 @click.option("--check", is_flag=True, help="Load the engine on each device, say so, exit.")
 def worker(
     engine: str | None,
     devices: str,
     concurrency: int | None,
-    max_batch: int | None,
+    max_batch: str | None,
+    deterministic: bool | None,
+    compile: Compile | None,
     check: bool,
 ) -> None:
     """Work on jobs until stopped: one process per device, one pipeline each.
 
     Run the same command on several machines and they form the fleet.
     """
+    given = {"max_batch": max_batch, "deterministic": deterministic, "compile": compile}
     try:
-        configured = settings.load()
+        configured = settings.load(**{k: v for k, v in given.items() if v is not None})
         chosen = engine_name(engine or configured.engine)
         places = find_places(devices, engine=chosen)
         options = [
             *("--engine", chosen),
             *("--concurrency", str(configured.concurrency if concurrency is None else concurrency)),
-            *("--max-batch", str(max_batch or configured.max_batch)),
+            *("--max-batch", str(configured.max_batch), "--compile", configured.compile),
+            *(["--deterministic"] if configured.deterministic else []),
         ]
         if check:
             sys.exit(_check(places, options))

@@ -33,7 +33,7 @@ from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage, remove_leftovers
 from workers import composite
-from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork
+from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,9 @@ def _inpaint(
         plan = _plan(job, mask)
         record.regions, record.windows = len(plan), sum(len(r.windows) for r in plan)
     with stage("inpaint"):
-        filled = _fill(bench.engine, job, picture, mask, plan, interruption)
+        report = Report()
+        filled = _fill(bench.engine, job, picture, mask, plan, interruption, report)
+        record.memory_mode = report.memory or None
     with stage("composite"):
         result = composite.composite(
             picture, mask, plan, filled, job.params, fill_alpha=job.mask == "alpha"
@@ -269,6 +271,7 @@ def _fill(
     mask: Mask,
     plan: tuple[Region, ...],
     interruption: Interruption,
+    report: Report,
 ) -> list[Pixels]:
     """Submits all regions before waiting for the first, so that they can share batches."""
     if not plan:
@@ -284,6 +287,7 @@ def _fill(
             params=job.params,
             seed=(job.params.seed + index) % (MAX_SEED + 1),
             interruption=interruption,
+            report=report,
         )
         futures.append(engine.submit(work))
     return [np.asarray(future.result()) for future in futures]

@@ -44,6 +44,8 @@ from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
+from workers.engines.options import EngineOptions
+from workers.engines.protocol import Engine
 from workers.run import Bench, Running, give_back, run_job
 from workers.turns import Turns
 from workers.upkeep import Upkeep
@@ -63,7 +65,9 @@ SWITCH_SECONDS = 0.0005
 @click.option("--name", required=True, help="Host and device.")
 @click.option("--worker", required=True, help="The name, and what tells this life from others.")
 @click.option("--concurrency", type=int, required=True)
-@click.option("--max-batch", type=int, required=True)
+@click.option("--max-batch", required=True)
+@click.option("--compile", required=True)
+@click.option("--deterministic", is_flag=True)
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
 def main(
     engine: str,
@@ -71,13 +75,13 @@ def main(
     name: str,
     worker: str,
     concurrency: int,
-    max_batch: int,
     check: bool,
+    **how: Any,
 ) -> None:
     try:
-        configured = settings.load()
+        configured = settings.load(**how)
         _configure_logging(configured.log_level, name)
-        loaded = load_engine(engine, device=device, max_batch=max_batch)
+        loaded = load_engine(engine, _options(configured, device))
         if check:
             click.echo(f"{loaded.name}: {loaded.revision} on {loaded.device}")
             loaded.close()
@@ -89,13 +93,28 @@ def main(
     except InpaintError as error:
         click.echo(f"inpaint-worker: {error}", err=True)
         sys.exit(1)
-    threads = concurrency or _default_concurrency(engine, max_batch)
+    threads = concurrency or _default_concurrency(loaded)
     sys.exit(_consume(bench, name, threads))
 
 
-def _default_concurrency(engine: str, max_batch: int) -> int:
+def _options(configured: Settings, device: str) -> EngineOptions:
+    # Read by torch when it first compiles; what one start compiled the next one finds.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(configured.home / "compiled"))
+    return EngineOptions(
+        device=device,
+        max_batch=None if configured.max_batch == "auto" else configured.max_batch,
+        attention=configured.attention,
+        compile=configured.compile,
+        memory=configured.memory,
+        deterministic=configured.deterministic,
+    )
+
+
+def _default_concurrency(engine: Engine) -> int:
     """Enough jobs in hand that fetching, decoding and encoding never keep the device waiting."""
-    return os.cpu_count() or 1 if is_native(engine) else JOB_THREADS_PER_BATCH * max_batch
+    if is_native(engine.name):
+        return os.cpu_count() or 1
+    return JOB_THREADS_PER_BATCH * engine.max_batch
 
 
 def _bench(configured: Settings, engine: Any, worker: str) -> Bench:

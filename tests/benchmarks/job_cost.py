@@ -137,7 +137,7 @@ def _run_ours() -> None:
         [
             *("--engine", ENGINE, "--device", "cpu", "--name", "bench"),
             *("--worker", "bench-1"),
-            *("--concurrency", str(THREADS), "--max-batch", "1"),
+            *("--concurrency", str(THREADS), "--max-batch", "1", "--compile", "off"),
         ]
     )
 

@@ -346,3 +346,13 @@ def test_a_bad_mask_is_not_reported_as_a_bad_picture(sqlite_bench: Workbench) ->
     row = bench.job(job)
     assert row.error_code == "bad_mask"
     assert row.error_message.startswith("the mask: ")
+
+
+def test_what_it_took_to_fit_the_device_is_recorded(bench: Workbench) -> None:
+    def squeeze(work: RegionWork) -> None:
+        work.report.memory = "batch 1, attention_slicing"
+
+    bench.bench.engine.meanwhile = squeeze  # type: ignore[attr-defined]
+    job = add_simple(bench)
+    bench.run(job)
+    assert bench.attempts(job)[0].memory_mode == "batch 1, attention_slicing"

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.errors import EngineUnavailable
+from shared.settings import Attention
 from workers.engines.diffusers_loading import Components, one_line
-from workers.engines.options import Attention
 
 KERNELS: Mapping[Attention, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -18,7 +18,8 @@ from workers.engines.sequence import Draft, Row, Sequence, begin
 from workers.engines.step_table import COLUMNS, advance, guide
 from workers.engines.transfer import Transfer
 
-FIRST_GUESS = {"cuda": 64, "cpu": 8}  # rows; more is no faster
+LARGEST = {"cuda": 64, "cpu": 8}  # rows; more is no faster
+DETERMINISTIC_BATCH = 8
 VAE_BATCH = 8
 VAE_LATENTS = 8 * 64 * 64  # in one VAE pass: more pixels than 32-bit indices reach above that
 NAMES = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
@@ -36,7 +37,8 @@ class Denoiser:
         self.transfer = Transfer(components.device)
         self._components = components
         self._modes = MemoryModes(components, options.memory)
-        self._largest = options.max_batch or FIRST_GUESS[components.device.type]
+        guess = DETERMINISTIC_BATCH if options.deterministic else LARGEST[components.device.type]
+        self._largest = options.max_batch or guess
         self._prompts = PromptEncoder(components)
         self._forward = Forward(
             components,
@@ -49,7 +51,7 @@ class Denoiser:
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, Size], RowLimit] = {}
         if components.device.type == "cuda":
-            self._warm_up(is_fixed=options.max_batch is not None)
+            self._warm_up(finds_largest=options.max_batch is None and not options.deterministic)
 
     @property
     def max_batch(self) -> int:
@@ -149,13 +151,13 @@ class Denoiser:
             for draft, share in zip(drafts, shares, strict=True)
         ]
 
-    def _warm_up(self, *, is_fixed: bool) -> None:
+    def _warm_up(self, *, finds_largest: bool) -> None:
         """Runs each batch size once at the model's own window; finds the largest that fits.
 
         Compiling, capturing graphs and choosing kernels happen here, before any job waits.
         """
         size = (self._components.unet.config.sample_size,) * 2
-        if not is_fixed:
+        if finds_largest:
             guesses = (rows for rows in reversed(buckets(self._largest)) if self._fits(rows, size))
             self._largest = next(guesses, 1)
         for rows in self._sizes():

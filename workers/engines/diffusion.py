@@ -75,10 +75,10 @@ class DiffusionEngine:
     def submit(self, work: RegionWork) -> Future[Pixels]:
         """Starts one region; the caller's thread turns its pixels into tensors.
 
-        The future raises GateError (where the model computed no numbers, or black), EngineError,
+        The future raises GateError (where the model computed no numbers), EngineError,
         OutOfMemory, the interruption's reason, or ParameterError where the scheduler cannot
-        take the parameters. Raises ValueError where a window is not on the
-        latents' grid, lies outside, or differs in size from the others.
+        take the parameters. Raises ValueError where a window is not on the latents' grid, lies
+        outside, or differs in size from the others.
         """
         future: Future[Pixels] = Future()
         future.set_running_or_notify_cancel()

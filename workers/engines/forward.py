@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.settings import Attention, Compile
 from workers.engines.attention import kernel
 from workers.engines.diffusers_loading import Components
-from workers.engines.options import Attention, Compile
 from workers.engines.transfer import new_stream
 
 WARM_UPS = 3

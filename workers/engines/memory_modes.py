@@ -14,9 +14,9 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 
+from shared.settings import MemoryMode
 from workers.engines.diffusers_loading import Components
 from workers.engines.memory import Pause, is_out_of_memory, release_memory
-from workers.engines.options import MemoryMode
 
 log = logging.getLogger(__name__)
 

@@ -44,6 +44,10 @@ class OpenCVEngine:
     def device(self) -> str:
         return "cpu"
 
+    @property
+    def max_batch(self) -> int:
+        return 1
+
     def submit(self, work: RegionWork) -> Future[Pixels]:
         """Fills the region; the future raises MaskError, EngineError or an interruption."""
         future: Future[Pixels] = Future()

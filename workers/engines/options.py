@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
-Compile = Literal["off", "default", "max-autotune"]
+from shared.settings import Attention, Compile, MemoryMode
+
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
-MemoryMode = Literal[
-    "attention_slicing", "vae_slicing", "vae_tiling", "model_offload", "sequential_offload"
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +22,8 @@ class EngineOptions:
     graphs: on CUDA, replay each batch size as one CUDA graph.
     memory: modes that are on from the start; others follow where memory runs out.
     vae_batch: most pictures of one VAE pass; None chooses.
-    deterministic: every forward has ``max_batch`` rows, so that a region's pixels are the same
-    to the last bit alone and beside any others.
+    deterministic: every forward has ``max_batch`` rows (8 if None), so that a region's pixels
+    are the same to the last bit alone and beside any others.
     """
 
     device: str = "auto"

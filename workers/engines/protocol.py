@@ -97,6 +97,10 @@ class Engine(Protocol):
     def device(self) -> str:
         """``cpu``, or ``cuda:0 NVIDIA H200``."""
 
+    @property
+    def max_batch(self) -> int:
+        """How many rows it runs at once; a worker holds twice as many jobs."""
+
     def submit(self, work: RegionWork) -> Future[Pixels]:
         """Starts one region; the future holds (H, W, 3) uint8 RGB of the work's size.
 
