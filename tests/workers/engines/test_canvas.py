@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from shared.regions import Box
@@ -18,6 +21,7 @@ from workers.engines.canvas import average, blend, count_windows, plan_canvas
 from workers.engines.diffusers_loading import Components
 from workers.engines.diffusion import DiffusionEngine
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.sequence import draw_up
 
 THREE = (Box(0, 0, 64, 64), Box(40, 0, 104, 64), Box(80, 24, 144, 88))
 
@@ -95,6 +99,25 @@ def test_strokes_thinner_than_a_latent_stay_in_the_mask(parts: Components) -> No
         ours.submit(region(mask=mask, num_inference_steps=1, strength=1.0)).result(60)
     hook.remove()
     assert masks[0][0].sum(dim=1).tolist() == [0, 0, 8, 0, 0, 0, 0, 0]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    pixels=st.lists(st.tuples(st.integers(0, 87), st.integers(0, 143)), min_size=1, max_size=9),
+    grey=st.sampled_from([128, 255]),
+)
+def test_a_latent_is_masked_if_and_only_if_a_pixel_in_it_is(
+    parts: Components, pixels: list[tuple[int, int]], grey: int
+) -> None:
+    mask = np.zeros((88, 144), dtype=np.uint8)
+    for row, column in pixels:
+        mask[row, column] = grey
+    draft = draw_up(region(windows=THREE, mask=mask), Future(), parts)
+    assert {tuple(place) for place in draft.mask[0, 0].nonzero().tolist()} == {
+        (row // 8, column // 8) for row, column in pixels
+    }
+    hidden = (draft.masked_image == 0).all(dim=1)[0].numpy()
+    assert hidden[mask > 0].all()
 
 
 def test_pixels_under_no_window_stay_as_they_are(ours: DiffusionEngine) -> None:
