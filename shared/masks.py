@@ -208,8 +208,33 @@ def dilate(mask: Mask, px: int) -> Mask:
     for tile in tiles(Box(0, 0, mask.shape[1], mask.shape[0])):
         where = slices(tile)
         if not mask[where].all():
-            grown[where] = squared_distances(mask, tile, px) <= px * px
+            grown[where] = _disc_reaches(mask, tile, px)
     return grown
+
+
+def _disc_reaches(mask: Mask, tile: Box, px: int) -> Mask:
+    """(h, w) which pixels of the tile lie within px of the mask.
+
+    A disc is a stack of rows, each as wide as its height over the centre allows. From its top
+    to its middle they only widen, so one array, grown step by step, serves them all.
+    """
+    height, width = tile.height, tile.width
+    halo = Box(tile.left - px, tile.top - px, tile.right + px, tile.bottom + px)
+    inside = halo.clipped((mask.shape[1], mask.shape[0]))
+    near = np.zeros((halo.height, halo.width), np.bool_)
+    near[slices(inside.moved(-halo.left, -halo.top))] = mask[slices(inside)]
+    reached = np.zeros((height, width), np.bool_)
+    if not near.any():
+        return reached
+    widened, half = near[:, px : px + width].copy(), 0
+    for rise in range(px, -1, -1):
+        while (half + 1) ** 2 + rise**2 <= px**2:
+            half += 1
+            widened |= near[:, px - half : px - half + width]
+            widened |= near[:, px + half : px + half + width]
+        reached |= widened[px - rise : px - rise + height]
+        reached |= widened[px + rise : px + rise + height]
+    return reached
 
 
 def tiles(box: Box) -> Iterator[Box]:
