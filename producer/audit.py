@@ -8,13 +8,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, and_, desc, func, outerjoin, select
+from sqlalchemy import (
+    Connection,
+    Integer,
+    Join,
+    RowMapping,
+    Select,
+    and_,
+    cast,
+    desc,
+    func,
+    outerjoin,
+    select,
+)
 
 from shared.db import Database, clock
 from shared.jobs import Selection
 from shared.models import STATES, Attempt, Job, Submission
 
 RATE_SECONDS = 60.0
+SAMPLED = 1000
+SCORE_BINS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +152,81 @@ def story(db: Database, job: int) -> Story | None:
         return Story(job=found, attempts=list(attempts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """Jobs with something to look at, the worst first, and what a page about them tells.
+
+    jobs: their rows, with the last attempt's seed and ``scores``. left_out: how many found no
+    room. scores: how many results lie in each twentieth from 0 to 1. sample: params of some of
+    the submission's jobs, as JSON.
+    """
+
+    submission: RowMapping
+    jobs: list[RowMapping]
+    left_out: int
+    scores: list[int]
+    sample: list[str]
+
+
+def ranked(db: Database, submission: int, *, limit: int) -> Ranked | None:
+    """Results by score, before them those for review; and before these the failed jobs.
+
+    Failed jobs take at most a quarter of the room where results could fill it, so that one
+    mistake in a manifest does not hide every picture; those that failed at a gate come first.
+    None where there is no such submission.
+    """
+    of_it = Job.submission_id == submission
+    shown = _with_attempt().where(of_it)
+    at_a_gate = Job.error_code.startswith("gate_", autoescape=True)
+    failed = shown.where(Job.state == "failed").order_by(at_a_gate.desc(), Job.id)
+    results = shown.where(Job.state == "succeeded").order_by(
+        Job.review.is_(None), Job.score.is_(None), Job.score, Job.id
+    )
+    ended = select(func.count()).where(of_it, Job.state.in_(("failed", "succeeded")))
+    some = select(Job.params).where(of_it).order_by(Job.id).limit(SAMPLED)
+    with db.read() as connection:
+        query = select(Submission.__table__).where(Submission.id == submission)
+        found = connection.execute(query).mappings().first()
+        if found is None:
+            return None
+        good = connection.execute(results.limit(limit)).mappings().all()
+        room = max(limit - len(good), limit // 4, 1)
+        bad = connection.execute(failed.limit(room)).mappings().all()
+        worst = [*bad, *good][:limit]
+        return Ranked(
+            submission=found,
+            jobs=worst,
+            left_out=connection.execute(ended).scalar_one() - len(worst),
+            scores=_score_counts(connection, submission),
+            sample=list(connection.execute(some).scalars()),
+        )
+
+
+def _with_attempt() -> Select[*tuple[Any, ...]]:
+    """Jobs' rows, with what their last attempt used and found."""
+    own = [column for column in Job.__table__.columns if column.name != "seed"]
+    seed = func.coalesce(Attempt.seed, Job.seed).label("seed")
+    return select(*own, seed, Attempt.scores).select_from(_and_last_attempt())
+
+
+def _and_last_attempt() -> Join:
+    last = and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt)
+    return outerjoin(Job.__table__, Attempt.__table__, last)
+
+
+def _score_counts(connection: Connection, submission: int) -> list[int]:
+    twentieth = cast(func.floor(Job.score * SCORE_BINS), Integer)
+    query = (
+        select(twentieth, func.count())
+        .where(Job.submission_id == submission, Job.score.is_not(None))
+        .group_by(twentieth)
+    )
+    counts = [0] * SCORE_BINS
+    for place, count in connection.execute(query):
+        counts[min(place, SCORE_BINS - 1)] += count
+    return counts
+
+
 JSON_COLUMNS = ("params", "timings", "inputs", "scores")
 EXPORTED = (
     *("submission", "job", "line", "id", "state", "attempts", "image", "mask", "output"),
@@ -162,11 +251,6 @@ def export(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
 
 
 def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tuple[Any, ...]]:
-    joined = outerjoin(
-        Job.__table__,
-        Attempt.__table__,
-        and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt),
-    )
     columns = (
         *(Job.submission_id.label("submission"), Job.id.label("job"), Job.line),
         *(Job.key.label("id"), Job.state, Job.attempt.label("attempts")),
@@ -185,7 +269,13 @@ def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tupl
         *(Job.created_at, Attempt.started_at, Job.finished_at),
     )
     chosen = (*selection.conditions(), Job.id > after)
-    return select(*columns).select_from(joined).where(*chosen).order_by(Job.id).limit(size)
+    return (
+        select(*columns)
+        .select_from(_and_last_attempt())
+        .where(*chosen)
+        .order_by(Job.id)
+        .limit(size)
+    )
 
 
 def _record(row: RowMapping) -> dict[str, Any]:

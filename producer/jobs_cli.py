@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -50,6 +51,8 @@ def jobs_command() -> None:
 
 # What the tables' keys can hold.
 ID = click.IntRange(1, 2**63 - 1)
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @jobs_command.command()
@@ -204,6 +207,28 @@ def _cell(value: object) -> object:
     if isinstance(value, str) and value.startswith(FORMULA_STARTS):
         return "'" + value
     return value
+
+
+@jobs_command.command()
+@click.argument("submission", type=ID)
+@click.option("--output", type=FILE, help="The page; else sheet-SUBMISSION.html here.")
+@click.option("--png", type=FILE, help="A picture of the worst results, too.")
+@click.option("--limit", default=200, show_default=True, type=click.IntRange(1, 5000))
+@click.option("--root", "roots", multiple=True, type=FOLDER, help="A folder to read from, too.")
+def sheet(
+    submission: int, output: Path | None, png: Path | None, limit: int, roots: tuple[Path, ...]
+) -> None:
+    """A contact sheet: results before and after, the worst first, as one HTML page."""
+    from producer.sheet import writing
+
+    page = output or Path(f"sheet-{submission}.html")
+    with _opened() as (configured, db):
+        shown = writing.write(
+            db, configured, submission, output=page, png=png, limit=limit, roots=roots
+        )
+        click.echo(f"{len(shown.jobs):,} jobs in {page}; {shown.left_out:,} left out (--limit)")
+        if png:
+            click.echo(f"the worst of them in {png}")
 
 
 @jobs_command.command()
