@@ -22,7 +22,7 @@ from PIL import (
 )
 
 from shared.errors import ImageError, ObjectTooLarge
-from shared.images import exif, palette, png_file, tiff_file
+from shared.images import exif, jpeg, palette, png_file, tiff_file
 from shared.images.containers import read_header
 from shared.images.header import DAMAGE, Header, one_line, truncated
 from shared.images.palette import Colours, Indices
@@ -107,6 +107,8 @@ def _deep(header: Header) -> tuple[Array, str]:
 def _load(header: Header) -> ImageFile.ImageFile:
     _refuse(header)
     try:
+        if header.format == "JPEG" and jpeg.lacks_end(header.bare):
+            return _without_end(header)
         return _opened(header, header.bare)
     except Image.DecompressionBombError as error:
         raise ObjectTooLarge(one_line(error)) from error
@@ -127,6 +129,14 @@ def _opened(header: Header, data: bytes) -> ImageFile.ImageFile:
     if image.size != header.size:
         raise ImageError(f"the {header.format} file contradicts itself about its size")
     image.load()
+    return image
+
+
+def _without_end(header: Header) -> ImageFile.ImageFile:
+    """A JPEG that lacks nothing but its end; raises ImageError where pixels are missing."""
+    image, other = (_opened(header, data) for data in jpeg.endings(header.bare))
+    if image.tobytes() != other.tobytes():
+        raise truncated(header.format)
     return image
 
 

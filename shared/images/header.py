@@ -11,10 +11,10 @@ from shared.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 TRUNCATED = "image_truncated"
 
-# What Pillow's decoders raise on damaged data, besides OSError.
+# What Pillow's and imagecodecs' decoders raise on damaged data, besides OSError.
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError),
-    *(AttributeError, AssertionError, ArithmeticError, struct.error, zlib.error),
+    *(AttributeError, AssertionError, ArithmeticError, struct.error, zlib.error, RuntimeError),
 )
 
 

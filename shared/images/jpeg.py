@@ -160,6 +160,10 @@ def _read_stream(data: bytes) -> _Stream:
 
 def _segments(data: bytes) -> Iterator[bytes]:
     """Each segment up to the end of the image; a scan's header together with its data."""
+    return (data[start:end] for start, end in _spans(data))
+
+
+def _spans(data: bytes) -> Iterator[tuple[int, int]]:
     at = len(_SOI)
     while at + 4 <= len(data) and data[at : at + 2] != _EOI:
         if data[at] != 0xFF:
@@ -171,8 +175,30 @@ def _segments(data: bytes) -> Iterator[bytes]:
         if data[at + 1] == _SCAN:
             found = _MARKER.search(data, end)
             end = found.start() if found else len(data)
-        yield data[at:end]
+        yield at, end
         at = end
+
+
+def lacks_end(data: bytes) -> bool:
+    """Whether the last scan is followed by nothing, not even the marker of the image's end."""
+    if data.endswith(_EOI):
+        return False
+    try:
+        *_, (_, end) = (0, 0), *_spans(data)
+    except CannotSplice:
+        return False
+    return end >= len(data)
+
+
+def endings(data: bytes) -> tuple[bytes, bytes]:
+    """The file that lacks its end, twice, with ends that decode alike if no pixel is missing.
+
+    A decoder that needs more bits reads the one's as zeros and the other's as something else.
+    Raises CannotSplice where whole scans are missing.
+    """
+    _read_stream(data)
+    whole = data.rstrip(b"\xff")
+    return whole + _EOI, whole + b"\x55\xaa" * 256 + _EOI
 
 
 def _check_complete(frame: bytes, scans: list[bytes]) -> None:

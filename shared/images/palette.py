@@ -11,7 +11,7 @@ from shared.images.picture import Picture, Pixels
 Indices = NDArray[np.uint8]  # (H, W), into the palette
 Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA
 
-_ALPHA_WEIGHT = 16  # a wrong transparency is worse than a wrong colour
+_ALPHA_WEIGHT = 1 << 18  # a wrong transparency is worse than any wrong colour
 _CHUNK = 4096
 
 
@@ -29,18 +29,23 @@ def repainted(
 ) -> tuple[Indices, Colours] | None:
     """The source's indices and palette with the touched pixels in the picture's new colours.
 
-    An entry that no untouched pixel uses is free. Where there are more new colours than free
-    entries, they are quantised. None where a new pixel's transparency finds no entry.
+    An entry that no untouched pixel uses is free, or, in a palette with transparency, that no
+    pixel uses: so every transparency keeps an entry. Where there are more new colours than free
+    entries, the free ones go to what stands for most of them. None where a new pixel's
+    transparency finds no entry.
     """
     touched = picture.touched
     assert touched is not None  # noqa: S101 - encode returns the source then
-    used = np.unique(indices[~touched])
-    free = np.setdiff1d(np.arange(256, dtype=np.uint8), used)
     new = picture.pixels[touched]
     if new.shape[1] == 3:
         new = np.concatenate([new, np.full_like(new[:, :1], 255)], axis=1)
-    wanted, inverse = np.unique(new, axis=0, return_inverse=True)
-    added = _representatives(wanted, new, len(free))
+    used = np.unique(indices if picture.has_alpha else indices[~touched])
+    free = np.setdiff1d(np.arange(256, dtype=np.uint8), used)
+    wanted, inverse, counts = np.unique(new, axis=0, return_inverse=True, return_counts=True)
+    added = wanted
+    if len(wanted) > len(free):
+        common = wanted[np.argsort(-counts, kind="stable")][: len(free)]
+        added = common if picture.has_alpha else _quantised(new, len(free))
     colours = colours.copy()
     colours[free[: len(added)]] = added
     choices = np.concatenate([used, free[: len(added)]]).astype(np.uint8)
@@ -52,14 +57,12 @@ def repainted(
     return indices, colours
 
 
-def _representatives(wanted: Pixels, new: Pixels, most: int) -> Pixels:
-    """(n, 4) at most that many colours for the new pixels; the wanted ones, if they fit."""
-    if len(wanted) <= most or most == 0:
-        return wanted[:most]
-    opaque = bool((new[:, 3] == 255).all())
-    row = Image.fromarray(np.ascontiguousarray(new[None, :, : 3 if opaque else 4]))
-    method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE
-    found = np.array(row.quantize(most, method=method).convert("RGBA"))[0]
+def _quantised(opaque: Pixels, most: int) -> Pixels:
+    """(n, 4) at most that many colours for the opaque pixels, by median cut."""
+    if most == 0:
+        return opaque[:0]
+    row = Image.fromarray(np.ascontiguousarray(opaque[None, :, :3]))
+    found = np.array(row.quantize(most, method=Image.Quantize.MEDIANCUT).convert("RGBA"))[0]
     return np.unique(found, axis=0)
 
 
@@ -68,6 +71,6 @@ def _nearest(wanted: Pixels, choices: Colours) -> NDArray[np.intp]:
     weights = np.array([1, 1, 1, _ALPHA_WEIGHT])
     found = []
     for start in range(0, len(wanted), _CHUNK):
-        ahead = wanted[start : start + _CHUNK, None].astype(np.int32) - choices.astype(np.int32)
+        ahead = wanted[start : start + _CHUNK, None].astype(np.int64) - choices.astype(np.int64)
         found.append(((ahead * ahead) * weights).sum(axis=-1).argmin(axis=1))
     return np.concatenate(found)

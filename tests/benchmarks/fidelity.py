@@ -1,0 +1,494 @@
+"""Fidelity: what a repainted file keeps, in every format, as decoders other than ours see it.
+
+Each photograph is written in each kind of file, a mark in it is repainted, and both files are
+decoded by tifffile, imagecodecs or OpenCV, and JPEG's blocks read by jpeglib.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import imagecodecs
+import jpeglib
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+)
+
+from shared import images
+from tests import pictures
+
+Pixels = NDArray[Any]
+Mask = NDArray[np.bool_]
+
+PHOTOGRAPHS = (
+    *("coffee.png", "astronaut.png", "chelsea.png", "rocket.jpg", "retina.jpg"),
+    "hubble_deep_field.jpg",
+)
+ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"/></x:xmpmeta>'
+)
+DPI = (300, 300)
+TAGS = {"EXIF": 271, "ICC": 34675, "XMP": 700, "dpi": 282}
+WIDTHS = (40, 9, 9, 9, 7, 40)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What became of one file. changed: pixels outside what may change. copied: the share of
+    DCT blocks with the source's coefficients, None for other formats. metadata: the kinds kept;
+    lost: the others."""
+
+    changed: int
+    repainted: int
+    copied: float | None
+    size: float
+    metadata: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def compare(file: bytes) -> Kept:
+    """Repaints a mark in the file and looks at both files with other decoders."""
+    picture = images.decode(file, max_pixels=10**9)
+    touched = mark(picture.size)
+    result = images.encode(picture.replace(repainted(picture, touched), touched=touched))
+    before, after = upright(file), upright(result)
+    differs = np.ones(touched.shape, np.bool_)
+    if before.shape == after.shape and before.dtype == after.dtype:
+        differs = (before != after).reshape(*touched.shape, -1).any(axis=-1)
+    is_jpeg = picture.format == "JPEG"
+    may_change = within_reach(file, touched) if is_jpeg else touched
+    had, has = metadata(file), metadata(result)
+    return Kept(
+        changed=int((differs & ~may_change).sum()),
+        repainted=int((differs & touched).sum()),
+        copied=copied_blocks(file, result) if is_jpeg else None,
+        size=len(result) / len(file),
+        metadata=tuple(name for name in had if has.get(name) == had[name]),
+        lost=tuple(name for name in had if has.get(name) != had[name]),
+    )
+
+
+def mark(size: tuple[int, int]) -> Mask:
+    """(H, W): letters across the middle of a (width, height) picture."""
+    image = Image.new("1", size)
+    font = ImageFont.load_default(max(10.0, min(size) / 8))
+    ImageDraw.Draw(image).text((size[0] / 2, size[1] / 2), "SAMPLE", 1, font, anchor="mm")
+    return np.asarray(image)
+
+
+def repainted(picture: images.Picture, touched: Mask) -> Pixels:
+    """The picture's pixels with its own from elsewhere in the mark; alpha as it was."""
+    pixels = picture.pixels.copy()
+    moved = np.roll(pixels, (41, 67), (0, 1))
+    if picture.has_alpha:
+        moved[..., -1] = pixels[..., -1]
+    pixels[touched] = moved[touched]
+    return pixels
+
+
+# Decoders that the product does not use for the same format
+
+
+def upright(file: bytes) -> Pixels:
+    """(H, W) or (H, W, C) in the file's own mode and depth, turned as EXIF asks."""
+    return turned(decoded(file), orientation(file))
+
+
+def turned(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+
+
+def orientation(file: bytes) -> int:
+    if is_tiff(file):  # Pillow opens no big-endian BigTIFF
+        return 1
+    with opened(file) as image:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def opened(file: bytes) -> Image.Image:
+    """By Pillow, which is not to look for further pictures behind a JPEG."""
+    is_jpeg = file[:3] == b"\xff\xd8\xff"
+    data = io.BytesIO(file)
+    return JpegImagePlugin.JpegImageFile(data) if is_jpeg else Image.open(data)
+
+
+def is_tiff(file: bytes) -> bool:
+    return file[:2] in (b"II", b"MM")
+
+
+def decoded(file: bytes) -> Pixels:
+    if file[:3] == b"\xff\xd8\xff":
+        return np.asarray(imagecodecs.jpeg8_decode(file))
+    if file[:4] == b"RIFF":
+        return np.asarray(imagecodecs.webp_decode(file))
+    if is_tiff(file):
+        return by_tifffile(file)
+    read = cv2.imdecode(np.frombuffer(file, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert read is not None
+    return read
+
+
+def by_tifffile(file: bytes) -> Pixels:
+    with tifffile.TiffFile(io.BytesIO(file)) as tiff:
+        page = tiff.pages.first
+        pixels = page.asarray()
+        if page.colormap is not None:
+            return np.asarray(page.colormap >> 8).T[pixels]
+        return np.moveaxis(pixels, 0, -1) if page.axes.startswith("S") else pixels
+
+
+def within_reach(file: bytes, touched: Mask) -> Mask:
+    """(H, W): the touched MCUs, and one colour sample around them where colour is subsampled."""
+    turn = orientation(file)
+    stored = turned(touched, {6: 8, 8: 6}.get(turn, turn))
+    with opened(file) as image:
+        layers: list[tuple[int, int, int, int]] = image.layer  # type: ignore[attr-defined]
+    across, down = (max(one[n] for one in layers) if len(layers) > 1 else 1 for n in (1, 2))
+    grid = np.pad(
+        stored, ((0, -stored.shape[0] % (8 * down)), (0, -stored.shape[1] % (8 * across)))
+    )
+    blocks = grid.reshape(grid.shape[0] // (8 * down), 8 * down, -1, 8 * across).any(axis=(1, 3))
+    whole = blocks.repeat(8 * down, axis=0).repeat(8 * across, axis=1).astype(np.uint8)
+    kernel = np.ones((2 * down + 1 if down > 1 else 1, 2 * across + 1 if across > 1 else 1))
+    near = cv2.dilate(whole, kernel.astype(np.uint8)) > 0
+    return turned(near[: stored.shape[0], : stored.shape[1]], turn)
+
+
+def copied_blocks(file: bytes, result: bytes) -> float:
+    """The share of DCT blocks, of all components, with the same coefficients."""
+    same = total = 0
+    for one, other in zip(coefficients(file), coefficients(result), strict=True):
+        same += int((one == other).all(axis=(2, 3)).sum())
+        total += one.shape[0] * one.shape[1]
+    return same / total
+
+
+def coefficients(file: bytes) -> list[NDArray[np.int16]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "read.jpg"
+        path.write_bytes(file)
+        image = jpeglib.read_dct(path)
+        image.load()
+    return [image.Y, image.Cb, image.Cr, image.K][: image.num_components]
+
+
+def metadata(file: bytes) -> dict[str, object]:
+    """Everything beside the pixels that others find, and how the pixels are stored."""
+    found = of_tiff(file) if is_tiff(file) else of_others(file)
+    return {name: value for name, value in found.items() if value}
+
+
+def of_tiff(file: bytes) -> dict[str, object]:
+    with tifffile.TiffFile(io.BytesIO(file)) as tiff:
+        page = tiff.pages.first
+        stored = (page.photometric, page.bitspersample, page.extrasamples, page.predictor)
+        values = {name: page.tags.get(tag) for name, tag in TAGS.items()}
+        found = {name: tag.value for name, tag in values.items() if tag is not None}
+        return {"mode": (*stored, page.compression), **found}
+
+
+def of_others(file: bytes) -> dict[str, object]:
+    with opened(file) as image:
+        if image.format == "PNG":
+            image.load()  # text may stand behind the pixels
+        return {
+            "mode": storage(file, image),
+            "restarts": restarts(file),
+            "EXIF": image.getexif().get(ExifTags.Base.Make),
+            "ICC": image.info.get("icc_profile"),
+            "XMP": image.info.get("xmp"),
+            "dpi": tuple(round(float(dots)) for dots in image.info.get("dpi", ())),
+            "comment": image.info.get("comment"),
+            "text": image.info.get("Title"),
+        }
+
+
+def storage(file: bytes, image: Image.Image) -> tuple[object, ...]:
+    """Mode and depth; JPEG's sampling, tables and progression."""
+    if image.format == "JPEG":
+        tables = str(image.quantization)  # type: ignore[attr-defined]
+        sampling = tuple(image.layer)  # type: ignore[attr-defined]
+        return image.mode, sampling, tables, image.info.get("progressive")
+    if image.format == "PNG":
+        return tuple(file[24:26]) if file[25] != 3 else ("palette",)
+    return (image.mode,)
+
+
+def restarts(file: bytes) -> bytes:
+    """JPEG's interval, in MCUs."""
+    _, found, segment = file.partition(b"\xff\xdd\0\4")
+    return segment[:2] if found and file[:2] == b"\xff\xd8" else b""
+
+
+# Files
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    exif[ExifTags.Base.Orientation] = options.pop("orientation", 1)
+    beside = {"icc_profile": ICC, "xmp": XMP, "dpi": DPI, "comment": b"a photograph", "exif": exif}
+    if image.mode == "CMYK":
+        del beside["icc_profile"]
+    return saved(image, "JPEG", **{"quality": 88, **beside, **options})
+
+
+def sampled(image: Image.Image, *factors: tuple[int, int]) -> bytes:
+    """Sampling factors, (down, across), that Pillow does not write."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sampled.jpg"
+        spatial = jpeglib.from_spatial(np.array(image))
+        spatial.samp_factor = np.array(factors)
+        spatial.write_spatial(str(path), qt=88)
+        return path.read_bytes()
+
+
+def with_trailer(file: bytes) -> bytes:
+    """A smaller picture behind the first, as phones write them, and a directory that says so."""
+    segment = struct.pack(">HH4s", 0xFFE2, 6, b"MPF\0")
+    return file[:2] + segment + file[2:] + jpeg(Image.new("RGB", (320, 240)))
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Title", "a photograph")
+    text.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    if image.mode in ("RGB", "RGBA", "P"):
+        options["icc_profile"] = ICC
+    return saved(image, "PNG", pnginfo=text, exif=exif, dpi=DPI, **options)
+
+
+def deep_png(pixels: Pixels) -> bytes:
+    """By imagecodecs, with the metadata chunks that Pillow writes."""
+    file = imagecodecs.png_encode(np.ascontiguousarray(pixels), level=6)
+    chunks = png(Image.new("L" if pixels.ndim < 3 or pixels.shape[2] == 2 else "RGB", (1, 1)))
+    return bytes(file[:33] + chunks[33 : chunks.index(b"IDAT") - 4] + file[33:])
+
+
+def keyed(file: bytes, *key: int) -> bytes:
+    """A PNG with a transparent colour."""
+    body = b"tRNS" + struct.pack(f">{len(key)}H", *key)
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    place = file.index(b"IDAT") - 4
+    return file[:place] + chunk + file[place:]
+
+
+def tiff(pixels: Pixels, **options: Any) -> bytes:
+    tags = [(271, 2, 0, "camera", True), (700, 1, len(XMP), XMP, True)]
+    if options.get("photometric") == "rgb":
+        tags.append((34675, 7, len(ICC), ICC, True))
+    if options.get("planarconfig") == "separate":
+        pixels = np.moveaxis(pixels, -1, 0)
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        np.ascontiguousarray(pixels),
+        metadata=None,
+        resolution=DPI,
+        resolutionunit=2,
+        extratags=tags,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def webp(image: Image.Image, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    return saved(image, "WEBP", exif=exif, icc_profile=ICC, xmp=XMP, **options)
+
+
+def saved(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def deep(image: Image.Image) -> Pixels:
+    """uint16, with something in the low bits."""
+    pixels = np.asarray(image).astype(np.uint16)
+    return pixels * 257 ^ (np.arange(pixels.size).reshape(pixels.shape) % 251).astype(np.uint16)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+def grey(image: Image.Image) -> Image.Image:
+    return image.convert("L")
+
+
+def cmyk(image: Image.Image) -> Image.Image:
+    """With a black channel, which Pillow's own conversion leaves empty."""
+    inks = 255 - np.asarray(image).astype(np.int16)
+    black = inks.min(axis=-1, keepdims=True) // 2
+    return Image.frombytes(
+        "CMYK",
+        image.size,
+        np.concatenate([inks - black, black], axis=-1).astype(np.uint8).tobytes(),
+    )
+
+
+Writer = Callable[[Image.Image], bytes]
+
+JPEGS: Mapping[str, Writer] = {
+    **{
+        f"JPEG {name} {kind}": lambda one, s=number, p=kind == "progressive": jpeg(
+            one, subsampling=s, progressive=p
+        )
+        for kind in ("baseline", "progressive")
+        for number, name in enumerate(("4:4:4", "4:2:2", "4:2:0"))
+    },
+    "JPEG 4:1:1": lambda one: sampled(one, (1, 4), (1, 1), (1, 1)),
+    "JPEG 4:4:0": lambda one: sampled(one, (2, 1), (1, 1), (1, 1)),
+    "JPEG grey": lambda one: jpeg(grey(one)),
+    "JPEG grey progressive": lambda one: jpeg(grey(one), progressive=True),
+    "JPEG CMYK": lambda one: jpeg(cmyk(one)),
+    "JPEG CMYK progressive": lambda one: jpeg(cmyk(one), progressive=True),
+    "JPEG RGB inside": lambda one: jpeg(one, keep_rgb=True),
+    "JPEG restarts by block": lambda one: jpeg(one, restart_marker_blocks=7),
+    "JPEG restarts by row": lambda one: jpeg(one, restart_marker_rows=1, subsampling=0),
+    "JPEG grey restarts": lambda one: jpeg(grey(one), restart_marker_blocks=5),
+    "JPEG progressive restarts": lambda one: jpeg(one, restart_marker_rows=1, progressive=True),
+    "JPEG quality 100": lambda one: jpeg(one, quality=100, subsampling=0),
+    "JPEG quality 30": lambda one: jpeg(one, quality=30),
+    "JPEG and a second picture": lambda one: with_trailer(jpeg(one)),
+    "JPEG without its end": lambda one: jpeg(one)[:-2],
+    **{
+        f"JPEG orientation {turn}": lambda one, t=turn: jpeg(one, orientation=t)
+        for turn in range(2, 9)
+    },
+}
+PNGS: Mapping[str, Writer] = {
+    "PNG black and white": lambda one: png(one.convert("1")),
+    "PNG grey": lambda one: png(grey(one)),
+    "PNG grey, alpha": lambda one: png(with_alpha(grey(one))),
+    "PNG RGB": png,
+    "PNG RGBA": lambda one: png(with_alpha(one)),
+    "PNG palette": lambda one: png(one.quantize(256)),
+    "PNG palette of 16": lambda one: png(one.quantize(16)),
+    "PNG palette, alpha": lambda one: png(with_alpha(one).quantize(200)),
+    "PNG RGB, colour key": lambda one: keyed(png(one), *one.getpixel((0, 0))),  # type: ignore[misc]
+    "PNG grey, colour key": lambda one: keyed(png(grey(one)), int(np.asarray(grey(one))[0, 0])),
+    "PNG 16-bit grey": lambda one: deep_png(deep(grey(one))),
+    "PNG 16-bit grey, alpha": lambda one: deep_png(deep(with_alpha(grey(one)))),
+    "PNG 16-bit RGB": lambda one: deep_png(deep(one)),
+    "PNG 16-bit RGBA": lambda one: deep_png(deep(with_alpha(one))),
+    "PNG 16-bit RGB, colour key": lambda one: keyed(deep_png(deep(one)), *deep(one)[0, 0].tolist()),
+}
+_LZW: Mapping[str, Any] = {"compression": "lzw", "predictor": True}
+TIFFS: Mapping[str, Writer] = {
+    "TIFF black and white, fax": lambda one: saved(one.convert("1"), "TIFF", compression="group4"),
+    "TIFF grey": lambda one: tiff(np.asarray(grey(one))),
+    "TIFF grey, white is zero": lambda one: tiff(np.asarray(grey(one)), photometric="miniswhite"),
+    "TIFF grey, alpha": lambda one: tiff(
+        np.asarray(with_alpha(grey(one))),
+        photometric="minisblack",
+        extrasamples=["unassalpha"],
+        planarconfig="contig",
+    ),
+    "TIFF RGB": lambda one: tiff(np.asarray(one), photometric="rgb"),
+    "TIFF RGB, LZW": lambda one: tiff(np.asarray(one), photometric="rgb", **_LZW),
+    "TIFF RGB, tiles": lambda one: tiff(
+        np.asarray(one), photometric="rgb", tile=(64, 48), compression="adobe_deflate"
+    ),
+    "TIFF RGB, planes": lambda one: tiff(
+        np.asarray(one), photometric="rgb", planarconfig="separate", compression="packbits"
+    ),
+    "TIFF RGB, BigTIFF, big endian": lambda one: tiff(
+        np.asarray(one), photometric="rgb", bigtiff=True, byteorder=">"
+    ),
+    "TIFF RGBA": lambda one: tiff(
+        np.asarray(with_alpha(one)), photometric="rgb", extrasamples=["unassalpha"]
+    ),
+    "TIFF RGBA, associated": lambda one: tiff(
+        np.asarray(with_alpha(one)), photometric="rgb", extrasamples=["assocalpha"]
+    ),
+    "TIFF palette": lambda one: saved(one.quantize(256), "TIFF", compression="tiff_lzw"),
+    "TIFF CMYK": lambda one: tiff(np.asarray(cmyk(one)), photometric="separated", **_LZW),
+    "TIFF 16-bit grey": lambda one: tiff(deep(grey(one)), **_LZW),
+    "TIFF 16-bit grey, white is zero": lambda one: tiff(
+        deep(grey(one)), photometric="miniswhite", byteorder=">"
+    ),
+    "TIFF 16-bit grey, alpha": lambda one: tiff(
+        deep(with_alpha(grey(one))),
+        photometric="minisblack",
+        extrasamples=["unassalpha"],
+        planarconfig="contig",
+        **_LZW,
+    ),
+    "TIFF 16-bit RGB": lambda one: tiff(deep(one), photometric="rgb", compression="zstd"),
+    "TIFF 16-bit RGB, LZW, big endian": lambda one: tiff(
+        deep(one), photometric="rgb", byteorder=">", **_LZW
+    ),
+    "TIFF 16-bit RGB, planes, tiles": lambda one: tiff(
+        deep(one), photometric="rgb", planarconfig="separate", tile=(64, 64), **_LZW
+    ),
+    "TIFF 16-bit RGBA": lambda one: tiff(
+        deep(with_alpha(one)), photometric="rgb", extrasamples=["unassalpha"], **_LZW
+    ),
+}
+OTHERS: Mapping[str, Writer] = {
+    "WebP lossless": lambda one: webp(one, lossless=True),
+    "WebP lossless, alpha": lambda one: webp(with_alpha(one), lossless=True, exact=True),
+    "WebP, lossy": lambda one: webp(one, quality=80),
+    "BMP": lambda one: saved(one, "BMP", dpi=DPI),
+    "BMP palette": lambda one: saved(one.quantize(256), "BMP", dpi=DPI),
+}
+KINDS: Mapping[str, Writer] = {**JPEGS, **PNGS, **TIFFS, **OTHERS}
+
+
+def main() -> None:
+    photographs = [pictures.read_photograph(name) for name in PHOTOGRAPHS]
+    photographs = [
+        one.crop((0, 0, min(one.width, 701), min(one.height, 523))) for one in photographs
+    ]
+    line("files", "pictures", "outside", "copied", "size", "kept")
+    for kind, write in KINDS.items():
+        kept = [compare(write(one)) for one in photographs]
+        copied = [one.copied for one in kept if one.copied is not None]
+        lost = {name for one in kept for name in one.lost}
+        line(
+            kind,
+            len(kept),
+            sum(one.changed for one in kept),
+            f"{min(copied):.1%}" if copied else "",
+            f"{sum(one.size for one in kept) / len(kept):.2f}x",
+            ", ".join(kept[0].metadata) + (f"; not {', '.join(sorted(lost))}" if lost else ""),
+        )
+
+
+def line(*cells: object) -> None:
+    padded = (f"{cell!s:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+    print("  ".join(padded).rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Pictures with 16 bits a channel, palettes, transparent colours; and TIFFs that are refused."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+from skimage import data
+
+from shared import images, masks
+from shared.errors import EngineUnavailable, ImageError
+from shared.images.exif import read_directory
+
+Pixels = NDArray[Any]
+
+CAT = data.chelsea()[40:140, 80:230]
+DEEP = CAT.astype(np.uint16) * 257 ^ 5
+HOLES = np.tile(np.linspace(0, 65535, 150).astype(np.uint16), (100, 1))
+MODES = {
+    "RGB;16": DEEP,
+    "RGBA;16": np.dstack([DEEP, HOLES]),
+    "LA;16": np.dstack([DEEP[..., 1], HOLES]),
+}
+
+
+def png(pixels: Pixels) -> bytes:
+    return bytes(imagecodecs.png_encode(np.ascontiguousarray(pixels)))
+
+
+def tiff(pixels: Pixels, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, metadata=None, **options)
+    return buffer.getvalue()
+
+
+def decode(file: bytes) -> images.Picture:
+    return images.decode(file, max_pixels=10**6)
+
+
+def painted(picture: images.Picture, colour: Any, where: slice) -> images.Picture:
+    """The picture with a square of one colour; alpha as it was, unless the colour has one."""
+    pixels = picture.pixels.copy()
+    pixels[where, where, : len(colour)] = colour
+    touched = np.zeros(pixels.shape[:2], np.bool_)
+    touched[where, where] = True
+    return picture.replace(pixels, touched=touched)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_sixteen_bits_come_in_and_go_out(mode: str) -> None:
+    picture = decode(png(MODES[mode]))
+    assert picture.mode == mode
+    assert np.array_equal(picture.pixels, MODES[mode])
+    after = images.encode(painted(picture, [1, 2, 3][: 1 if mode == "LA;16" else 3], slice(5, 9)))
+    read = imagecodecs.png_decode(after)
+    assert read[6, 6, 0] == 1
+    read[5:9, 5:9] = MODES[mode][5:9, 5:9]
+    assert np.array_equal(read, MODES[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_engines_see_eight_bits_and_masks_the_alpha(mode: str) -> None:
+    picture = decode(png(MODES[mode]))
+    green = 0 if mode == "LA;16" else 1
+    assert np.array_equal(picture.rgb()[..., 1], MODES[mode][..., green] >> 8)
+    if picture.has_alpha:
+        assert np.array_equal(masks.alpha_mask(picture), 255 - (HOLES >> 8))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "BMP"])
+def test_a_format_of_eight_bits_is_refused_with_the_remedy(format: str) -> None:
+    with pytest.raises(ImageError, match="cannot hold 16-bit colour; write PNG or TIFF"):
+        images.encode(decode(png(DEEP)), format=format)
+
+
+def test_sixteen_bits_go_from_png_to_tiff_and_back() -> None:
+    for mode, pixels in MODES.items():
+        across = images.encode(decode(png(pixels)), format="TIFF")
+        assert np.array_equal(tifffile.imread(io.BytesIO(across)), pixels)
+        assert decode(across).mode == mode
+        assert np.array_equal(
+            imagecodecs.png_decode(images.encode(decode(across), format="PNG")), pixels
+        )
+
+
+@pytest.mark.parametrize("library", ["imagecodecs", "tifffile"])
+def test_without_the_library_the_error_names_the_remedy(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = png(DEEP) if library == "imagecodecs" else tiff(DEEP)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(EngineUnavailable, match=rf"{library}.*inpaint-batch\[opencv\]"):
+        decode(file)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zstd"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_deep_file_that_ends_too_early_is_refused(compression: Any, share: float) -> None:
+    for file in (png(DEEP), tiff(DEEP, compression=compression)):
+        with pytest.raises(ImageError):
+            decode(file[: int(len(file) * share)])
+
+
+def test_a_missing_strip_is_damage_not_black() -> None:
+    file = bytearray(tiff(DEEP, rowsperstrip=10))
+    lengths = read_directory(file).entries[279]
+    file[lengths.place : lengths.place + 4] = bytes(4)
+    with pytest.raises(ImageError, match="damaged"):
+        decode(bytes(file))
+
+
+FIVE = np.dstack([DEEP, HOLES, HOLES])
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "two extra channels": (
+        tiff(FIVE, photometric="rgb", extrasamples=["unassalpha", "unspecified"]),
+        "2 extra channels",
+    ),
+    "an unnamed channel": (
+        tiff(MODES["RGBA;16"], photometric="rgb", extrasamples=["unspecified"]),
+        "unnamed extra channel",
+    ),
+    "floats": (tiff(DEEP.astype(np.float32), photometric="rgb"), "32, 32, 32 bits"),
+    "half floats": (tiff(DEEP.astype(np.float16), photometric="rgb"), "floats"),
+    "signed numbers": (tiff(DEEP.astype(np.int16), photometric="rgb"), "signed"),
+    "deep inks": (tiff(MODES["RGBA;16"], photometric="separated"), "not plain grey or RGB"),
+    "raw": (tiff(DEEP, extratags=[(50706, 1, 4, b"\1\4\0\0", True)]), "DNG"),
+    "pages": (tiff(np.stack([DEEP, DEEP]), photometric="rgb"), "several pages"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_not_be_written_back_is_refused(case: str) -> None:
+    file, reason = REFUSED[case]
+    with pytest.raises(ImageError, match=reason):
+        decode(file)
+
+
+def test_photoshops_layers_which_hold_the_old_picture_go() -> None:
+    layers = b"Adobe Photoshop Document Data Block\0"
+    file = tiff(CAT, photometric="rgb", extratags=[(37724, 7, len(layers), layers, True)])
+    assert layers not in images.encode(painted(decode(file), [1, 2, 3], slice(5, 9)))
+
+
+# Palettes and transparent colours
+
+
+def indexed(colours: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(CAT).quantize(colours).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def opened(file: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(file))
+    image.load()
+    return image
+
+
+def test_a_palette_with_room_takes_new_colours_exactly() -> None:
+    before = indexed(16)
+    after = opened(images.encode(painted(decode(before), [1, 2, 3], slice(5, 9))))
+    assert after.mode == "P"
+    colours = np.asarray(after.convert("RGB"))
+    assert colours[6, 6].tolist() == [1, 2, 3]
+    same = np.asarray(after) == np.asarray(opened(before))
+    assert (~same).sum() == 16
+
+
+def test_a_full_palette_takes_the_nearest_of_its_colours() -> None:
+    picture = decode(indexed(256))
+    colour = picture.pixels[50, 70]
+    after = opened(images.encode(painted(picture, colour, slice(5, 9))))
+    assert (after.mode, len(after.getpalette() or ())) == ("P", 768)
+    assert np.array_equal(np.asarray(after.convert("RGB"))[6, 6], colour)
+
+
+def test_more_new_colours_than_entries_are_quantised() -> None:
+    picture, touched = decode(indexed(200)), np.zeros((100, 150), np.bool_)
+    touched[20:80, 30:110] = True
+    pixels = picture.pixels.copy()
+    pixels[touched] = data.coffee()[100:200, 100:250][touched]
+    after = opened(images.encode(picture.replace(pixels, touched=touched)))
+    seen = np.asarray(after.convert("RGB")).astype(int)
+    assert after.mode == "P"
+    assert np.array_equal(seen[~touched], pixels[~touched])
+    assert np.abs(seen[touched] - pixels[touched]).mean() < 6
+
+
+def test_a_palettes_transparency_stays() -> None:
+    before = indexed(16, transparency=bytes(range(0, 256, 16)))
+    picture = decode(before)
+    after = decode(images.encode(painted(picture, [1, 2, 3], slice(5, 25))))
+    assert opened(images.encode(painted(picture, [1, 2, 3], slice(5, 25)))).mode == "P"
+    assert np.array_equal(after.pixels[..., 3], picture.pixels[..., 3])
+
+
+def test_a_transparency_that_the_palette_lacks_makes_it_rgba() -> None:
+    picture = decode(indexed(256, transparency=bytes([7] * 256)))
+    after = opened(images.encode(painted(picture, [1, 2, 3, 255], slice(5, 9))))
+    assert after.mode == "RGBA"
+    assert after.getpixel((6, 6)) == (1, 2, 3, 255)
+    assert after.getpixel((0, 0)) == tuple(picture.pixels[0, 0].tolist())
+
+
+def test_a_transparent_colour_stays_one_and_no_new_pixel_becomes_transparent() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(CAT).save(buffer, "PNG", transparency=tuple(CAT[0, 0].tolist()))
+    picture = decode(buffer.getvalue())
+    assert picture.mode == "RGBA"
+    clash = painted(picture, CAT[0, 0], slice(50, 60))
+    after = opened(images.encode(clash))
+    assert after.mode == "RGB"
+    assert after.info["transparency"] == tuple(CAT[0, 0].tolist())
+    again = decode(images.encode(clash))
+    assert np.array_equal(again.pixels[..., 3], picture.pixels[..., 3])
+    assert np.abs(again.pixels[55, 55, :3].astype(int) - CAT[0, 0]).max() == 1
+
+
+def test_a_transparent_colour_gives_way_to_alpha_with_values_between() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(CAT).save(buffer, "PNG", transparency=tuple(CAT[0, 0].tolist()))
+    after = opened(images.encode(painted(decode(buffer.getvalue()), [1, 2, 3, 90], slice(5, 9))))
+    assert (after.mode, after.getpixel((6, 6))) == ("RGBA", (1, 2, 3, 90))
