@@ -346,7 +346,8 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
 
 
 def _put_once(bench: Bench, job: LeasedJob, data: bytes, seen: str | None) -> str:
-    jobs.confirm(bench.db, job, lease_seconds=bench.settings.lease_seconds)
+    lease = bench.settings.lease_seconds
+    _persist(bench, lambda: jobs.confirm(bench.db, job, lease_seconds=lease))
     token = f"{job.id}-{job.attempt}"
     return bench.storage.put(job.output, data, if_version=seen, token=token)
 
