@@ -18,7 +18,7 @@ from typing import Any
 import celery.worker.consumer
 import click
 from celery import Celery, signals
-from celery.exceptions import Reject, SecurityWarning
+from celery.exceptions import CPendingDeprecationWarning, Reject, SecurityWarning
 from celery.worker import state as celery_state
 from celery.worker.state import maybe_shutdown
 
@@ -203,12 +203,21 @@ class Consumer(celery.worker.consumer.Consumer):
     """Looks for a lost broker every second; Celery would wait up to half a minute."""
 
     def ensure_connected(self, conn: Any) -> Any:
+        said: list[str] = []
+
         def say(error: Exception, _interval: float) -> None:
-            log.warning("broker %s: %s; trying again every second", conn.as_uri(), error)
+            if not said:
+                log.warning("broker %s: %s; trying again every second", conn.as_uri(), error)
+            said.append(str(error))
 
         conn.ensure_connection(
             say, interval_start=1, interval_step=0, interval_max=1, callback=maybe_shutdown
         )
+        while conn.default_channel.client.role()[0] in (b"slave", "slave"):
+            # In a failover; consuming is writing, and Celery would connect sixty times a second.
+            say(ConnectionError("it is a replica"), 1)
+            maybe_shutdown()
+            time.sleep(1)
         return conn
 
 
@@ -271,9 +280,20 @@ def _configure_logging(level: str, name: str) -> None:
     )
     for noisy in ("celery", "kombu", "botocore", "PIL"):
         logging.getLogger(noisy).setLevel("WARNING")
-    # Celery warns root of pickled messages; ours are JSON.
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_without_celery_s_traceback)
+    # Celery warns root of pickled messages; ours are JSON. And at each loss of the broker it
+    # announces what a later version will do.
     warnings.filterwarnings("ignore", category=SecurityWarning)
+    warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     signals.setup_logging.connect(lambda **_: None, weak=False)
+
+
+def _without_celery_s_traceback(record: logging.LogRecord) -> bool:
+    """A broker that fails is one line, not the sixty of redis, kombu and Celery."""
+    if record.name.startswith("celery.worker"):
+        record.exc_info = None
+    return True
 
 
 if __name__ == "__main__":

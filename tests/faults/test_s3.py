@@ -1,0 +1,108 @@
+"""S3 that is busy, silent, slow, or cuts its answers, and S3 that says no."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Bucket
+from tests.faults.http_proxy import Answer, Fault, FaultProxy, Request
+from tests.faults.site import PICTURES, Catalog, Site, pause
+from tests.workers.fleet import Fleet, wait_for
+
+
+@pytest.fixture
+def proxy(s3_environment: dict[str, str]) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_environment["AWS_ENDPOINT_URL"]).serving() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3_site(
+    catalog: Catalog,
+    s3: Bucket,
+    proxy: FaultProxy,
+    postgres_url: str,
+    redis_url: str,
+    tmp_path: Path,
+) -> Iterator[Site]:
+    """Pictures and results in a bucket; the workers reach it through the proxy."""
+    for number in range(PICTURES):
+        for path in (catalog.image(number), catalog.mask(number)):
+            s3.client.upload_file(path, s3.name, f"in/{Path(path).name}")
+    fleet = Fleet(postgres_url, redis_url, tmp_path.resolve())
+    site = Site(fleet=fleet, catalog=catalog, inputs=s3.uri("in"), outputs=s3.uri("out"))
+    fleet.environment |= {"AWS_ENDPOINT_URL": proxy.url, "FAULTS_S3_TIMEOUT": "0.5"}
+    yield site
+    fleet.close()
+
+
+_chance = random.Random(3)
+
+
+def sometimes(share: float, answer: Answer, *, methods: str = "GET PUT HEAD") -> Fault:
+    def fault(request: Request) -> Answer | None:
+        chosen = request.method in methods.split() and _chance.random() < share
+        return answer if chosen else None
+
+    return fault
+
+
+def burst(request: Request) -> Answer | None:
+    """Everything is refused for sixty requests: botocore's own retries do not bridge that."""
+    return Answer(status=503, code="SlowDown") if request.number < 60 else None
+
+
+FAULTS: dict[str, Fault] = {
+    "503 bursts": burst,
+    "503 here and there": sometimes(0.2, Answer(status=503, code="SlowDown")),
+    "timeouts": sometimes(0.1, Answer(silent_seconds=1)),
+    "resets in the middle of a body": sometimes(0.2, Answer(part=0.5, reset=True), methods="GET"),
+    "truncated bodies": sometimes(0.2, Answer(part=0.5), methods="GET"),
+    "answers to a PUT that are lost": sometimes(0.2, Answer(part=0, reset=True), methods="PUT"),
+    "a slow link": sometimes(1.0, Answer(seconds_per_kib=0.02)),
+}
+
+
+def test_whatever_s3_does_every_job_ends_well(s3_site: Site, proxy: FaultProxy) -> None:
+    s3_site.fleet.environment["INPAINT_MAX_FAILURES"] = "50"
+    s3_site.fleet.start("--concurrency", "4")
+    for name, fault in FAULTS.items():
+        proxy.set(fault)
+        s3_site.add(25, prompt="")
+        s3_site.finish()
+        assert proxy.met, name
+    proxy.set(None)
+    s3_site.check()
+
+
+def test_what_s3_refuses_or_does_not_have_fails_at_once_with_its_code(
+    s3_site: Site, proxy: FaultProxy
+) -> None:
+    status = {"/in/1.png": 403, "/in/2-mask.png": 404}
+    refused = {path: Answer(status=number) for path, number in status.items()}
+    proxy.set(lambda r: next((a for path, a in refused.items() if r.path.endswith(path)), None))
+    ids = s3_site.add(12)
+    s3_site.fleet.start("--concurrency", "2")
+    s3_site.finish()
+    failed = dict.fromkeys(ids[0::6], "object_denied") | dict.fromkeys(ids[1::6], "object_missing")
+    assert {len(s3_site.fleet.bench.attempts(job)) for job in failed} == {1}
+    s3_site.check(failed=failed)
+
+
+def test_a_bucket_that_refuses_results_pauses_the_worker(s3_site: Site, proxy: FaultProxy) -> None:
+    s3_site.add(30)
+    s3_site.fleet.start("--concurrency", "2")
+    s3_site.await_some(5)
+    proxy.set(lambda r: Answer(status=403, code="AccessDenied") if r.method == "PUT" else None)
+    wait_for(lambda: s3_site.fleet.log().count("pausing until it can be written") == 2)
+    done = s3_site.count("succeeded")
+    pause(1)
+    assert s3_site.count("succeeded") == done
+    proxy.set(None)
+    s3_site.finish()
+    assert {len(s3_site.fleet.bench.attempts(job)) for job in s3_site.expected} == {1}
+    s3_site.check()
