@@ -60,7 +60,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
 def alpha_mask(picture: Picture) -> Grey:
     """The mask in a picture's own alpha: the more transparent, the whiter.
 
-    With the usual threshold of 128, alpha below 128 is repainted. Raises MaskError where the
+    With the default threshold of 48, alpha below 208 is repainted. Raises MaskError where the
     picture has no alpha channel.
     """
     alpha = picture.alpha()

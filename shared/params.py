@@ -77,7 +77,7 @@ class Params:
     scheduler: Scheduler = "ddim"
     width: int = 512
     height: int = 512
-    mask_threshold: int = 128
+    mask_threshold: int = 48
     mask_dilation: int = 0
     mask_feather: int = 0
     mask_invert: bool = False

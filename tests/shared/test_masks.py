@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shared import images, masks
 from shared.errors import MaskError
 from shared.masks import Grey
-from shared.params import MaskFit
+from shared.params import MaskFit, Params
 
 LIMIT = 10_000_000
 MASK = np.zeros((100, 150), np.uint8)
@@ -75,6 +75,13 @@ def test_noise_round_black_and_white_falls_to_the_threshold() -> None:
     found = masks.binary(read(TEXT.convert("RGB"), "JPEG", quality=60), threshold=128)
     assert np.count_nonzero(found != (WRITTEN >= 128)) < 0.01 * np.count_nonzero(WRITTEN)
     assert not found[:40].any()
+
+
+def test_the_soft_edge_of_a_mark_lies_in_the_mask_it_is_drawn_with() -> None:
+    """The mask of a faint mark, saved as its opacity, has no white at all."""
+    faint = (WRITTEN * 0.4).astype(np.uint8)
+    missed = faint[~masks.binary(faint, threshold=Params().mask_threshold)]
+    assert missed.sum() < 0.03 * faint.sum()
 
 
 @pytest.mark.parametrize("pixels", [MASK // 255, (MASK // 255).astype(np.uint16)])
@@ -164,7 +171,7 @@ def test_an_empty_layer_is_an_empty_mask() -> None:
     assert not read(layer((0, 0, 0), np.zeros_like(MASK))).any()
 
 
-def test_the_alpha_mask_repaints_alpha_below_128() -> None:
+def test_the_alpha_mask_is_whiter_where_the_picture_is_more_transparent() -> None:
     pixels = np.zeros((1, 4, 4), np.uint8)
     pixels[0, :, 3] = [0, 127, 128, 255]
     grey = masks.alpha_mask(images.decode(save(pixels), max_pixels=LIMIT))
