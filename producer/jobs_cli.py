@@ -18,6 +18,7 @@ from rich.text import Text
 
 from producer import audit, doctor, terminal
 from producer.command import broker_note, friendly, parse_sets
+from producer.replay import replay
 from shared import embedded, jobs, schema, settings
 from shared import presets as named
 from shared.db import Database
@@ -138,6 +139,27 @@ def show(job: int, as_json: bool) -> None:
             return
         for table in terminal.story_tables(story):
             terminal.out().print(table)
+
+
+@jobs_command.command("replay")
+@click.argument("job", type=ID)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda:N.")
+@click.option("--root", "roots", multiple=True, type=click.Path(exists=True, file_okay=False),
+              help="Folder that local files may lie under. Repeatable.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
+def replay_command(job: int, device: str, roots: tuple[str, ...], as_json: bool) -> None:
+    """Run a finished job again from its record, here; exit 1 unless the result is the same.
+
+    Nothing is published and the record stays as it is.
+    """
+    with _opened() as (configured, _):
+        found = replay(configured, job, device=device, roots=[Path(root) for root in roots])
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        differs = f" ({', '.join(found['differs'])} changed)" if found["differs"] else ""
+        click.echo(f"job {job}: {'the same' if found['same'] else 'another'} result{differs}")
+    sys.exit(0 if found["same"] else 1)
 
 
 @jobs_command.command()

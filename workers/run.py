@@ -1,18 +1,14 @@
-"""One job, top to bottom: acquire, fetch, decode, plan, inpaint, composite, encode, put, finish."""
+"""One job, top to bottom: acquire, render, put, end."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 
-import numpy as np
-
-from shared import images, jobs, masks, regions
+from shared import jobs
 from shared.db import Database
 from shared.errors import (
     Cancelled,
@@ -22,18 +18,14 @@ from shared.errors import (
     LeaseLost,
     OutputConflict,
     OutputRefused,
-    Released,
 )
-from shared.images import Picture
 from shared.jobs import AttemptRecord, Holder, LeasedJob
-from shared.masks import Mask
-from shared.params import MAX_SEED, is_file, is_native
-from shared.regions import Region
 from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage, remove_leftovers
-from workers import composite
-from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
+from workers.engines.protocol import Engine, Interruption
+from workers.holding import Running, Stages
+from workers.render import Kit, render
 
 log = logging.getLogger(__name__)
 
@@ -53,73 +45,6 @@ class Bench:
     holder: Holder
     running: Running
     retry: RetryPolicy
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held:
-    """A job in this process's hands."""
-
-    job: LeasedJob
-    record: AttemptRecord
-    interruption: Interruption
-
-
-class Running:
-    """The jobs in this process's hands; shared by job threads, upkeep and shutdown."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], Held] = {}
-        self._taken: list[int] = []
-        self._stopping = False
-        # Set where the database did not answer: a lease may be ours without our knowing it.
-        self.may_have_orphans = False
-
-    @property
-    def stopping(self) -> bool:
-        return self._stopping
-
-    @contextmanager
-    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[Interruption]:
-        held = Held(job=job, record=record, interruption=Interruption())
-        with self._lock:
-            self._held[job.id, job.attempt] = held
-            if self._stopping:
-                held.interruption.set(_released())
-        try:
-            yield held.interruption
-        finally:
-            with self._lock:
-                del self._held[job.id, job.attempt]
-
-    @contextmanager
-    def taking(self, job: int) -> Iterator[None]:
-        """While a message is worked on; the job may be leased without our knowing it yet."""
-        with self._lock:
-            self._taken.append(job)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._taken.remove(job)
-
-    def taken(self) -> set[int]:
-        with self._lock:
-            return set(self._taken)
-
-    def held(self) -> list[Held]:
-        with self._lock:
-            return list(self._held.values())
-
-    def release_all(self) -> None:
-        """Every job stops at its next step, and no new one starts. Safe in a signal handler."""
-        self._stopping = True
-        for held in list(self._held.values()):
-            held.interruption.set(_released())
-
-
-def _released() -> Released:
-    return Released("the worker is shutting down")
 
 
 def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None:
@@ -178,128 +103,10 @@ def _inpaint(
     bench: Bench, job: LeasedJob, record: AttemptRecord, interruption: Interruption
 ) -> str:
     """Everything between the lease and the result's publication; the output's new version."""
-    stage = _Stages(record, interruption)
-    with stage("fetch"):
-        fetched = _fetch(bench, job, record)
-    with stage("decode"):
-        picture, mask = _decode(bench.settings, job, fetched)
-        record.width, record.height = picture.size
-    with stage("plan"):
-        plan = _plan(job, mask)
-        record.regions, record.windows = len(plan), sum(len(r.windows) for r in plan)
-    with stage("inpaint"):
-        report = Report()
-        filled = _fill(bench.engine, job, picture, mask, plan, interruption, report)
-        record.memory_mode = report.memory or None
-    with stage("composite"):
-        result = composite.composite(
-            picture, mask, plan, filled, job.params, fill_alpha=job.mask == "alpha"
-        )
-    with stage("encode"):
-        data = images.encode(result, format=_output_format(job))
-        record.result_sha256 = sha256(data).hexdigest()
-    with stage("put"):
-        return _put_patiently(bench, job, data, fetched.output_version, interruption)
-
-
-class _Stages:
-    """Times each stage into the record; an interruption is noticed between stages."""
-
-    def __init__(self, record: AttemptRecord, interruption: Interruption) -> None:
-        self._record = record
-        self._interruption = interruption
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self._interruption.check()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._record.timings[name] = time.perf_counter() - start
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fetched:
-    """output_version: what lay at the output before the work began; None: nothing."""
-
-    image: bytes
-    mask: bytes | None
-    output_version: str | None
-
-
-def _fetch(bench: Bench, job: LeasedJob, record: AttemptRecord) -> _Fetched:
-    cap = bench.settings.max_object_bytes
-    before = bench.storage.stat(job.output)
-    image = bench.storage.get(job.image, max_bytes=cap)
-    record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
-    mask = None
-    if is_file(job.mask):
-        mask = bench.storage.get(job.mask, max_bytes=cap)
-        record.mask_sha256, record.mask_version = sha256(mask.data).hexdigest(), mask.version
-    return _Fetched(
-        image=image.data,
-        mask=mask.data if mask else None,
-        output_version=before.version if before else None,
-    )
-
-
-def _decode(settings: Settings, job: LeasedJob, fetched: _Fetched) -> tuple[Picture, Mask]:
-    """The picture, and where it is repainted: (H, W) bool."""
-    picture = images.decode(fetched.image, max_pixels=settings.max_pixels)
-    if fetched.mask is not None:
-        grey = masks.decode_mask(fetched.mask, max_pixels=settings.max_pixels)
-    elif job.mask == "alpha":
-        grey = masks.alpha_mask(picture)
-    else:
-        grey = masks.box_mask(masks.parse_box(job.mask), picture.size)
-    masks.check_size(grey, picture.size)
-    repainted = masks.binary(grey, threshold=job.params.mask_threshold)
-    return picture, masks.dilate(repainted, job.params.mask_dilation)
-
-
-def _plan(job: LeasedJob, mask: Mask) -> tuple[Region, ...]:
-    params = job.params
-    window = (params.width, params.height)
-    return regions.plan(mask, mode=params.mode, window=window, native=is_native(job.engine))
-
-
-def _fill(
-    engine: Engine,
-    job: LeasedJob,
-    picture: Picture,
-    mask: Mask,
-    plan: tuple[Region, ...],
-    interruption: Interruption,
-    report: Report,
-) -> list[Pixels]:
-    """Submits all regions before waiting for the first, so that they can share batches."""
-    if not plan:
-        return []
-    rgb = picture.rgb()
-    futures = []
-    for index, region in enumerate(plan):
-        image, region_mask = composite.cut(rgb, mask, region)
-        work = RegionWork(
-            image=image,
-            mask=region_mask,
-            windows=region.windows,
-            params=job.params,
-            seed=(job.params.seed + index) % (MAX_SEED + 1),
-            interruption=interruption,
-            report=report,
-        )
-        futures.append(engine.submit(work))
-    return [np.asarray(future.result()) for future in futures]
-
-
-def _output_format(job: LeasedJob) -> str | None:
-    """What the output's name asks for; None, the image's own, where it asks for no change.
-
-    The image may not be what its name says; a PNG called .jpg stays a PNG.
-    """
-    asked = images.format_of(job.output)
-    return None if asked == images.format_of(job.image) else asked
+    kit = Kit(settings=bench.settings, storage=bench.storage, engine=bench.engine)
+    rendered = render(kit, job, record, interruption)
+    with Stages(record, interruption)("put"):
+        return _put_patiently(bench, job, rendered.data, rendered.replaces, interruption)
 
 
 def _put_patiently(

@@ -44,9 +44,10 @@ from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
-from workers.engines.options import EngineOptions
+from workers.engines.options import engine_options
 from workers.engines.protocol import Engine
-from workers.run import Bench, Running, give_back, run_job
+from workers.holding import Running
+from workers.run import Bench, give_back, run_job
 from workers.turns import Turns
 from workers.upkeep import Upkeep
 
@@ -81,7 +82,7 @@ def main(
     try:
         configured = settings.load(**how)
         _configure_logging(configured.log_level, name)
-        loaded = load_engine(engine, _options(configured, device))
+        loaded = load_engine(engine, engine_options(configured, device))
         if check:
             click.echo(f"{loaded.name}: {loaded.revision} on {loaded.device}")
             loaded.close()
@@ -95,19 +96,6 @@ def main(
         sys.exit(1)
     threads = concurrency or _default_concurrency(loaded)
     sys.exit(_consume(bench, name, threads))
-
-
-def _options(configured: Settings, device: str) -> EngineOptions:
-    # Read by torch when it first compiles; what one start compiled the next one finds.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(configured.home / "compiled"))
-    return EngineOptions(
-        device=device,
-        max_batch=None if configured.max_batch == "auto" else configured.max_batch,
-        attention=configured.attention,
-        compile=configured.compile,
-        memory=configured.memory,
-        deterministic=configured.deterministic,
-    )
 
 
 def _default_concurrency(engine: Engine) -> int:

@@ -105,8 +105,13 @@ class Picture:
         return _eight_bits(self.pixels[..., -1]) if self.has_alpha else None
 
     def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> Picture:
-        """The picture with other pixels of the same shape and depth. touched: (H, W)."""
+        """The picture with other pixels of the same shape and depth.
+
+        touched: (H, W), those that differ from this picture's; earlier ones stay touched.
+        """
         pixels.flags.writeable = False
+        if self.touched is not None:
+            touched = touched | self.touched
         return replace(self, pixels=pixels, touched=touched if touched.any() else None)
 
 

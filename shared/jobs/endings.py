@@ -38,7 +38,7 @@ class AttemptRecord:
     inputs: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     reseeds: int = 0
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
     score: float | None = None
     review: str | None = None
     memory_mode: str | None = None
@@ -48,9 +48,8 @@ class AttemptRecord:
         row = asdict(self)
         for name in ("score", "review") if self.seed is not None else ("score", "review", "seed"):
             del row[name]
-        for name in ("timings", "scores"):
-            row[name] = json.dumps({k: round(v, 6) for k, v in row[name].items()})
-        row["scores"] = row["scores"] if self.scores else None
+        row["timings"] = json.dumps({k: round(v, 6) for k, v in self.timings.items()})
+        row["scores"] = json.dumps(self.scores) if self.scores else None
         row["inputs"] = json.dumps(self.inputs) if self.inputs else None
         return row
 

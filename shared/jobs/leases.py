@@ -42,6 +42,7 @@ class LeasedJob:
     mask: str
     output: str
     params: Params
+    priority: int
     failures: int
 
 
@@ -72,6 +73,7 @@ _acquire = (
         Job.output,
         Job.params,
         Job.seed,
+        Job.priority,
         Job.failures,
     )
 )
@@ -109,6 +111,7 @@ def acquire(
         mask=row.mask,
         output=row.output,
         params=Params.from_json(row.params, seed=row.seed),
+        priority=row.priority,
         failures=row.failures,
     )
 

@@ -266,6 +266,14 @@ def test_nul_in_a_cell_is_a_problem_of_its_row(tmp_path: Path, name: str) -> Non
     assert problem.text == "id: 'x\\x00y' holds NUL or half a character"
 
 
+def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
+    row = {"image": "a.png", "mask": "b.png", "mask_invert": True, "passes": [{"strength": 1}]}
+    (found,) = rows(tmp_path, json.dumps(row), name="m.jsonl")
+    assert isinstance(found, Row)
+    assert found.cells["mask_invert"] == "True"
+    assert json.loads(found.cells["passes"]) == [{"strength": 1}]
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

@@ -16,9 +16,9 @@ from shared.params import Params, engine_name
 from shared.storage import Storage
 from shared.submissions import NewJob
 
-OPTIONS = Options(manifest="/work/m.csv", output="/work/m-out", engine="sd2")
+OPTIONS = Options(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
 ON_S3 = replace(OPTIONS, manifest="s3://bucket/jobs/m.csv", output="s3://bucket/jobs/m-out")
-STORE = Storage(roots=[Path("/work"), Path("/more")], buckets=("bucket",))
+STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
 
 
 def resolved(options: Options = OPTIONS, **cells: str) -> NewJob | list[Problem]:
@@ -49,17 +49,17 @@ def params(found: NewJob) -> Params:
 @pytest.mark.parametrize(
     ("options", "cells", "expected"),
     [
-        (OPTIONS, {}, ("/work/a.png", "/work/b.png", "/work/m-out/a.png")),
+        (OPTIONS, {}, ("/data/a.png", "/data/b.png", "/data/m-out/a.png")),
         (
             OPTIONS,
             {"image": "in/x/a.png"},
-            ("/work/in/x/a.png", "/work/b.png", "/work/m-out/a.png"),
+            ("/data/in/x/a.png", "/data/b.png", "/data/m-out/a.png"),
         ),
-        (OPTIONS, {"output": "r/c.jpg"}, ("/work/a.png", "/work/b.png", "/work/r/c.jpg")),
+        (OPTIONS, {"output": "r/c.jpg"}, ("/data/a.png", "/data/b.png", "/data/r/c.jpg")),
         (
             OPTIONS,
             {"image": "s3://bucket/k+%2F.png"},
-            ("s3://bucket/k+%2F.png", "/work/b.png", "/work/m-out/k+%2F.png"),
+            ("s3://bucket/k+%2F.png", "/data/b.png", "/data/m-out/k+%2F.png"),
         ),
         (
             ON_S3,
@@ -74,12 +74,12 @@ def params(found: NewJob) -> Params:
         (
             replace(OPTIONS, output="/more/out", has_output=True),
             {"output": "c.png"},
-            ("/work/a.png", "/work/b.png", "/more/out/c.png"),
+            ("/data/a.png", "/data/b.png", "/more/out/c.png"),
         ),
         (
             replace(OPTIONS, output="s3://bucket", has_output=True),
             {},
-            ("/work/a.png", "/work/b.png", "s3://bucket/a.png"),
+            ("/data/a.png", "/data/b.png", "s3://bucket/a.png"),
         ),
     ],
 )
@@ -96,12 +96,12 @@ def test_a_mask_may_be_no_file(mask: str) -> None:
 
 
 def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
-    options = replace(OPTIONS, mask="/work/all.png")
+    options = replace(OPTIONS, mask="/data/all.png")
     row = Row(line=2, cells={"image": "a.png"})
     found = Resolver(options, STORE).job(row)
     assert isinstance(found, NewJob)
-    assert found.mask == "/work/all.png"
-    assert job(options).mask == "/work/b.png"
+    assert found.mask == "/data/all.png"
+    assert job(options).mask == "/data/b.png"
 
 
 @pytest.mark.parametrize(
@@ -116,14 +116,14 @@ def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
         ({"image": "../a.png"}, "image: '../a.png': '..' is refused"),
         (
             {"image": "/etc/a.png"},
-            "image: '/etc/a.png' is outside the allowed folders (/work, /more); add its",
+            "image: '/etc/a.png' is outside the allowed folders (/data, /more); add its",
         ),
         ({"mask": "s3://no/b.png"}, "mask: 's3://no/b.png': 'no' is not a bucket name"),
         ({"mask": "s3://other/b.png"}, "mask: 's3://other/b.png': bucket 'other' is not allowed"),
         ({"image": "in/"}, "image: 'in/' is a folder; name the file"),
         ({"output": "out/"}, "output: 'out/' is a folder; name the file"),
-        ({"output": "a.png"}, "output: '/work/a.png' is also an input; choose another output"),
-        ({"output": "./b.png"}, "output: '/work/b.png' is also an input"),
+        ({"output": "a.png"}, "output: '/data/a.png' is also an input; choose another output"),
+        ({"output": "./b.png"}, "output: '/data/b.png' is also an input"),
         ({"output": "/etc/c.png"}, "output: '/etc/c.png' is outside the allowed folders"),
         ({"engine": "sd3"}, "engine: 'sd3' is not known; use sd2, opencv or diffusers:"),
         ({"priority": "high"}, "priority: 'high' is not allowed; use a whole number from -1000"),
@@ -304,3 +304,76 @@ def test_every_wrong_parameter_of_a_row_is_named() -> None:
         "seed",
         "strength",
     ]
+
+
+# --- rounds, text, format --------------------------------------------------------------------
+
+
+def test_passes_name_masks_beside_the_manifest_and_the_first_replaces_the_row_s() -> None:
+    passes = [{"mask": "face.png", "prompt": "a face"}, {"mask": "eyes.png", "strength": 0.6}]
+    found = job(passes=json.dumps(passes))
+    assert found.mask == "/data/face.png"
+    (_, first), (eyes, second) = params(found).rounds()
+    assert (first.prompt, eyes) == ("a face", "/data/eyes.png")
+    assert (second.prompt, second.strength) == ("a face", 0.6)
+
+
+def test_a_detail_mask_is_a_second_round() -> None:
+    found = job(preset="faces", detail_mask="in/eyes.png", detail_prompt="green eyes")
+    assert [mask for mask, _ in params(found).rounds()] == ["", "/data/in/eyes.png"]
+    assert params(found).rounds()[1][1].prompt == "green eyes"
+    on_s3 = job(ON_S3, detail_mask="eyes.png")
+    assert params(on_s3).passes[0].mask == "s3://bucket/jobs/eyes.png"
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"passes": "[{]"}, "passes: not JSON: "),
+        ({"passes": "{}"}, "passes: write a list of objects"),
+        ({"passes": "[]"}, "passes: write a list of objects"),
+        ({"passes": "[1]"}, "passes: write a list of objects"),
+        ({"passes": json.dumps([{}] * 9)}, "passes: 9 are too many; use at most 8"),
+        ({"passes": '[{"mask": "../m.png"}]'}, "'..' is refused"),
+        ({"detail_mask": "http://x/m.png"}, "http:// is not supported"),
+        ({"text_font": "/etc/font.ttf"}, "/etc/font.ttf"),
+        ({"detail_prompt": "eyes"}, "detail_mask: empty"),
+    ],
+)
+def test_a_bad_round_is_named(cells: dict[str, str], message: str) -> None:
+    assert any(message in text for text in problems(**cells))
+
+
+def test_a_style_column_wins_over_the_option() -> None:
+    options = replace(OPTIONS, prompt="a cup", style="ink")
+    assert params(job(options)).prompt == "a cup, ink"
+    assert params(job(options, style="oil")).prompt == "a cup, oil"
+
+
+def test_a_font_lies_beside_the_manifest() -> None:
+    assert params(job(text="A", text_font="fonts/a.ttf")).text_font == "/data/fonts/a.ttf"
+
+
+@pytest.mark.parametrize(
+    ("cells", "output"),
+    [
+        ({"format": "webp"}, "/data/m-out/a.webp"),
+        ({"format": "jpeg"}, "/data/m-out/a.jpg"),
+        ({"format": "jpeg", "image": "b.JPEG"}, "/data/m-out/b.JPEG"),
+        ({"format": "png", "image": "scan.2"}, "/data/m-out/scan.2.png"),
+        ({"format": "tiff", "output": "r/x.tif"}, "/data/r/x.tif"),
+        ({"format": "tiff", "output": "r/x"}, "/data/r/x"),
+    ],
+)
+def test_a_format_names_the_output(cells: dict[str, str], output: str) -> None:
+    assert job(**cells).output == output
+
+
+def test_a_format_for_all_rows_names_their_outputs_too() -> None:
+    options = replace(OPTIONS, values={"format": "png"})
+    assert job(options, image="a.jpg").output == "/data/m-out/a.png"
+
+
+def test_a_name_that_contradicts_its_format_is_refused() -> None:
+    (text,) = problems(output="x.png", format="jpeg")
+    assert text == "output: 'x.png' contradicts format jpeg; drop one of them"

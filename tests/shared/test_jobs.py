@@ -204,6 +204,7 @@ def test_acquire_leases_the_job_and_opens_its_attempt(table: JobTable) -> None:
         mask=table.job(job).mask,
         output=table.job(job).output,
         params=params,
+        priority=0,
         failures=0,
     )
     row, (attempt,) = table.job(job), table.attempts(job)
@@ -590,7 +591,7 @@ def test_a_selection_restricts_by_everything_it_names(table: JobTable) -> None:
     for job, error in ((one, HOPELESS), (two, InpaintError("odd")), (other, HOPELESS)):
         leased = jobs.LeasedJob(
             id=job, attempt=1, engine=ENGINE, image="", mask="", output="", params=Params(),
-            failures=0,
+            priority=0, failures=0,
         )  # fmt: skip
         jobs.fail(table.db, leased, AttemptRecord(), error, LATER)
     chosen = Selection(

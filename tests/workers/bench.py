@@ -26,7 +26,8 @@ from shared.settings import Settings
 from shared.storage import Storage
 from shared.submissions import NewJob
 from workers.engines.protocol import Pixels, RegionWork
-from workers.run import Bench, Running, run_job
+from workers.holding import Running
+from workers.run import Bench, run_job
 
 
 @dataclass
@@ -62,12 +63,13 @@ class Workbench:
         self.folder = folder
         self.db = Database(make_url(url))
         schema.upgrade(self.db)
+        engine = engine or Painter()
         self.bench = Bench(
             settings=Settings(_env_file=None, home=folder / "home", **settings),
             db=self.db,
             storage=Storage(roots=[folder.resolve()], buckets=()),
-            engine=engine or Painter(),
-            holder=Holder(worker="test-1", device="cpu", engine_revision="painter 1"),
+            engine=engine,
+            holder=Holder(worker="test-1", device="cpu", engine_revision=engine.revision),
             running=Running(),
             retry=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
         )
@@ -79,7 +81,7 @@ class Workbench:
     def add(self, *, image: str, mask: str, output: str, engine: str = "sd2", **params: Any) -> int:
         """Records one job and returns its id."""
         self._lines += 1
-        resolved = Params(**{"mask_feather": 0, "seed": 7, **params})
+        resolved = Params(**{"mask_feather": 0, "seed": 7, "gate": "off", **params})
         key = jobs.content_key(
             image=image,
             mask=mask,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.settings import Attention, Compile, MemoryMode
+from shared.settings import Attention, Compile, MemoryMode, Settings
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
@@ -35,3 +36,17 @@ class EngineOptions:
     graphs: bool = True
     memory: tuple[MemoryMode, ...] = ()
     deterministic: bool = False
+
+
+def engine_options(settings: Settings, device: str) -> EngineOptions:
+    """What the settings ask for; what one process compiles, the next one finds in their home."""
+    # Read by torch when it first compiles.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
+    return EngineOptions(
+        device=device,
+        max_batch=None if settings.max_batch == "auto" else settings.max_batch,
+        attention=settings.attention,
+        compile=settings.compile,
+        memory=settings.memory,
+        deterministic=settings.deterministic,
+    )

@@ -1,0 +1,80 @@
+"""Replaying a finished job from its record, with the real OpenCV engine in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from producer.replay import replay
+from shared import jobs
+from shared.errors import InpaintError
+from shared.jobs import Selection
+from tests.workers.bench import Workbench
+from workers.engines import load_engine
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    url = f"sqlite:///{tmp_path / 'inpaint.db'}"
+    monkeypatch.setenv("INPAINT_DATABASE_URL", url)
+    engine = load_engine("opencv", device="cpu")
+    bench = Workbench(url, tmp_path, engine, database_url=url, roots=(tmp_path,))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def finished(bench: Workbench) -> int:
+    size = (200, 160)
+    job = bench.add(
+        image=bench.picture("in.jpg", size),
+        mask=bench.mask("mask.png", size, (50, 50, 90, 80)),
+        output=bench.path("out.jpg"),
+        engine="opencv",
+    )
+    bench.run(job, engine="opencv")
+    assert bench.job(job).state == "succeeded"
+    return job
+
+
+def replayed(bench: Workbench, job: int) -> dict[str, object]:
+    return replay(bench.bench.settings, job, device="cpu", roots=[bench.folder])
+
+
+def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
+    bench: Workbench, finished: int
+) -> None:
+    before = bench.job(finished), bench.attempts(finished)
+    Path(bench.path("out.jpg")).unlink()
+    found = replayed(bench, finished)
+    assert found["same"] is True
+    assert found["result_sha256"] == before[0].result_sha256
+    assert (bench.job(finished), bench.attempts(finished)) == before
+    assert not Path(bench.path("out.jpg")).exists()
+
+
+def test_what_has_changed_since_is_named(bench: Workbench, finished: int) -> None:
+    bench.picture("in.jpg", (200, 160), seed=1)
+    found = replayed(bench, finished)
+    assert found["same"] is False
+    assert found["differs"] == ["image"]
+
+
+def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
+    bench: Workbench, finished: int
+) -> None:
+    jobs.retry(bench.db, Selection(jobs=(finished,)), changes={"opencv_radius": 9})
+    assert replayed(bench, finished)["same"] is True
+
+
+def test_a_job_without_a_result_cannot_be_replayed(bench: Workbench) -> None:
+    with pytest.raises(InpaintError, match="job 77 has no result to compare with"):
+        replayed(bench, 77)
+
+
+def test_an_input_that_is_gone_is_an_error(bench: Workbench, finished: int) -> None:
+    Path(bench.path("mask.png")).unlink()
+    with pytest.raises(InpaintError, match=r"mask\.png' does not exist"):
+        replayed(bench, finished)
