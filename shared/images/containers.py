@@ -10,8 +10,8 @@ import re
 import struct
 
 from shared.errors import ImageError
+from shared.images import bmp_file, jpeg_file, png_file, tiff_file, webp_file
 from shared.images import exif as tags
-from shared.images import jpeg_file, png_file, tiff_file, webp_file
 from shared.images.header import FORMATS, Header, truncated
 
 ALLOWED = "use JPEG, PNG, WebP, TIFF or BMP"
@@ -73,21 +73,10 @@ _SIGNATURES: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
 )
 
 
-def _read_bmp(data: bytes) -> Header:
-    dpi = None
-    if int.from_bytes(data[14:18], "little") == 12:
-        width, height = struct.unpack_from("<HH", data, 18)
-    else:
-        width, height = struct.unpack_from("<ii", data, 18)
-        across, down = struct.unpack_from("<ii", data, 38)
-        dpi = (across * 0.0254, down * 0.0254) if across > 0 and down > 0 else None
-    return Header(format="BMP", size=(width, abs(height)), bare=data, dpi=dpi)
-
-
 _READERS = {
     "JPEG": jpeg_file.read,
     "PNG": png_file.read,
     "WEBP": webp_file.read,
     "TIFF": tiff_file.read,
-    "BMP": _read_bmp,
+    "BMP": bmp_file.read,
 }

@@ -134,7 +134,10 @@ def _opened(header: Header, data: bytes) -> ImageFile.ImageFile:
 
 def _without_end(header: Header) -> ImageFile.ImageFile:
     """A JPEG that lacks nothing but its end; raises ImageError where pixels are missing."""
-    image, other = (_opened(header, data) for data in jpeg.endings(header.bare))
+    try:
+        image, other = (_opened(header, data) for data in jpeg.endings(header.bare))
+    except jpeg.CannotSplice as error:
+        raise truncated(header.format) from error
     if image.tobytes() != other.tobytes():
         raise truncated(header.format)
     return image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from shared.errors import FidelityError, ImageError
-from shared.images import jpeg, jpeg_file, palette, png_file, tiff_file, webp_file
+from shared.images import bmp_file, jpeg, jpeg_file, palette, png_file, tiff_file, webp_file
 from shared.images.containers import read_header
 from shared.images.decoding import decode, decode_indexed
 from shared.images.header import DAMAGE, FORMATS, one_line
@@ -114,7 +113,7 @@ def _indexed(picture: Picture, metadata: Metadata) -> bytes | None:
         return png_file.write_indexed(image, alphas, metadata)
     if picture.format == "TIFF":
         return tiff_file.write_indexed(image, replace(picture, metadata=metadata))
-    return _bmp(image, metadata)
+    return bmp_file.write(image, metadata)
 
 
 def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
@@ -131,7 +130,7 @@ def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
             case "TIFF":
                 return tiff_file.write(pixels, mode, picture)
             case _:
-                return _bmp(pillow_image(pixels, mode), picture.metadata)
+                return bmp_file.write(pillow_image(pixels, mode), picture.metadata)
     except DAMAGE as error:
         raise ImageError(f"cannot write {picture.mode} as {name}: {one_line(error)}") from error
 
@@ -152,9 +151,3 @@ def _fitted(picture: Picture, name: str) -> tuple[Array, str]:
             f"{name} cannot hold {MODE_NAMES[picture.mode]}; write {' or '.join(able)}"
         )
     return pixels, mode
-
-
-def _bmp(image: Image.Image, metadata: Metadata) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "BMP", **({"dpi": metadata.dpi} if metadata.dpi else {}))
-    return buffer.getvalue()

@@ -287,7 +287,7 @@ def _tagged(written: bytes, picture: Picture) -> bytes:
     if metadata.icc:
         added[_ICC] = (7, metadata.icc)
     if metadata.dpi:
-        across, down = (struct.pack("<II", round(dots * 1000), 1000) for dots in metadata.dpi)
+        across, down = (struct.pack("<II", round(dots * 100), 100) for dots in metadata.dpi)
         added |= {282: (5, across), 283: (5, down), 296: (3, struct.pack("<H", 2))}
     return tags.with_tags(written, metadata.exif or tags.EMPTY, but=_CHANGED, added=added)
 

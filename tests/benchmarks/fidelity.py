@@ -460,6 +460,9 @@ OTHERS: Mapping[str, Writer] = {
     "WebP lossless, alpha": lambda one: webp(with_alpha(one), lossless=True, exact=True),
     "WebP, lossy": lambda one: webp(one, quality=80),
     "BMP": lambda one: saved(one, "BMP", dpi=DPI),
+    "BMP RGBA": lambda one: images.encode(
+        images.decode(png(with_alpha(one)), max_pixels=10**9), format="BMP"
+    ),
     "BMP palette": lambda one: saved(one.quantize(256), "BMP", dpi=DPI),
 }
 KINDS: Mapping[str, Writer] = {**JPEGS, **PNGS, **TIFFS, **OTHERS}

@@ -293,18 +293,21 @@ def test_unusual_subsampling_is_kept(factors: tuple[tuple[int, int], ...], tmp_p
     subsampling=st.integers(0, 2),
     progressive=st.booleans(),
     mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    restart_marker_blocks=st.integers(0, 9),
     seed=st.integers(0, 1000),
 )
 def test_any_size_and_any_touched_pixels(
-    width: int, height: int, subsampling: int, progressive: bool, mode: str, seed: int
+    width: int, height: int, mode: str, seed: int, **options: Any
 ) -> None:
     random = np.random.default_rng(seed)
     image = COFFEE.crop((20, 30, 20 + width, 30 + height)).convert(mode)
-    before = save(image, subsampling=subsampling, progressive=progressive)
+    before = save(image, **options)
     touched = random.random((height, width)) < random.choice([0.001, 0.02, 0.3])
     touched[random.integers(height), random.integers(width)] = True
     after = images.encode(repainted(before, touched))
     assert_same_outside(before, after, touched)
+    if mode != "CMYK" and not options["progressive"]:
+        assert (b"\xff\xdd" in before) == (b"\xff\xdd" in after)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
