@@ -109,12 +109,7 @@ class _Stage:
             invert=params.mask_invert,
             fit=params.mask_fit,
         )
-        return regions.plan(
-            repainted,
-            mode=params.mode,
-            window=(params.width, params.height),
-            native=is_native(job.engine),
-        )
+        return regions.plan_for(repainted, params, native=is_native(job.engine))
 
     def _mask(self, job: NewJob, name: str) -> masks.Grey:
         if is_file(name):

@@ -62,11 +62,12 @@ class Params:
 
     Names and meanings are diffusers' where diffusers has them. ``width`` and ``height``
     are the engine's window in pixels; ``mask_*`` lengths are original-image pixels. Empty
-    text and a 0 stand for "not asked for" in ``text*``, ``postprocess``, ``format`` and
-    ``quality``. passes: the rounds after the first.
+    text and a 0 stand for "not asked for" in ``scale``, ``text*``, ``postprocess``,
+    ``format`` and ``quality``. passes: the rounds after the first.
     """
 
     mode: Mode = "auto"
+    scale: float = 0.0
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = 0
@@ -127,7 +128,16 @@ class Params:
 _OPTIONAL: Mapping[str, Any] = {
     name: Params.__dataclass_fields__[name].default
     for name in (
-        *("mask_invert", "mask_fit", "text", "text_box", "text_font", "text_size", "text_color"),
+        *(
+            "scale",
+            "mask_invert",
+            "mask_fit",
+            "text",
+            "text_box",
+            "text_font",
+            "text_size",
+            "text_color",
+        ),
         *("text_align", "postprocess", "format", "quality", "passes"),
     )
 }
@@ -244,6 +254,12 @@ PARAMETERS: Mapping[str, Parameter] = {
     p.name: p
     for p in (
         _choice("mode", get_args(Mode)),
+        Parameter(
+            name="scale",
+            parse=float,
+            allowed="a number from 0.25 to 64, or 0",
+            check=lambda v: v == 0 or 0.25 <= v <= 64,
+        ),
         _text("prompt"),
         _text("negative_prompt"),
         _integer("seed", 0, MAX_SEED),
@@ -285,7 +301,15 @@ FLAGS = frozenset(name for name, one in PARAMETERS.items() if one.parse is _pars
 
 # What a further round may do otherwise than the first.
 PASS_PARAMETERS = (
-    *("mode", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "strength"),
+    *(
+        "mode",
+        "scale",
+        "prompt",
+        "negative_prompt",
+        "num_inference_steps",
+        "guidance_scale",
+        "strength",
+    ),
     *("eta", "scheduler", "width", "height", "mask_threshold", "mask_dilation", "mask_feather"),
     *("mask_invert", "mask_fit", "colour_fit", "opencv_method", "opencv_radius"),
 )

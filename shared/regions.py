@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared import groups
 from shared.groups import Boxes
-from shared.params import Mode
+from shared.params import Mode, Params
 
 OVERLAP_PX = 64
 CONTEXT_PX = 32
@@ -105,6 +105,17 @@ def plan(
     else:
         regions = _placed(marked, _frame((mask.shape[1], mask.shape[0]), window, scale))
     return tuple(sorted(regions, key=lambda region: (region.box.top, region.box.left)))
+
+
+def plan_for(mask: Mask, params: Params, *, native: bool) -> tuple[Region, ...]:
+    """The plan that a job's parameters ask for."""
+    return plan(
+        mask,
+        mode=params.mode,
+        window=(params.width, params.height),
+        native=native,
+        scale=params.scale or None,
+    )
 
 
 def _whole(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) -> Region:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shared import regions
 from shared.errors import GateError
 from shared.images import Picture
 from shared.jobs import AttemptRecord
 from shared.masks import Mask
 from shared.params import MAX_SEED, Params, is_native
-from shared.regions import Region
+from shared.regions import Region, plan_for
 from workers import composite, gates
 from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
 from workers.gates import Scores
@@ -113,7 +112,7 @@ def _round(brush: Brush, so_far: _Painted, one: Round, *, first_region: int) -> 
     """Adds a round; the scores become the worse ones, the finding the first."""
     picture, record, stage = so_far.picture, brush.record, brush.stage
     with stage("plan"):
-        plan = plan_round(one.mask, one.params, brush.engine.name)
+        plan = plan_for(one.mask, one.params, native=is_native(brush.engine.name))
         record.regions = first_region + len(plan)
         record.windows = (record.windows or 0) + sum(len(region.windows) for region in plan)
     if not plan:
@@ -136,11 +135,6 @@ def _round(brush: Brush, so_far: _Painted, one: Round, *, first_region: int) -> 
         scores=scores if worse else so_far.scores,
         finding=so_far.finding or gates.verdict(scores),
     )
-
-
-def plan_round(mask: Mask, params: Params, engine: str) -> tuple[Region, ...]:
-    window = (params.width, params.height)
-    return regions.plan(mask, mode=params.mode, window=window, native=is_native(engine))
 
 
 def _fill(

@@ -123,6 +123,8 @@ INSIDE: list[tuple[str, str, Any]] = [
     ("mask_feather", "256", 256),
     ("opencv_method", " telea ", "telea"),
     ("opencv_radius", "64", 64),
+    ("scale", "0.25", 0.25),
+    ("scale", "0", 0.0),
     ("mask_invert", "yes", True),
     ("mask_invert", "False", False),
     ("mask_fit", "bottom-right", "bottom-right"),
@@ -154,6 +156,7 @@ OUTSIDE = [
     *(("mask_dilation", text) for text in ("-1", "257")),
     *(("mask_feather", text) for text in ("-1", "257")),
     *(("opencv_radius", text) for text in ("0", "65")),
+    *(("scale", text) for text in ("0.2", "65", "-1", "nan")),
     *(("mask_invert", text) for text in ("", "maybe", "2")),
     *(("mask_fit", text) for text in ("stretch", "")),
     *(("text_box", text) for text in ("1,2,3", "a,b,c,d", "1,2,3,-4", "")),
@@ -206,7 +209,7 @@ def test_numbers_are_read_like_their_text() -> None:
     ("name", "message"),
     [
         ("stength", "'stength' is not a parameter; did you mean 'strength'?"),
-        ("steps", "'steps' is not a parameter; known: mode, prompt"),
+        ("steps", "'steps' is not a parameter; known: mode, scale"),
         ("Seed", "'Seed' is not a parameter; did you mean 'seed'?"),
     ],
 )
