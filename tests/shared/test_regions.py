@@ -234,6 +234,19 @@ def test_a_thin_mark_beside_a_hole_keeps_its_own_scale() -> None:
     assert hole.size == (512, 512)
 
 
+def test_pieces_beside_each_other_make_no_mark_thick() -> None:
+    comb = marked(
+        (6000, 4000), *((left, 1000, left + 200, 2000) for left in range(1000, 3000, 250))
+    )
+    assert all(one.size == one.box.size for one in plan(comb, mode="auto", window=WINDOW))
+
+
+def test_a_thin_mark_shares_no_windows_with_a_hole() -> None:
+    mask = marked((6000, 4000), (1000, 1000, 1900, 2000), (2300, 1000, 2303, 2000))
+    hole, thin = plan(mask, mode="auto", window=WINDOW)
+    assert (hole.size, thin.size) == (WINDOW, thin.box.size)
+
+
 def test_two_holes_side_by_side_are_each_seen_whole() -> None:
     mask = marked((6000, 4000), (1000, 1000, 2000, 2000), (2300, 1000, 3300, 2000))
     assert [one.size for one in plan(mask, mode="auto", window=WINDOW)] == [WINDOW, WINDOW]
@@ -361,14 +374,17 @@ def test_a_grey_mask_counts_wherever_it_is_not_zero() -> None:
     assert len(plan(mask, mode="auto", window=WINDOW)) == 1
 
 
+SIDES = st.sampled_from([1, 64, 200, 301, 511, 512, 700, 1001, 1337, 1700])
+
+
 @st.composite
 def masks(draw: st.DrawFn) -> NDArray[np.bool_]:
     """Up to 1700 px a side, with a few boxes, thin and thick, and now and then a sprinkle."""
-    width, height = draw(st.integers(1, 1700)), draw(st.integers(1, 1700))
+    width, height = draw(SIDES), draw(SIDES)
     marks = []
     for _ in range(draw(st.integers(1, 6))):
         left, top = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
-        right = min(width, left + draw(st.integers(1, 700)))
+        right = min(width, left + draw(st.sampled_from([1, 60, 500, 1700])))
         bottom = min(height, top + draw(st.sampled_from([1, 10, 300, 900])))
         marks.append((left, top, right, bottom))
     mask = marked((width, height), *marks)
