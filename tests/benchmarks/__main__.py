@@ -1,8 +1,16 @@
 """Runs every benchmark that needs no GPU and prints its table."""
 
-from tests.benchmarks import fidelity, job_cost, planning, publishing, submitting, tile_loop
+from tests.benchmarks import (
+    compositing,
+    fidelity,
+    job_cost,
+    planning,
+    publishing,
+    submitting,
+    tile_loop,
+)
 from tests.benchmarks.side_by_side import machine
 
 print(machine())
-for benchmark in (publishing, job_cost, planning, tile_loop, submitting, fidelity):
+for benchmark in (publishing, job_cost, planning, tile_loop, submitting, fidelity, compositing):
     benchmark.main()

@@ -16,6 +16,7 @@ from shared.errors import FidelityError
 from shared.masks import dilate
 from shared.params import Mode, Params
 from shared.regions import Box, Region, plan
+from tests.benchmarks import compositing
 from workers import composite as under_test
 from workers.composite import composite, cut
 
@@ -240,6 +241,32 @@ def test_a_changed_alpha_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "blend", careless)
     with pytest.raises(FidelityError, match="alpha"):
         inpainted(picture("RGBA"), marked(ROCKET.shape, WHEEL))
+
+
+# Beside the others
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [("rocket", slice(80, 240), slice(100, 300)), ("coffee", slice(80, 240), slice(60, 260))],
+)
+def test_ours_is_as_good_as_every_other_paste(name: str, rows: slice, columns: slice) -> None:
+    crop = compositing.photograph(name)[rows, columns]
+    found = [compositing.measure(case) for case in compositing.cases(crop)]
+    mean = {
+        method: compositing.mean_scores(scores[method] for scores in found)
+        for method in compositing.METHODS
+    }
+    for peer in compositing.PEERS:
+        assert mean["ours"].is_as_good_as(mean[peer]) == (True, True, True), peer
+
+
+def test_ours_changes_nothing_past_its_dilation_and_feather() -> None:
+    for case in compositing.cases(compositing.photograph("chelsea")[:160, :200]):
+        after = compositing.ours(case.marked, case.mask, case.painted)
+        reach = compositing.OURS.mask_dilation + compositing.OURS.mask_feather
+        far = ~dilate(case.mask >= compositing.OURS.mask_threshold, reach)
+        assert np.array_equal(after[far], case.marked[far]), case.name
 
 
 # Cutting

@@ -1,0 +1,248 @@
+"""What a person sees at the mask's edge: ours against IOPaint's paste, diffusers' and a hard one.
+
+The engine here returns the true picture with a cast of colour, softened and with noise, so
+that nothing but the compositing is measured. Every method gets the same mask and the same
+result. ``--pictures FILE`` writes crops of all four side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from shared.images import decode
+from shared.masks import binary, dilate
+from shared.params import Params
+from shared.regions import plan
+from tests.benchmarks.marked_photographs import (
+    PHOTOGRAPHS,
+    Case,
+    Grey,
+    Mask,
+    Pixels,
+    cases,
+    grey,
+    photograph,
+)
+from workers.composite import composite, cut
+
+Method = Callable[[Pixels, Grey, Pixels], Pixels]
+"""From the marked picture, the mask and the engine's whole result to the finished picture."""
+
+OURS = Params(mask_dilation=1, mask_feather=2)
+BAND_PX, EYE_PX = 4, 1.0
+NEAR_PX = 8
+
+
+def main(pictures: Path | None = None) -> None:
+    """Prints a table for each photograph and one for all; ``pictures``: a JPEG to write."""
+    if pictures:
+        _write_sheet(pictures)
+    found = {name: [measure(case) for case in cases(photograph(name))] for name in PHOTOGRAPHS}
+    everything = [scores for each in found.values() for scores in each]
+    for title, each in [*found.items(), ("all", everything)]:
+        _line(title, "PSNR in mask, dB", "seam, levels/px", "leak, %", "changed outside, px")
+        for method in METHODS:
+            mean = mean_scores(scores[method] for scores in each)
+            figures = f"{mean.psnr:.2f}", f"{mean.seam:.3f}", f"{mean.leak:.2f}"
+            _line(f"  {method}", *figures, f"{mean.changed:.0f}")
+    _line(f"ours at least as good, of {len(everything)}", *map(str, _wins(everything)))
+
+
+def _line(*cells: str) -> None:
+    widths = (34, 18, 17, 9, 20)
+    print("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)))
+
+
+# --- the methods ---------------------------------------------------------------------------
+
+
+def ours(marked: Pixels, mask: Grey, painted: Pixels, params: Params = OURS) -> Pixels:
+    """The product's own steps; the engine's crops come from the finished whole."""
+    picture = decode(_as_png(marked), max_pixels=10**8)
+    repainted = dilate(binary(mask, threshold=params.mask_threshold), params.mask_dilation)
+    regions = plan(repainted, mode=params.mode, window=(params.width, params.height))
+    results = [cut(painted, repainted, region)[0] for region in regions]
+    return np.asarray(composite(picture, repainted, regions, results, params).pixels)
+
+
+def with_a_ring(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
+    return ours(marked, mask, painted, replace(OURS, colour_fit="ring"))
+
+
+def iopaint(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
+    """IOPaint 1.x: the mask at 127, blurred with a kernel of 23 (``sd_mask_blur`` 11), as weight.
+
+    ``forward_pre_process`` and ``_pad_forward`` in ``iopaint/model/base.py``.
+    """
+    blurred = cv2.GaussianBlur(grey(mask > 127), (23, 23), 0)[..., None] / 255
+    return (painted * blurred + marked * (1 - blurred)).astype(np.uint8)
+
+
+def apply_overlay(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
+    """diffusers' own, with the mask blurred as its guide to inpainting does it."""
+    processor = _processor()
+    blurred = processor.blur(Image.fromarray(mask), blur_factor=33)
+    original, result = Image.fromarray(marked), Image.fromarray(painted)
+    return np.asarray(processor.apply_overlay(blurred, original, result))
+
+
+@cache
+def _processor() -> Any:
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor()
+
+
+def hard_paste(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
+    return np.where(mask[..., None] >= 128, painted, marked)
+
+
+PEERS: Mapping[str, Method] = {
+    "hard paste": hard_paste,
+    "IOPaint": iopaint,
+    "diffusers apply_overlay": apply_overlay,
+}
+METHODS: Mapping[str, Method] = {"ours": ours, "ours, colour_fit=ring": with_a_ring, **PEERS}
+
+
+def _as_png(picture: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+# --- the figures ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """psnr: dB, the more the better; of the others less is better. changed: pixels."""
+
+    psnr: float
+    seam: float
+    leak: float
+    changed: float
+
+    def is_as_good_as(self, other: Scores) -> tuple[bool, bool, bool]:
+        """In PSNR, seam and leak; ties count, and so does what no printed digit shows."""
+        return (
+            self.psnr > other.psnr - 0.005,
+            self.seam < other.seam + 0.0005,
+            self.leak < other.leak + 0.005,
+        )
+
+
+def mean_scores(many: Iterable[Scores]) -> Scores:
+    each = tuple(many)
+    names = [one.name for one in fields(Scores)]
+    return Scores(**{name: float(np.mean([getattr(s, name) for s in each])) for name in names})
+
+
+def measure(case: Case) -> dict[str, Scores]:
+    return {name: _scores(case, method) for name, method in METHODS.items()}
+
+
+def _scores(case: Case, method: Method) -> Scores:
+    result = method(case.marked, case.mask, case.painted)
+    unmarked = method(case.true, case.mask, case.painted)
+    mask = case.mask >= 128
+    outside = (result != case.marked).any(axis=-1) & ~mask
+    return Scores(
+        psnr=_psnr(result, case.true, mask),
+        seam=_seam(result, case.true, mask),
+        leak=_leak(result, unmarked, case, mask),
+        changed=int(outside.sum()),
+    )
+
+
+def _psnr(result: Pixels, true: Pixels, where: Mask) -> float:
+    error = np.square(result[where].astype(np.float64) - true[where]).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def _seam(result: Pixels, true: Pixels, mask: Mask) -> float:
+    """Levels a pixel by which gradients beside the mask's edge are not the true picture's.
+
+    The mean absolute difference of gradients, which Levin, Zomet, Peleg and Weiss (2004)
+    minimise to hide a seam, within 4 px of the edge. The pictures are blurred by 1 px first:
+    grain is no edge.
+    """
+    error = cv2.GaussianBlur(result.astype(np.float32) - true, (0, 0), EYE_PX)
+    band = dilate(mask, BAND_PX) & dilate(~mask, BAND_PX)
+    down = np.abs(np.diff(error, axis=0))[band[1:] & band[:-1]]
+    across = np.abs(np.diff(error, axis=1))[band[:, 1:] & band[:, :-1]]
+    return float((down.mean() + across.mean()) / 2)
+
+
+def _leak(result: Pixels, unmarked: Pixels, case: Case, mask: Mask) -> float:
+    """Percent of the mark that is still there, in the mask and within 8 px of it.
+
+    ``unmarked`` is what the same method makes of the same engine's result where there never
+    was a mark. The difference, projected on the mark, is the mark's doing and nobody else's.
+    """
+    near = dilate(mask, NEAR_PX)
+    mark = case.marked[near].astype(np.float64) - case.true[near]
+    left = result[near].astype(np.float64) - unmarked[near]
+    return float(100 * abs((left * mark).sum()) / np.square(mark).sum())
+
+
+def _wins(found: Sequence[Mapping[str, Scores]]) -> list[int]:
+    """In how many cases ours is as good as the best in PSNR, seam and leak."""
+    as_good = [
+        np.all([scores["ours"].is_as_good_as(scores[peer]) for peer in PEERS], axis=0)
+        for scores in found
+    ]
+    return [int(total) for total in np.sum(as_good, axis=0)]
+
+
+# --- the pictures --------------------------------------------------------------------------
+
+_SHOWN = (  # photograph, case, left and top of the crop
+    ("coffee", "lettering, soft mask, strong cast", (100, 100)),
+    ("astronaut", "lettering in a JPEG, tight mask, strong cast", (205, 290)),
+    ("rocket", "scratches, tight mask, uneven cast", (25, 90)),
+)
+_CROP_PX, _ZOOM, _GAP, _CAPTION = 88, 3, 8, 24
+
+
+def _write_sheet(path: Path) -> None:
+    """A row for each case: the marked picture, the four methods, the true picture."""
+    side = _CROP_PX * _ZOOM
+    titles = ("marked", *PEERS, "ours", "true picture")
+    size = (len(titles) * (side + _GAP) + _GAP, len(_SHOWN) * (side + _CAPTION) + _CAPTION + _GAP)
+    sheet = Image.new("RGB", size, "#f7f6f3")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for line, (name, wanted, corner) in enumerate(_SHOWN):
+        case = next(one for one in cases(photograph(name)) if one.name == wanted)
+        shown = {"marked": case.marked, "true picture": case.true}
+        for title in (*PEERS, "ours"):
+            shown[title] = METHODS[title](case.marked, case.mask, case.painted)
+        top = _CAPTION + line * (side + _CAPTION)
+        for column, title in enumerate(titles):
+            left = _GAP + column * (side + _GAP)
+            draw.text((left, 4), title, fill="#222222", font=font)
+            sheet.paste(_enlarged(shown[title], corner), (left, top))
+        draw.text((_GAP, top + side + 3), f"{name}: {wanted}", fill="#8a8780", font=font)
+    sheet.save(path, quality=90)
+
+
+def _enlarged(picture: Pixels, corner: tuple[int, int]) -> Image.Image:
+    left, top = corner
+    crop = Image.fromarray(picture).crop((left, top, left + _CROP_PX, top + _CROP_PX))
+    return crop.resize((_CROP_PX * _ZOOM, _CROP_PX * _ZOOM), Image.Resampling.BICUBIC)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=Path, metavar="FILE", help="a JPEG to write")
+    main(parser.parse_args().pictures)
