@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shared.images import decode
 from shared.masks import binary, dilate
 from shared.params import Params
-from shared.regions import plan
+from shared.regions import Box, Region
 from tests.benchmarks.marked_photographs import (
     PHOTOGRAPHS,
     Case,
@@ -33,7 +33,7 @@ from tests.benchmarks.marked_photographs import (
     grey,
     photograph,
 )
-from workers.composite import composite, cut
+from workers.composite import composite
 
 Method = Callable[[Pixels, Grey, Pixels], Pixels]
 """From the marked picture, the mask and the engine's whole result to the finished picture."""
@@ -67,12 +67,12 @@ def _line(*cells: str) -> None:
 
 
 def ours(marked: Pixels, mask: Grey, painted: Pixels, params: Params = OURS) -> Pixels:
-    """The product's own steps; the engine's crops come from the finished whole."""
+    """The product's own steps, with the whole picture as the only region, at 1:1."""
     picture = decode(_as_png(marked), max_pixels=10**8)
     repainted = dilate(binary(mask, threshold=params.mask_threshold), params.mask_dilation)
-    regions = plan(repainted, mode=params.mode, window=(params.width, params.height))
-    results = [cut(painted, repainted, region)[0] for region in regions]
-    return np.asarray(composite(picture, repainted, regions, results, params).pixels)
+    whole = Box(0, 0, *picture.size)
+    region = Region(box=whole, size=whole.size, windows=(whole,))
+    return np.asarray(composite(picture, repainted, [region], [painted], params).pixels)
 
 
 def with_a_ring(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
