@@ -17,11 +17,15 @@ from uuid import uuid4
 import boto3
 import pytest
 import redis
+from hypothesis import settings
 from sqlalchemy.engine import make_url
 
 from shared import schema
 from shared.db import Database
 from tests import servers
+
+# ``pytest --hypothesis-profile=soak``: tests that look for it try for minutes.
+settings.register_profile("soak")
 
 
 @contextmanager
