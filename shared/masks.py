@@ -142,7 +142,7 @@ def fitted(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
     than the picture, kept where it is smaller. Raises MaskError.
     """
     if fit == "exact":
-        check_size(mask, size)
+        _check_size(mask, size)
     found = (mask.shape[1], mask.shape[0])
     if found == size:
         return mask
@@ -157,7 +157,7 @@ def fitted(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
     return _brightest(_brightest(mask, size[1], axis=0), size[0], axis=1)
 
 
-def check_size(mask: Grey, size: tuple[int, int]) -> None:
+def _check_size(mask: Grey, size: tuple[int, int]) -> None:
     """Raises MaskError unless the mask has the picture's (width, height)."""
     found = (mask.shape[1], mask.shape[0])
     if found != size:

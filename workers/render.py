@@ -122,7 +122,9 @@ def _rounds(
             invert=params.mask_invert,
             fit=params.mask_fit,
         )
-        rounds.append(Round(mask=mask, params=params, is_alpha=name == "alpha"))
+        # An inverted one keeps the holes and repaints what is opaque already.
+        is_alpha = name == "alpha" and not params.mask_invert
+        rounds.append(Round(mask=mask, params=params, is_alpha=is_alpha))
     return rounds
 
 

@@ -206,3 +206,22 @@ def test_an_attempt_records_the_seed_that_made_the_result(bench: Workbench) -> N
     painted = pixels(bench.path("out/r.png"))[130, 130]
     assert painted[0] == attempt.seed % 251
     assert bench.job(job).seed == 11
+
+
+@pytest.mark.parametrize("invert", [False, True])
+def test_holes_are_filled_only_where_they_are_what_is_repainted(
+    bench: Workbench, invert: bool
+) -> None:
+    image = np.full((600, 700, 4), 200, np.uint8)
+    image[..., 3] = 255
+    image[100:200, 100:200, 3] = 0
+    Image.fromarray(image).save(bench.path("holes.png"))
+    job = bench.add(
+        image=bench.path("holes.png"),
+        mask="alpha",
+        output=bench.path("out/r.png"),
+        mask_invert=invert,
+    )
+    bench.run(job)
+    alpha = pixels(bench.path("out/r.png"))[..., 3]
+    assert (alpha[100:200, 100:200] == (0 if invert else 255)).all()
