@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
+    ColumnElement,
     Connection,
     Integer,
     Join,
@@ -23,12 +25,32 @@ from sqlalchemy import (
 )
 
 from shared.db import Database, clock
+from shared.errors import OutputRefused
 from shared.jobs import Selection
 from shared.models import STATES, Attempt, Job, Submission
 
 RATE_SECONDS = 60.0
+_IDS_PER_STATEMENT = 10_000
 SAMPLED = 1000
 SCORE_BINS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """Jobs that an error keeps waiting. seconds: until the first of them is tried again."""
+
+    code: str
+    message: str
+    count: int
+    is_paused: bool
+    seconds: float
+
+    @property
+    def plight(self) -> str:
+        """``3 paused``, or ``3 wait to be tried again, 12 s``."""
+        if self.is_paused:
+            return f"{self.count:,} paused until it is mended"
+        return f"{self.count:,} wait to be tried again, {max(self.seconds, 0):.0f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +59,7 @@ class Progress:
 
     counts: dict[str, int]
     rate: float
+    troubles: tuple[Trouble, ...] = ()
 
     @property
     def total(self) -> int:
@@ -51,7 +74,8 @@ class Progress:
         return self.left / self.rate if self.left and self.rate else None
 
 
-def progress(db: Database, submission: int | None) -> Progress:
+def progress(db: Database, submission: int | None, *, also: Sequence[int] = ()) -> Progress:
+    """also: ids of jobs of other submissions that count as well."""
     chosen = Selection(submission=submission).conditions()
     with db.read() as connection:
         rows = connection.execute(
@@ -62,8 +86,53 @@ def progress(db: Database, submission: int | None) -> Progress:
                 *chosen, Job.finished_at > clock(-RATE_SECONDS)
             )
         ).one()
+        troubled = connection.execute(_troubled(chosen)).all()
+        others = [row for ids in _slices(also) for row in _states(connection, ids)]
     counts = dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
-    return Progress(counts=counts, rate=_rate(*recent))
+    for state, number in others:
+        counts[state] += number
+    troubles = tuple(trouble for row in troubled if (trouble := _trouble(row)))
+    return Progress(counts=counts, rate=_rate(*recent), troubles=troubles)
+
+
+def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """As many at a time as one statement may name."""
+    for start in range(0, len(ids), _IDS_PER_STATEMENT):
+        yield ids[start : start + _IDS_PER_STATEMENT]
+
+
+def _states(connection: Connection, ids: Sequence[int]) -> list[tuple[str, int]]:
+    counted = select(Job.state, func.count()).where(Job.id.in_(ids)).group_by(Job.state)
+    return [(row[0], row[1]) for row in connection.execute(counted)]
+
+
+def _troubled(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...]]:
+    columns = (
+        *(Job.error_code, Job.state, func.min(Job.error_message).label("message")),
+        *(func.count().label("jobs"), func.min(Job.run_after).label("next")),
+        clock().label("now"),
+    )
+    waiting = Job.state.in_(("pending", "running"))
+    return (
+        select(*columns)
+        .where(*chosen, Job.error_code.is_not(None), Job.finished_at.is_(None), waiting)
+        .group_by(Job.error_code, Job.state)
+        .order_by(Job.error_code, Job.state)
+    )
+
+
+def _trouble(row: Any) -> Trouble | None:
+    """None of a job that runs again after an error; one that is paused runs, too."""
+    is_paused = row.state == "running"
+    if is_paused and row.error_code != OutputRefused.code:
+        return None
+    return Trouble(
+        code=row.error_code,
+        message=row.message,
+        count=row.jobs,
+        is_paused=is_paused,
+        seconds=(row.next - row.now).total_seconds(),
+    )
 
 
 def _rate(finished: int, first: datetime | None, now: datetime) -> float:
@@ -120,17 +189,22 @@ def list_jobs(db: Database, selection: Selection, *, limit: int | None) -> list[
         return list(connection.execute(query).mappings())
 
 
-def errors(db: Database, submission: int | None) -> list[tuple[str, int, str]]:
+def errors(
+    db: Database, submission: int | None, *, also: Sequence[int] = ()
+) -> list[tuple[str, int, str]]:
     """(code, count, one message) of the failed jobs, most frequent first."""
-    chosen = Selection(submission=submission, states=("failed",)).conditions()
+    selections = [Selection(submission=submission, states=("failed",))]
+    selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _slices(also)]
+    counted = select(Job.error_code, func.count(), func.min(Job.error_message))
+    counts: Counter[str] = Counter()
+    messages: dict[str, str] = {}
     with db.read() as connection:
-        rows = connection.execute(
-            select(Job.error_code, func.count(), func.min(Job.error_message))
-            .where(*chosen)
-            .group_by(Job.error_code)
-            .order_by(desc(func.count()))
-        ).all()
-    return [(str(code), count, str(message)) for code, count, message in rows]
+        for selection in selections:
+            query = counted.where(*selection.conditions()).group_by(Job.error_code)
+            for code, count, message in connection.execute(query):
+                counts[str(code)] += count
+                messages.setdefault(str(code), str(message))
+    return [(code, count, messages[code]) for code, count in counts.most_common()]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from producer.command import broker_note, friendly, parse_sets
 from producer.local import LocalWorkers, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.rows import Options
-from producer.submit import Again, Checked, Summary, check
+from producer.submit import Again, Checked, Summary, check, check_owners
 from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
@@ -83,6 +83,9 @@ def submit(
         db = Database(configured.database)
         stack.callback(db.close)
         schema.ensure(db)
+        if not given["force"]:
+            check_owners(checked, db, report=_report)
+            _refuse_invalid(checked, skip=given["skip_invalid"])
         started = time.monotonic()
         summary = _record(
             checked, options=options, configured=configured, db=db, storage=storage, given=given
@@ -91,7 +94,7 @@ def submit(
         if not (wait or local):
             return
         workers = _local_workers(stack, configured, checked, roots, given) if local else None
-        ended = _wait(db, summary.submission, workers, checked)
+        ended = _wait(db, summary, workers, checked)
         _print_end(
             db,
             summary=summary,
@@ -243,8 +246,9 @@ def _describe(summary: Summary) -> str:
         line += "; it had been cut off and is complete now"
     elif summary.resumed and not summary.accepted:
         line += "; nothing added"
-    if summary.left > summary.accepted:
-        line += f"; {summary.left:,} still to run"
+    left = summary.left + len(summary.elsewhere)
+    if left > summary.accepted:
+        line += f"; {left:,} still to run"
     elif summary.resumed and not summary.accepted and not summary.again:
         line += " (--force or --changed run rows again)"
     return line
@@ -264,21 +268,26 @@ def _local_workers(
 
 
 def _wait(
-    db: Database, submission: int, workers: LocalWorkers | None, checked: Checked
+    db: Database, summary: Summary, workers: LocalWorkers | None, checked: Checked
 ) -> Progress:
-    """Until nothing is left; says once where no worker seems to be there."""
+    """Until nothing is left; says once where no worker seems to be there, or why jobs wait."""
     console = terminal.err()
     started = time.monotonic()
     said = workers is not None
+    explained: set[tuple[str, bool]] = set()
     with terminal.job_progress(console) as bar:
         task = bar.add_task("inpainting", total=None, note="")
         while True:
             asked = time.monotonic()
-            found = progress(db, submission)
+            found = progress(db, summary.submission, also=summary.elsewhere)
             # Counting a million rows takes a while; the database has better things to do.
             pause = max(POLL_SECONDS, 10 * (time.monotonic() - asked))
-            note = f"{found.counts['failed']} failed" if found.counts["failed"] else ""
-            bar.update(task, total=found.total, completed=found.total - found.left, note=note)
+            done = found.total - found.left
+            bar.update(task, total=found.total, completed=done, note=terminal.note(found))
+            for trouble in found.troubles:
+                if (trouble.code, trouble.is_paused) not in explained:
+                    console.print(f"{trouble.plight}: {terminal.escape(trouble.message)}")
+                explained.add((trouble.code, trouble.is_paused))
             if not found.left:
                 return found
             if workers is not None:
@@ -311,7 +320,7 @@ def _print_end(
     click.echo(
         f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {terminal.duration(seconds)}"
     )
-    for code, count, message in errors(db, summary.submission):
+    for code, count, message in errors(db, summary.submission, also=summary.elsewhere):
         terminal.out().print(f"  [red]{code}[/red] {count:,}: {terminal.escape(message)}")
     if failed:
         click.echo(f"again: inpaint-jobs retry --submission {summary.submission}")

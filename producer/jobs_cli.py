@@ -181,6 +181,12 @@ def retry(
         chosen = _selection(job_ids, submission, error, states=states)
         reopened = jobs.retry(db, chosen, changes=parse_sets(sets))
         click.echo(f"{reopened.count:,} jobs run again")
+        if reopened.replaced:
+            click.echo(
+                f"{reopened.replaced:,} left alone: a later submission writes their output "
+                "(inpaint-submit --force takes it back)",
+                err=True,
+            )
         _dispatch(configured, db, reopened.engines)
 
 

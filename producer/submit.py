@@ -203,6 +203,16 @@ def _check_outputs(
             report(Problem(line=job.line, text=f"{text}; give the row an output of its own"))
 
 
+def check_owners(checked: Checked, db: Database, *, report: Callable[[Problem], None]) -> None:
+    """Reports rows whose output belongs to a job that asks for something else."""
+    for chunk in _chunks(checked.jobs()):
+        for taken in submissions.find_taken(db, checked.digest, chunk):
+            checked.invalid += taken.row.line not in checked.skipped
+            checked.skipped.add(taken.row.line)
+            text = f"{taken}; give the row an output of its own, or replace that one with --force"
+            report(Problem(line=taken.row.line, text=text))
+
+
 # --- recording -------------------------------------------------------------------------------
 
 
@@ -211,7 +221,8 @@ class Summary:
     """What one submission did. ``accepted``: rows that will run because of it.
 
     duplicates: rows whose job existed already and was left as it is. left: jobs of the
-    submission that are not final. again: --force or --changed was given.
+    submission that are not final. again: --force or --changed was given. elsewhere: ids of
+    jobs that earlier submissions own, that this one asks for as well, and that are not final.
     """
 
     submission: int
@@ -223,6 +234,7 @@ class Summary:
     cut_off: bool = False
     again: bool = False
     left: int = 0
+    elsewhere: array[int] = field(default_factory=lambda: array("q"))
     broker_error: str | None = None
 
     def to_json(self) -> dict[str, int]:
@@ -271,7 +283,8 @@ def submit(
         again=again.everything or again.changed,
     )
     for chunk in _chunks(checked.jobs()):
-        existing = submissions.record(db, opened.id, chunk)
+        existing = submissions.record(db, opened.id, chunk, replace=again.everything)
+        summary.elsewhere.extend(_unfinished_elsewhere(db, opened.id, existing))
         reopened = _run_again(db, storage, opened.id, existing, again)
         summary.accepted += len(chunk) - len(existing) + reopened
         summary.duplicates += len(existing) - reopened
@@ -311,7 +324,23 @@ def _run_again(
         return 0
     chosen = existing if again.everything else _changed(db, storage, existing)
     keys = {job.content_key: (submission, job.line) for job in chosen}
-    return jobs.rerun(db, keys)
+    reopened = jobs.rerun(db, keys, replace=again.everything)
+    if again.everything:
+        reopened += jobs.restore(db, submission, chosen)
+    return reopened
+
+
+def _unfinished_elsewhere(db: Database, submission: int, existing: list[NewJob]) -> list[int]:
+    if not existing:
+        return []
+    keys = [job.content_key for job in existing]
+    chosen = select(Job.id).where(
+        Job.content_key.in_(keys),
+        Job.submission_id != submission,
+        Job.state.not_in(FINAL_STATES),
+    )
+    with db.read() as connection:
+        return list(connection.execute(chosen).scalars())
 
 
 _Versions = tuple[str | None, ...]

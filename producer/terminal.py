@@ -86,7 +86,15 @@ def counts_line(counts: Counts) -> str:
     line = states or "no jobs"
     if counts.left:
         line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
+    for trouble in counts.troubles:
+        line += f"  |  {trouble.plight}: {escape(trouble.message)}"
     return line
+
+
+def note(counts: Counts) -> str:
+    """Beside a progress bar: what failed, and what keeps jobs waiting."""
+    failed = [f"{counts.counts['failed']:,} failed"] if counts.counts["failed"] else []
+    return ", ".join(failed + [f"{one.plight} ({one.code})" for one in counts.troubles])
 
 
 def submissions_table(listed: Iterable[Listed]) -> Table:

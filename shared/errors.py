@@ -9,6 +9,7 @@ InpaintError
 │   ├── ObjectMissing
 │   ├── ObjectDenied
 │   ├── ObjectTooLarge
+│   ├── OutputReplaced         another job writes there since, as its user asked
 │   ├── ImageError             bytes that are not a usable picture
 │   └── MaskError
 ├── UnavailableError           a service does not answer; a retry can help
@@ -76,6 +77,10 @@ class ObjectDenied(InputError):
 
 class ObjectTooLarge(InputError):
     code = "object_too_large"
+
+
+class OutputReplaced(InputError):
+    code = "output_replaced"
 
 
 class ImageError(InputError):

@@ -137,6 +137,13 @@ class Job(Base):
         ),
         CheckConstraint("attempt >= 0 AND failures >= 0 AND losses >= 0", name="counts"),
         Index("ix_jobs_submission_id_state", "submission_id", "state"),
+        Index("ix_jobs_output", "output", postgresql_using="hash"),
+        Index(
+            "ix_jobs_troubled",
+            "submission_id",
+            postgresql_where=text("error_code IS NOT NULL AND finished_at IS NULL"),
+            sqlite_where=text("error_code IS NOT NULL AND finished_at IS NULL"),
+        ),
         Index(
             "ix_jobs_due",
             "engine",

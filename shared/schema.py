@@ -10,7 +10,7 @@ from sqlalchemy import inspect
 from shared.db import Database
 from shared.errors import DatabaseUnavailable
 
-HEAD = "0002"
+HEAD = "0003"
 
 
 def ensure(db: Database) -> None:

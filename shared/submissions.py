@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from shared import jobs
 from shared.db import Database, clock
+from shared.errors import InputError
 from shared.models import Job, Submission
+
+_RECORDING = 0x696E7061696E74  # any number that all producers share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,17 +76,89 @@ def open_submission(
     return OpenSubmission(id=found.id, resumed=True, cut_off=found.recorded_at is None)
 
 
-def record(db: Database, submission: int, rows: Sequence[NewJob]) -> list[NewJob]:
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A row whose output another job writes, or has written."""
+
+    row: NewJob
+    job: int
+    submission: int
+
+    def __str__(self) -> str:
+        return (
+            f"output: {self.row.output!r} is written by job {self.job} "
+            f"(submission {self.submission}), which asks for something else"
+        )
+
+
+def find_taken(db: Database, digest: str, rows: Sequence[NewJob]) -> list[Taken]:
+    """The rows that may not be recorded because of their outputs.
+
+    digest: of their submission. A job at the row's own line there was changed since by a person.
+    """
+    own = select(Submission.id).where(Submission.digest == digest)
+    with db.read() as connection:
+        return _find_taken(connection, connection.execute(own).scalar(), rows, new=True)
+
+
+def _find_taken(
+    connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new: bool
+) -> list[Taken]:
+    """new: only rows that have no job yet; the others write nothing unless they are forced."""
+    chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
+        Job.output.in_({row.output for row in rows}), jobs.owns(Job)
+    )
+    owners: dict[str, list[Any]] = {}
+    for owner in connection.execute(chosen):
+        owners.setdefault(owner.output, []).append(owner)
+    suspects = [row for row in rows if row.output in owners]
+    known: set[bytes] = set()
+    if suspects and new:
+        keys = {row.content_key for row in suspects}
+        having = select(Job.content_key).where(Job.content_key.in_(keys))
+        known = set(connection.execute(having).scalars())
+    return [
+        Taken(row=row, job=owner.id, submission=owner.submission_id)
+        for row in suspects
+        if row.content_key not in known
+        for owner in owners[row.output]
+        if owner.content_key != row.content_key
+        and (owner.submission_id, owner.line) != (submission, row.line)
+    ]
+
+
+def record(
+    db: Database, submission: int, rows: Sequence[NewJob], *, replace: bool = False
+) -> list[NewJob]:
     """Inserts rows as pending jobs in one transaction; returns those that existed already.
 
     A row exists already where a job with its content key does, in any submission.
+    replace: takes outputs from the jobs that write them; else InputError names the first.
     """
     with db.write() as connection:
+        if not db.is_sqlite:
+            # Two producers that insert the same keys in another order would wait for each
+            # other; and of two rows with one output only the first may come in.
+            connection.execute(select(func.pg_advisory_xact_lock(_RECORDING)))
+        _take_outputs(connection, submission, rows, replace=replace)
         insert_rows = _insert_sqlite if db.is_sqlite else _insert_postgresql
         lines = insert_rows(connection, submission, rows)
     if len(lines) == len(rows):
         return []
     return [row for row in rows if row.line not in lines]
+
+
+def _take_outputs(
+    connection: Connection, submission: int, rows: Sequence[NewJob], *, replace: bool
+) -> None:
+    taken = _find_taken(connection, submission, rows, new=not replace)
+    if taken and not replace:
+        raise InputError(
+            f"line {taken[0].row.line}: {taken[0]}; it was submitted a moment ago. "
+            "Give the row an output of its own, or replace that one with --force"
+        )
+    if taken:
+        jobs.supersede(connection, [one.job for one in taken], submission=submission)
 
 
 def close_submission(db: Database, submission: int) -> None:

@@ -27,7 +27,17 @@ from shared.jobs.leases import (
     reap_worker,
 )
 from shared.jobs.publishing import dispatch, redeliver, sweep
-from shared.jobs.requests import Cancellation, Reopened, Selection, cancel, rerun, retry
+from shared.jobs.requests import (
+    Cancellation,
+    Reopened,
+    Selection,
+    cancel,
+    owns,
+    rerun,
+    restore,
+    retry,
+    supersede,
+)
 
 __all__ = [
     "LOSSES_BEFORE_QUARANTINE",
@@ -49,13 +59,16 @@ __all__ = [
     "finish_cancelled",
     "heartbeat",
     "note",
+    "owns",
     "reap",
     "reap_worker",
     "redeliver",
     "release",
     "release_orphan",
     "rerun",
+    "restore",
     "retry",
     "succeed",
+    "supersede",
     "sweep",
 ]

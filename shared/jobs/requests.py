@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Integer,
+    LargeBinary,
     Update,
+    and_,
     bindparam,
     case,
     exists,
     false,
+    func,
     null,
+    or_,
     select,
     true,
     update,
@@ -24,12 +28,15 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from shared.db import Database, clock
-from shared.errors import InputError
+from shared.errors import InputError, OutputReplaced
 from shared.jobs.endings import NO_ERROR
 from shared.jobs.identity import content_key
 from shared.jobs.leases import locked
 from shared.models import FINAL_STATES, BigId, Job
 from shared.params import Params, changed
+
+if TYPE_CHECKING:
+    from shared.submissions import NewJob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +99,33 @@ def _of(*where: ColumnElement[bool]) -> Update:
     return update(Job).where(Job.id.in_(locked(*where)), *where)
 
 
+def owns(job: Any) -> ColumnElement[bool]:
+    """What lies at the job's output is the job's, or will be. job: Job or an alias of it."""
+    succeeded = and_(job.state == "succeeded", job.error_code.is_distinct_from(OutputReplaced.code))
+    return or_(job.state.in_(("pending", "queued", "running")), succeeded)
+
+
+_owner = aliased(Job)
+_OWNED_BY_ANOTHER = exists().where(_owner.output == Job.output, _owner.id != Job.id, owns(_owner))
+
+
+def supersede(connection: Connection, ids: Sequence[int], *, submission: int) -> None:
+    """Takes their outputs from jobs, for a submission that writes there from now on."""
+    where = (Job.id.in_(ids), owns(Job))
+    replaced = {
+        "error_code": OutputReplaced.code,
+        "error_message": f"submission {submission} writes this output since",
+    }
+    waiting = Job.state.in_(("pending", "queued"))
+    connection.execute(
+        _of(*where, waiting).values(state="cancelled", finished_at=clock(), **replaced)
+    )
+    connection.execute(
+        _of(*where, Job.state == "running").values(cancel_requested=true(), **replaced)
+    )
+    connection.execute(_of(*where, Job.state == "succeeded").values(**replaced))
+
+
 _REOPENED: Mapping[str, Any] = {
     **NO_ERROR,
     "state": "pending",
@@ -107,10 +141,14 @@ _REOPENED: Mapping[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Reopened:
-    """How many jobs wait again, and the engines they wait for."""
+    """How many jobs wait again, and the engines they wait for.
+
+    replaced: how many stay as they are, because another job writes their output.
+    """
 
     count: int
     engines: set[str]
+    replaced: int = 0
 
 
 def retry(
@@ -118,16 +156,21 @@ def retry(
 ) -> Reopened:
     """Reopens final jobs, with changed parameters if given.
 
+    A job whose output belongs to another job stays as it is.
     changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
     Raises ParameterError where the changes do not go together with a job's other values,
     and InputError where a changed job would ask for what another job already does.
     """
-    where = (*selection.conditions(), Job.state.in_(FINAL_STATES))
+    chosen = (*selection.conditions(), Job.state.in_(FINAL_STATES))
+    where = (*chosen, ~_OWNED_BY_ANOTHER)
     with db.write() as connection:
+        counted = select(func.count()).select_from(Job).where(*chosen, _OWNED_BY_ANOTHER)
+        replaced = connection.execute(counted).scalar_one()
         if changes:
             _change(connection, where, changes)
         rows = connection.execute(_of(*where).values(**_REOPENED).returning(Job.engine)).all()
-    return Reopened(count=len(rows), engines={row.engine for row in rows})
+    engines = {row.engine for row in rows}
+    return Reopened(count=len(rows), replaced=replaced, engines=engines)
 
 
 def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:
@@ -156,9 +199,10 @@ def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, 
             ) from error
 
 
-def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]]) -> int:
+def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]], *, replace: bool = False) -> int:
     """Reopens final jobs by content key and moves each to a (submission, line).
 
+    replace: also those whose output belongs to another job, which has lost it by then.
     A job belongs to the submission that last asked for it, unless a job whose parameters
     were changed since has that line. Returns how many were reopened.
     """
@@ -170,9 +214,10 @@ def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]]) -> int:
     taken = exists().where(
         other.submission_id == to_submission, other.line == to_line, other.id != Job.id
     )
+    may_write = () if replace else (~_OWNED_BY_ANOTHER,)
     moved = (
         update(Job)
-        .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES))
+        .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES), *may_write)
         .values(
             submission_id=case((taken, Job.submission_id), else_=to_submission),
             line=case((taken, Job.line), else_=to_line),
@@ -181,7 +226,42 @@ def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]]) -> int:
     )
     rows = [
         {"of_key": key, "to_submission": submission, "to_line": line}
-        for key, (submission, line) in keys.items()
+        for key, (submission, line) in sorted(keys.items())  # else two producers deadlock
     ]
     with db.write() as connection:
         return sum(connection.execute(moved, row).rowcount for row in rows)
+
+
+def restore(db: Database, submission: int, rows: Sequence[NewJob]) -> int:
+    """Gives final jobs that were changed since back what their rows say, and reopens them.
+
+    A row whose content key another job has is that job's; see ``rerun``.
+    """
+    other = aliased(Job)
+    key = bindparam("to_key", type_=LargeBinary)
+    restored = (
+        update(Job)
+        .where(
+            Job.submission_id == submission,
+            Job.line == bindparam("of_line"),
+            Job.state.in_(FINAL_STATES),
+            ~exists().where(other.content_key == key),
+        )
+        .values(
+            content_key=key,
+            params=bindparam("to_params"),
+            seed=bindparam("to_seed", type_=BigId),
+            **_REOPENED,
+        )
+    )
+    values = [
+        {
+            "of_line": row.line,
+            "to_key": row.content_key,
+            "to_params": row.params,
+            "to_seed": row.seed,
+        }
+        for row in rows
+    ]
+    with db.write() as connection:
+        return sum(connection.execute(restored, value).rowcount for value in values)
