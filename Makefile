@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 
 demo: $(VENV)/.demo  ## watermarks removed from real photographs, in demo/
 	$(BIN)/python -m tests.demo --folder demo
@@ -18,6 +18,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test  ## every figure in docs/benchmarks.md that needs no GPU
 	$(BIN)/python -m tests.benchmarks
+
+bench-gpu: $(VENV)/.test  ## the engine beside plain diffusers on the GPU at hand, in eight minutes
+	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) demo .inpaint build *.egg-info

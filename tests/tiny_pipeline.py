@@ -26,7 +26,7 @@ def build(folder: Path) -> Path:
         pipeline = _untyped(diffusers.StableDiffusionInpaintPipeline)(
             vae=_vae(),
             text_encoder=_text_encoder(),
-            tokenizer=_tokenizer(),
+            tokenizer=tokenizer(),
             unet=_unet(),
             scheduler=_scheduler(),
             safety_checker=None,
@@ -100,7 +100,8 @@ def _text_encoder() -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """Reads WORDS, and anything else letter by letter."""
     from transformers import CLIPTokenizer
 
     return _untyped(CLIPTokenizer)(

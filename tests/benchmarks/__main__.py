@@ -1,6 +1,7 @@
 """Runs every benchmark that needs no GPU and prints its table."""
 
 from tests.benchmarks import (
+    batching,
     compositing,
     fidelity,
     job_cost,
@@ -12,5 +13,14 @@ from tests.benchmarks import (
 from tests.benchmarks.side_by_side import machine
 
 print(machine())
-for benchmark in (publishing, job_cost, planning, tile_loop, submitting, fidelity, compositing):
+for benchmark in (
+    publishing,
+    job_cost,
+    planning,
+    batching,
+    tile_loop,
+    submitting,
+    fidelity,
+    compositing,
+):
     benchmark.main()

@@ -12,8 +12,9 @@ Size = tuple[int, int]  # (height, width) of a window in latents
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:
-    """Batch sizes worth a graph each: 1, 2, then steps of four, and the largest."""
-    return tuple(sorted({n for n in (1, 2, *range(4, max_rows, 4)) if n < max_rows} | {max_rows}))
+    """Batch sizes worth a graph each: close together where a row more counts for much."""
+    sizes = (1, 2, *range(4, 16, 4), *range(16, max_rows, 8))
+    return (*(n for n in sizes if n < max_rows), max_rows)
 
 
 def pad(rows: list[Row], sizes: Iterable[int]) -> list[Row]:

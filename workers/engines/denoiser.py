@@ -39,7 +39,7 @@ class Denoiser:
         self._modes = MemoryModes(components, options.memory)
         guess = DETERMINISTIC_BATCH if options.deterministic else LARGEST[components.device.type]
         self._largest = options.max_batch or guess
-        self._prompts = PromptEncoder(components)
+        self._prompts = PromptEncoder(components, before=lambda: self._modes.use("text_encoder"))
         self._forward = Forward(
             components,
             attention=options.attention,
@@ -215,10 +215,8 @@ class Denoiser:
             )
 
     def _embed(self, text: str, size: Size) -> Tensor:
-        self._modes.use("text_encoder")
         while (found := attempt(self._prompts.encode, text)) is None:
             self._give_way("text_encoder", size, 1)
-            self._modes.use("text_encoder")
         return found
 
     def _encode(self, pictures: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -17,8 +18,12 @@ KEPT = 256  # of 77 x 1024 float16: 40 MB
 class PromptEncoder:
     """Text to embeddings, least recently used ones forgotten first. For one thread."""
 
-    def __init__(self, components: Components, *, kept: int = KEPT) -> None:
+    def __init__(
+        self, components: Components, *, kept: int = KEPT, before: Callable[[], None] = lambda: None
+    ) -> None:
+        """before: called each time the text encoder is about to run."""
         self._components = components
+        self._before = before
         self._kept = kept
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -35,6 +40,7 @@ class PromptEncoder:
         return self._embeddings[text]
 
     def _encode(self, text: str) -> Tensor:
+        self._before()
         tokenizer, encoder = self._components.tokenizer, self._components.text_encoder
         longest = tokenizer.model_max_length
         tokens = tokenizer(

@@ -62,7 +62,7 @@ class Transfer:
             found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             found.copy_(tensor, non_blocking=True)
             tensor.record_stream(self._down)
-            return Download(tensor=found, arrived=self._down.record_event())
+            return Download(tensor=found, arrived=_mark(self._down))
 
     def pace(self) -> None:
         """Before each forward: waits until only the last one is still running.
@@ -72,7 +72,14 @@ class Transfer:
         """
         if self._device.type != "cuda":
             return
-        enqueued = torch.cuda.current_stream(self._device).record_event()
+        enqueued = _mark(torch.cuda.current_stream(self._device))
         if self._enqueued is not None:
             self._enqueued.synchronize()
         self._enqueued = enqueued
+
+
+def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Done once all that the stream holds now is; waiting for it leaves the core to others."""
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

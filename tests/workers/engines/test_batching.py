@@ -40,7 +40,14 @@ def picked(sequences: list[Any], limit: int) -> str:
 
 @pytest.mark.parametrize(
     ("most", "sizes"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (8, (1, 2, 4, 8)), (14, (1, 2, 4, 8, 12, 14))],
+    [
+        (1, (1,)),
+        (2, (1, 2)),
+        (3, (1, 2, 3)),
+        (8, (1, 2, 4, 8)),
+        (14, (1, 2, 4, 8, 12, 14)),
+        (30, (1, 2, 4, 8, 12, 16, 24, 30)),
+    ],
 )
 def test_batch_sizes_are_few_and_never_far_apart(most: int, sizes: tuple[int, ...]) -> None:
     assert buckets(most) == sizes

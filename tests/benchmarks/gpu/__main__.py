@@ -1,0 +1,98 @@
+"""``python -m tests.benchmarks.gpu [--tiny]``: everything measured on the device at hand.
+
+``--tiny`` runs the same with the tests' pipeline, on a CPU too, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tests.benchmarks.gpu import models, parts
+from tests.benchmarks.gpu.cases import Bench
+from tests.benchmarks.gpu.measuring import HEAD, Run, count_work, matrix_peak, print_table
+
+# Ours before what takes longest to compile, should time run out.
+CASES: dict[str, Callable[[Bench], Run]] = {
+    "a": Bench.guide,
+    "e": Bench.engine_uniform,
+    "f": Bench.engine_mixed,
+    "d": Bench.static_batch,
+    "g": Bench.grouped,
+    "c": Bench.compiled,
+    "b": Bench.xformers,
+}
+TABLES: dict[str, Callable[[Bench], list[list[str]]]] = {
+    "UNet forward, ms": parts.forwards,
+    "Attention": parts.kernels,
+    "Memory modes": parts.memory_modes,
+    "Accelerations": parts.accelerations,
+    "Determinism": parts.determinism,
+}
+LEAST_SECONDS = 20.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="the tests' pipeline, seconds in all")
+    parser.add_argument("--minutes", type=float, default=6.5, help="begin nothing after this")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
+    parser.add_argument("--only", default="", help="cases and tables, such as a,e,Attention")
+    parser.add_argument("--compile", default="default", choices=("off", "default", "max-autotune"))
+    chosen = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    end = time.monotonic() + 60 * chosen.minutes
+    bench = _bench(chosen)
+    peak = matrix_peak(bench.subject)
+    print(
+        f"matrix peak {peak / 1e12:.4g} TFLOP/s, an image of {bench.subject.steps} steps takes "
+        f"{bench.work.of(bench.uniform(0)) / 1e12:.4g} TFLOP",
+        flush=True,
+    )
+    wanted = set(chosen.only.split(",")) if chosen.only else {*CASES, *TABLES}
+    runs = [_run(name, bench, end) for name in CASES if name in wanted]
+    for title, measure in TABLES.items():
+        if title in wanted and time.monotonic() < end:
+            head, *rows = measure(bench)
+            print_table(title, head, rows)
+    ordered = sorted(runs, key=lambda run: run.name)
+    print_table("Cases", HEAD, [run.cells(peak) for run in ordered])
+
+
+def _bench(chosen: argparse.Namespace) -> Bench:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if not chosen.tiny and device.type == "cpu":
+        raise SystemExit("there is no CUDA device; --tiny tries the benchmark itself on a CPU")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}", flush=True)
+    if chosen.tiny:
+        torch.set_num_threads(1)
+    subject = models.tiny(device) if chosen.tiny else models.full(device)
+    return Bench(
+        subject,
+        count_work(subject),
+        seconds=0.2 if chosen.tiny else chosen.seconds,
+        compile="off" if chosen.tiny else chosen.compile,
+    )
+
+
+def _run(name: str, bench: Bench, end: float) -> Run:
+    left = end - time.monotonic()
+    if left < LEAST_SECONDS:
+        return Run(name=f"({name})", note="out of time")
+    start = time.monotonic()
+    run = CASES[name](bench)
+    spent = time.monotonic() - start
+    print(
+        f"{run.name}: {run.images} images in {run.seconds:.1f} s, {spent:.0f} s with warm-up",
+        flush=True,
+    )
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Speed, memory, idleness: how each is measured, and the lines they are printed on."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shared.params import Params
+from tests.benchmarks.gpu.models import Subject
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Floating point operations of one call each; a multiplication and an addition are two."""
+
+    unet_row: float
+    vae_encode: float
+    vae_decode: float
+
+    def of(self, params: Params) -> float:
+        """What one window with these parameters takes, however it is computed."""
+        steps = min(int(params.num_inference_steps * params.strength), params.num_inference_steps)
+        rows = 2 if params.guidance_scale > 1 else 1
+        encodings = 1 if params.strength == 1 else 2
+        return steps * rows * self.unet_row + encodings * self.vae_encode + self.vae_decode
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What came of a case. seconds: of the whole. latencies: of each image."""
+
+    name: str
+    images: int = 0
+    seconds: float = 0.0
+    flop: float = 0.0
+    peak_bytes: int = 0
+    idle: float | None = None
+    latencies: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def cells(self, peak_flops: float) -> list[str]:
+        if not self.images:
+            return [self.name, "-", "-", "-", "-", "-", "-", "-", self.note]
+        flops = self.flop / self.seconds
+        ordered = sorted(self.latencies)
+        return [
+            self.name,
+            f"{self.images / self.seconds:.3f}",
+            f"{flops / 1e12:.4g}",
+            f"{flops / peak_flops:.1%}",
+            f"{self.peak_bytes / GIB:.2f}",
+            "-" if self.idle is None else f"{self.idle:.0%}",
+            f"{statistics.median(ordered):.3f}",
+            f"{ordered[int(0.95 * (len(ordered) - 1))]:.3f}",
+            self.note,
+        ]
+
+
+HEAD = [
+    *("case", "images/s", "TFLOP/s", "of peak", "peak GiB", "idle", "p50 s", "p95 s", "note"),
+]
+
+
+def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    """Markdown, so that it can be pasted into the documents."""
+    print(f"\n## {title}\n")
+    print("| " + " | ".join(head) + " |")
+    print("| " + " | ".join("---" for _ in head) + " |")
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def count_work(subject: Subject) -> Work:
+    """Counted by torch on one call of each part."""
+    parts, device = subject.components, subject.device
+    side = subject.side // parts.vae_factor
+    latents = torch.zeros(1, 4, side, side, device=device, dtype=parts.dtype)
+    inputs = torch.zeros(1, 9, side, side, device=device, dtype=parts.dtype)
+    words = torch.zeros(
+        1, 77, parts.unet.config.cross_attention_dim, device=device, dtype=parts.dtype
+    )
+    picture = torch.zeros(1, 3, subject.side, subject.side, device=device, dtype=parts.dtype)
+    return Work(
+        unet_row=_flop(lambda: parts.unet(inputs, 1, encoder_hidden_states=words)),
+        vae_encode=_flop(lambda: parts.vae.encode(picture)),
+        vae_decode=_flop(lambda: parts.vae.decode(latents)),
+    )
+
+
+def _flop(call: Callable[[], object]) -> float:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def matrix_peak(subject: Subject) -> float:
+    """Operations a second of a large square product in the model's dtype, the best of five."""
+    n = 256 if subject.is_tiny else 8192
+    a, b = (torch.randn(n, n, device=subject.device).to(subject.components.dtype) for _ in "ab")
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        for _ in range(20):
+            a @ b
+        wait(subject.device)
+        times.append(time.perf_counter() - start)
+    return 20 * 2 * n**3 / min(times[1:])
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def measured(run: Run, device: torch.device) -> Iterator[None]:
+    """Fills in the run's seconds, peak memory and idle share."""
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    with _idleness(run, device):
+        start = time.perf_counter()
+        yield
+        wait(device)
+        run.seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        run.peak_bytes = torch.cuda.max_memory_reserved(device)
+
+
+@contextmanager
+def _idleness(run: Run, device: torch.device) -> Iterator[None]:
+    """The driver's own figure: the share of time in which no kernel ran, ten times a second."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        yield
+        return
+    query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    with tempfile.TemporaryFile("w+") as out:
+        command = ["nvidia-smi", *query, f"--id={device.index or 0}", "-lms", "100"]
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(10)
+        out.seek(0)
+        shares = [float(line) for line in out if line.strip().isdigit()]
+    if len(shares) > 2:
+        run.idle = 1 - statistics.mean(shares[1:]) / 100

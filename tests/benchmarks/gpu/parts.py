@@ -1,0 +1,164 @@
+"""Choices of the engine measured one by one: forwards, kernels, memory modes, fewer steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from accelerate.hooks import remove_hook_from_module
+
+from shared.params import Params
+from shared.settings import MemoryMode
+from tests.benchmarks.gpu.cases import Bench
+from tests.benchmarks.gpu.measuring import GIB, Run, measured, wait
+from tests.benchmarks.gpu.models import Subject
+from workers.engines.forward import Forward
+from workers.engines.protocol import Pixels
+
+ROWS = (2, 8, 16, 32, 64)
+REPEATS = 5
+FEWER: tuple[tuple[str, float, Any], ...] = (
+    ("ddim, all steps", 1.0, "ddim"),
+    ("dpmpp_2m, half the steps", 0.5, "dpmpp_2m"),
+    ("unipc, half the steps", 0.5, "unipc"),
+    ("dpmpp_2m, 0.4 of the steps", 0.4, "dpmpp_2m"),
+)
+
+
+def forwards(bench: Bench) -> list[list[str]]:
+    """Milliseconds of a UNet forward for each batch size, one way and another."""
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("eager", {"graphs": False, "compile": "off"}),
+        ("CUDA graphs", {"graphs": True, "compile": "off"}),
+    ]
+    if bench.compile != "off":
+        ways.append(("compiled, CUDA graphs", {"graphs": True, "compile": bench.compile}))
+    rows = ROWS[:2] if bench.subject.is_tiny else ROWS
+    found = []
+    for name, options in ways:
+        forward = Forward(bench.subject.components, attention="auto", **options)
+        found.append([name, *(f"{_forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
+        forward.forget()
+    return [["rows", *map(str, rows)], *found]
+
+
+def kernels(bench: Bench) -> list[list[str]]:
+    """Milliseconds of a forward under each attention kernel that runs here."""
+    names = ("auto", "math") if bench.subject.device.type == "cpu" else _KERNELS
+    rows = 2 if bench.subject.is_tiny else 32
+    found = []
+    for name in names:
+        forward = Forward(bench.subject.components, attention=name, compile="off", graphs=False)
+        found.append([name, f"{_forward_ms(bench.subject, forward, rows):.1f}"])
+    return [["attention", f"ms, {rows} rows"], *found]
+
+
+_KERNELS: tuple[Any, ...] = ("auto", "flash", "cudnn", "efficient", "math")
+
+
+def memory_modes(bench: Bench) -> list[list[str]]:
+    """Four jobs of four steps in each mode."""
+    found = [["memory mode", "peak GiB", "images/s"]]
+    for mode in (None, *get_args(MemoryMode)):
+        run = Run(name=mode or "none")
+        memory = (mode,) if mode else ()
+        with (
+            _restored(bench.subject),
+            _small(bench, memory) as engine,
+            measured(run, bench.subject.device),
+        ):
+            _paint(bench, engine, [_few(bench, n) for n in range(4)])
+        found.append([run.name, f"{run.peak_bytes / GIB:.2f}", f"{4 / run.seconds:.2f}"])
+    return found
+
+
+def accelerations(bench: Bench) -> list[list[str]]:
+    """Fewer steps: speed, and the mean change of a pixel against all steps, of 255."""
+    found = [["way", "images/s", "change of the picture"]]
+    reference: list[Pixels] = []
+    with bench.engine(compile="off") as engine:
+        for name, share, scheduler in FEWER:
+            steps = max(2, int(share * bench.subject.steps))
+            jobs = [
+                Params(
+                    **{
+                        **vars(bench.uniform(n)),
+                        "num_inference_steps": steps,
+                        "scheduler": scheduler,
+                    }
+                )
+                for n in range(8)
+            ]
+            start = time.perf_counter()
+            pictures = _paint(bench, engine, jobs)
+            seconds = time.perf_counter() - start
+            reference = reference or pictures
+            change = np.mean(
+                [abs(a.astype(int) - b).mean() for a, b in zip(pictures, reference, strict=True)]
+            )
+            found.append([name, f"{len(jobs) / seconds:.2f}", f"{change:.1f}"])
+    return found
+
+
+def determinism(bench: Bench) -> list[list[str]]:
+    """One job alone and beside seven others: are the pixels the same to the last bit?"""
+    found = [["engine", "alone and in company"]]
+    for is_deterministic in (False, True):
+        options = {"compile": "off", "max_batch": 8, "deterministic": is_deterministic}
+        with bench.engine(**options) as engine:
+            jobs = [bench.mixed(n) for n in range(8)]
+            alone = _paint(bench, engine, jobs[:1])[0]
+            beside = _paint(bench, engine, jobs)[0]
+        difference = int(abs(alone.astype(int) - beside).max())
+        verdict = "the same bits" if difference == 0 else f"differ by up to {difference} of 255"
+        found.append(["deterministic" if is_deterministic else "default", verdict])
+    return found
+
+
+def _forward_ms(subject: Subject, forward: Forward, rows: int) -> float:
+    parts, device = subject.components, subject.device
+    side = subject.side // parts.vae_factor
+    inputs = torch.zeros(rows, 9, side, side, device=device)
+    timesteps = torch.full((rows,), 500.0, device=device)
+    words = torch.zeros(rows, 77, parts.unet.config.cross_attention_dim, device=device)
+    words = words.to(parts.dtype)
+    with torch.inference_mode():
+        for _ in range(2):
+            forward(inputs, timesteps, words)
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            forward(inputs, timesteps, words)
+        wait(device)
+    return (time.perf_counter() - start) / REPEATS * 1000
+
+
+def _few(bench: Bench, n: int) -> Params:
+    return Params(**{**vars(bench.uniform(n)), "num_inference_steps": 4})
+
+
+def _small(bench: Bench, memory: tuple[str, ...]) -> Any:
+    return bench.engine(memory=memory, compile="off", graphs=False, max_batch=8)
+
+
+def _paint(bench: Bench, engine: Any, jobs: list[Params]) -> list[Pixels]:
+    futures = [engine.submit(bench.region(n, params)) for n, params in enumerate(jobs)]
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def _restored(subject: Subject) -> Iterator[None]:
+    """The model as it was, whatever an engine's modes did to it."""
+    parts = subject.components
+    processors = dict(parts.unet.attn_processors)
+    yield
+    parts.vae.disable_tiling()
+    parts.vae.disable_slicing()
+    for part in (parts.unet, parts.vae, parts.text_encoder):
+        remove_hook_from_module(part, recurse=True)
+        part.to(subject.device)
+    parts.unet.set_attn_processor(processors)
