@@ -34,7 +34,10 @@ LIVES_IN = {
     "lxml": ("shared/provenance.py",),
     "alembic": ("shared/schema.py", "migrations/"),
 }
-HEAVY = ("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic", "skimage")
+HEAVY = (
+    *("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic"),
+    *("skimage", "imagecodecs", "tifffile"),
+)
 
 
 @cache

@@ -104,7 +104,7 @@ def test_cmyk_takes_the_engines_colour() -> None:
     assert np.abs(inside.astype(int) - 99).max() <= 1
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "LA;16", "RGBA;16"])
 def test_alpha_stays_unless_holes_are_to_be_filled(mode: str) -> None:
     before, mask = picture(mode), marked(ROCKET.shape, WHEEL)
     kept = inpainted(before, mask, mask_feather=8)
