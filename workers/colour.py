@@ -28,7 +28,6 @@ GAINS = (0.8, 1.25)
 SHIFTS = (-24.0, 24.0)
 
 STIFFNESS = 8.0  # smooths over about sqrt(8) cells
-DRAFT_STIFFNESS = 256.0
 SWEEPS = 16
 DAMPING = 0.8
 DOUBT = 1.0  # squared levels of contrast between cells, below which no gain shows
@@ -139,17 +138,17 @@ def _sums(layers: NDArray[np.uint8], step: int) -> NDArray[np.uint32]:
 
 
 def _robust_fit(weight: Cells, ours: Cells, theirs: Cells, *, smooth: bool) -> Correction:
-    """Fitted twice: what a stiff fit shows to be painted anew counts for little in the second."""
-    stiff = _fit(weight, ours, theirs, stiffness=DRAFT_STIFFNESS if smooth else None)
-    squares = ((stiff.gain * ours + stiff.offset - theirs) ** 2).sum(axis=2, keepdims=True)
+    """Fitted twice: what the first fit shows to be painted anew counts for little in the second."""
+    draft = _fit(weight, ours, theirs, smooth=smooth)
+    squares = ((draft.gain * ours + draft.offset - theirs) ** 2).sum(axis=2, keepdims=True)
     typical = np.median(squares[weight > 0]) + AGREEMENT**2
     trust: Cells = weight / (1 + squares / (9 * typical))  # Cauchy's weights
-    return _fit(trust, ours, theirs, stiffness=STIFFNESS if smooth else None)
+    return _fit(trust, ours, theirs, smooth=smooth)
 
 
-def _fit(weight: Cells, ours: Cells, theirs: Cells, *, stiffness: float | None) -> Correction:
+def _fit(weight: Cells, ours: Cells, theirs: Cells, *, smooth: bool) -> Correction:
     both = np.concatenate([ours, theirs], axis=2)
-    level = _mean(both, weight) if stiffness is None else _smooth(both, weight, stiffness)
+    level = _smooth(both, weight) if smooth else _mean(both, weight)
     own, their = level[..., :3], level[..., 3:]
     gain = _gain(weight, ours - own, theirs - their)
     # The shift of the local colour is what is bounded, whatever the gain adds to it at 0.
@@ -171,7 +170,7 @@ def _gain(weight: Cells, ours: Cells, theirs: Cells) -> NDArray[np.float32]:
     )
     slope = np.maximum(together + doubt, doubt) / (their + doubt)
     certain = together**2 / ((own + doubt) * (their + doubt))
-    gain: NDArray[np.float32] = np.clip(1 + certain * (1 / slope - 1), *GAINS)
+    gain: NDArray[np.float32] = 1 + certain * (np.clip(1 / slope, *GAINS) - 1)
     return gain.astype(np.float32)
 
 
@@ -180,8 +179,8 @@ def _mean(values: Cells, weight: Cells) -> Cells:
     return mean
 
 
-def _smooth(values: Cells, weight: Cells, stiffness: float) -> Cells:
-    """The membrane u with the least sum of weight * (u - values)^2 + stiffness * |grad u|^2.
+def _smooth(values: Cells, weight: Cells) -> Cells:
+    """The membrane u with the least sum of weight * (u - values)^2 + STIFFNESS * |grad u|^2.
 
     Where nothing is known it is harmonic, as in Poisson image editing (Perez et al. 2003).
     Solved from coarse to fine, each grid starting from the one of half its size, with damped
@@ -192,10 +191,10 @@ def _smooth(values: Cells, weight: Cells, stiffness: float) -> Cells:
     if max(weight.shape) > 2:
         known = _halved(weight)
         means = np.divide(_halved(pull), np.maximum(known, 1e-6), dtype=np.float32)
-        level = _doubled(_smooth(means, known, stiffness), weight.shape[:2])
+        level = _doubled(_smooth(means, known), weight.shape[:2])
     else:
         level = np.broadcast_to(_mean(values, weight), values.shape)
-    stiff, damping = np.float32(stiffness), np.float32(DAMPING)
+    stiff, damping = np.float32(STIFFNESS), np.float32(DAMPING)
     total = weight + stiff * _neighbours(np.ones_like(weight)) + np.float32(1e-6)
     for _ in range(SWEEPS):
         wanted = np.divide(pull + stiff * _neighbours(level), total, dtype=np.float32)

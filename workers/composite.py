@@ -176,7 +176,6 @@ def _ramp(mask: Mask, tile: Box, px: int, *, within: Box | None = None) -> Weigh
         columns = _edge_distance((tile.left, tile.right), (within.left, within.right), width)
         np.minimum(rest, np.minimum(rows[:, None], columns), out=rest)
     weight: Weight = rest / np.maximum(distance + rest, np.float32(1e-6))
-    weight[squares == 0] = 1
     return weight
 
 

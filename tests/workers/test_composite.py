@@ -176,6 +176,33 @@ def test_a_wide_feather_ends_inside_its_region() -> None:
     assert not (changed(before, after) & ~marked(mask.shape, Box(268, 268, 342, 342))).any()
 
 
+def test_a_feather_goes_on_to_the_pictures_own_edge() -> None:
+    rgb = np.full((200, 300, 3), 100, np.uint8)
+    before = picture("RGB", rgb)
+    mask = marked(rgb.shape, Box(10, 60, 290, 140))
+    after = inpainted(
+        before,
+        mask,
+        native=True,
+        mask_feather=30,
+        colour_fit="off",
+        paint=lambda image, _: np.full_like(image, 200),
+    )
+    assert after.pixels[100, [0, -1], 0].tolist() == [168, 168]  # 10 of 31 pixels out
+
+
+def test_uneven_light_is_undone_across_tiles() -> None:
+    rgb = np.full((120, 1400, 3), 120, np.uint8)
+    light = np.linspace(-15, 15, 1400)[None, :, None]
+    after = inpainted(
+        picture("RGB", rgb),
+        marked(rgb.shape, Box(40, 50, 1360, 70)),
+        native=True,
+        paint=lambda image, _: np.rint(image + light[:, 8 : 8 + image.shape[1]]),
+    )
+    assert np.abs(after.pixels.astype(int) - 120).max() <= 2
+
+
 def test_a_dilated_mask_is_painted_as_far_as_it_was_cut_and_no_farther() -> None:
     before, mask = picture("RGB", np.full((300, 400, 3), 10, np.uint8)), marked(ROCKET.shape, WHEEL)
     after = inpainted(
