@@ -25,12 +25,13 @@ Samples = NDArray[np.float32]  # (n, 3) RGB, 0 to 255
 Places = tuple[NDArray[np.intp], NDArray[np.intp]]  # rows and columns, (n,) each
 
 # Chosen by tests/benchmarks/gates.py, which shows what each finds and how often it is wrong.
-SEAM_LIMIT = 2.1
-COLOUR_LIMIT = 11.0
-CHANGE_LIMIT = 0.04  # far below what a VAE alone changes, whatever the strength
+SEAM_LIMIT = 2.0
+COLOUR_LIMIT = 10.0
+CHANGE_LIMIT = 0.05  # far below what a VAE alone changes, whatever the strength
 BLACK_SHARE = 0.98
 BLACK_LEVEL = 26  # the colour fit lifts black by up to 24
 BLACK_SPREAD = 4.0
+MIN_BLACK = 36  # fewer pixels may well lie in a black letter
 PLAIN = 6.0
 
 SAMPLES = 100_000
@@ -38,7 +39,7 @@ MIN_PAIRS = 8
 LONGEST_STEP_PX = 16
 STEP_FLOOR, STEP_CAP = 4.0, 48.0
 NEIGHBOURS = 4  # pixels along an edge that tell no more than one does
-SEAM_ERRORS, COLOUR_ERRORS = 1.5, 2.25
+SEAM_ERRORS, COLOUR_ERRORS = 1.25, 2.0
 OPAQUE = 128
 HOPELESS = 100.0
 
@@ -177,12 +178,12 @@ def _examine_box(before: Picture, after: Picture, mask: Mask, box: Box, feather_
     where = slices(around.clipped(before.size))
     marked, old, new = mask[where], _rgb(before, where), _rgb(after, where)
     visible = _visible(after, where)
-    pairs = _pairs(marked, visible, step)
-    steps = [pairs] if step == 1 else [pairs, _pairs(marked, visible, 1)]
-    edges = [_edge(new, one) for one in steps if len(one) >= MIN_PAIRS]
+    near = _pairs(marked, visible, 1)
+    known = (near if step == 1 else _pairs(marked, visible, step)).known
+    edges = [_edge(*edge) for edge in _edges(old, new, near, feather_px)]
     return Scores(
-        black=_black(old, new, _thinned(marked), pairs.known),
-        change=_change(old, new, _thinned(marked & _visible(before, where)), pairs.known),
+        black=_black(old, new, _thinned(marked), known),
+        change=_change(old, new, _thinned(marked & _visible(before, where)), known),
         seam=max((seam for seam, _ in edges), default=None),
         colour_jump=max((jump for _, jump in edges), default=None),
     )
@@ -214,7 +215,7 @@ def _thinned(mask: Mask) -> Places:
 def _black(old: Rgb, new: Rgb, inside: Places, known: Places) -> float:
     """The share of black inside where it is even and not what surrounds it."""
     brightest = new[inside].max(axis=1)
-    if brightest.std() > BLACK_SPREAD:
+    if len(brightest) < MIN_BLACK or brightest.std() > BLACK_SPREAD:
         return 0.0
     around = new[known] if len(known[0]) >= MIN_PAIRS else old[inside]
     if (around.max(axis=1) <= BLACK_LEVEL).mean() > 0.5:
@@ -314,15 +315,34 @@ def _leaving(mask: Mask, down: int, right: int) -> Places:
     return (first, second) if right else (second, first)
 
 
-def _edge(new: Rgb, pairs: _Pairs) -> tuple[float, float]:
+def _edges(
+    old: Rgb, new: Rgb, pairs: _Pairs, feather_px: int
+) -> Iterator[tuple[Samples, Samples, Samples]]:
+    """What to compare as (inside, outside, beyond): at the mask's edge, and in the feather.
+
+    There the engine's own pixels can be had back from the mixture, and compared with the known
+    ones in the same places.
+    """
+    if len(pairs) < MIN_PAIRS:
+        return
+    outside = _at(new, pairs.outside)
+    yield _at(new, pairs.inside), outside, _at(new, pairs.beyond)
+    if feather_px:
+        known = _at(old, pairs.outside)
+        painted = known + (outside - known) * np.float32((feather_px + 1) / feather_px)
+        yield painted, known, _at(old, pairs.beyond)
+
+
+def _at(rgb: Rgb, places: Places) -> Samples:
+    return rgb[places].astype(np.float32)
+
+
+def _edge(inside: Samples, outside: Samples, beyond: Samples) -> tuple[float, float]:
     """The seam and the colour jump, each as little as chance leaves of it.
 
     The seam is the geometric mean of step sizes across the edge over those just outside, so
     that lines of the picture that cross the mask weigh little.
     """
-    inside, outside, beyond = (
-        new[places].astype(np.float32) for places in (pairs.inside, pairs.outside, pairs.beyond)
-    )
     steeper = _log_step(inside - outside) - _log_step(outside - beyond)
     seam = exp(float(steeper.mean()) - SEAM_ERRORS * float(_error(steeper)))
     drift = np.clip(inside - outside, -STEP_CAP, STEP_CAP)
@@ -337,6 +357,7 @@ def _log_step(difference: Samples) -> NDArray[np.float32]:
 
 
 def _error(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The standard error of the mean along the first axis."""
-    error: NDArray[np.float32] = values.std(axis=0) / np.float32(sqrt(len(values) / NEIGHBOURS))
+    """The standard error of the mean along the first axis; large where the samples are few."""
+    count = max(len(values) / NEIGHBOURS - 1, 0.5)
+    error: NDArray[np.float32] = values.std(axis=0) / np.float32(sqrt(count))
     return error

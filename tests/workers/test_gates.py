@@ -215,7 +215,7 @@ def test_a_verdict_names_the_figure_and_the_remedy() -> None:
     assert isinstance(error, GateError)
     assert str(error) == (
         "a seam: the picture is 4.2 times as steep across the mask's edge as beside it "
-        "(below 2.1); try another seed, or gate=review to look at it"
+        "(below 2); try another seed, or gate=review to look at it"
     )
     assert not error.retryable
 
