@@ -4,6 +4,7 @@ from tests.benchmarks import (
     batching,
     compositing,
     fidelity,
+    gates,
     job_cost,
     planning,
     publishing,
@@ -21,6 +22,7 @@ for benchmark in (
     tile_loop,
     submitting,
     fidelity,
+    gates,
     compositing,
 ):
     benchmark.main()
