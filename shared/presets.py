@@ -22,6 +22,9 @@ from shared.params import (
     is_native,
 )
 
+# Measured: docs/benchmarks.md. An engine without a model leaves the rest as it is and needs none.
+MODEL_MASK: Mapping[str, int] = {"mask_dilation": 1, "mask_feather": 2}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
@@ -132,7 +135,7 @@ def resolve(
     """
     rounds = rounds or Rounds()
     chosen = find_presets(preset) if preset else ()
-    merged: dict[str, Any] = {"mask_feather": 0 if is_native(engine) else 4}
+    merged: dict[str, Any] = {} if is_native(engine) else dict(MODEL_MASK)
     defaults: dict[str, str] = {}
     template = prompt or ""
     for one in chosen:

@@ -223,7 +223,7 @@ def test_a_diffusion_model_in_a_folder_runs_end_to_end(shell: Shell) -> None:
     assert json.loads(output)["succeeded"] == 2
     before = noise.copy()
     after = [pixels(str(shell.folder / f"{seed}.png")) for seed in (1, 2)]
-    # Feathered by four pixels, so a little more than the box may change, and nothing beyond.
+    # Grown by one pixel and feathered by two: a little more than the box may change.
     outside = np.ones((512, 512), bool)
     outside[190:242, 190:274] = False
     assert np.array_equal(before[outside], after[0][outside])

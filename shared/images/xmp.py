@@ -27,11 +27,14 @@ _NOTE = re.compile(
 _INNER = re.compile(rb"<rdf:RDF[^>]*>(.*)</rdf:RDF>", re.DOTALL)
 _WRAPPER = re.compile(rb"<\?xpacket[^>]*\?>")
 _PADDING = re.compile(rb"\s+(?=<\?xpacket end)")
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _POINTER = (
-    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
-    b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
-    b'xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="%s"/>'
-    b"</rdf:RDF></x:xmpmeta>"
+    b'<rdf:Description xmlns:rdf="%b" rdf:about="" '
+    b'xmlns:xmpNote="http://ns.adobe.com/xmp/note/" xmpNote:HasExtendedXMP="%%b"/>'
+) % _RDF.encode()
+_EMPTY = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="%b">' % _RDF.encode(),
+    b"</rdf:RDF></x:xmpmeta>",
 )
 
 
@@ -82,13 +85,64 @@ def jpeg_bodies(packet: bytes) -> list[bytes]:
     packet = _PADDING.sub(b"\n", packet)
     if len(STANDARD) + len(packet) <= _MOST_BYTES:
         return [STANDARD + packet]
-    packet = _WRAPPER.sub(b"", packet).strip()
-    guid = hashlib.md5(packet, usedforsecurity=False).hexdigest().upper().encode()
-    bodies = [STANDARD + _POINTER % guid]
-    for offset in range(0, len(packet), _PIECE_BYTES):
-        place = struct.pack(">II", len(packet), offset)
-        bodies.append(EXTENSION + guid + place + packet[offset : offset + _PIECE_BYTES])
+    first, extension = _split(_WRAPPER.sub(b"", packet).strip())
+    guid = hashlib.md5(extension, usedforsecurity=False).hexdigest().upper().encode()
+    bodies = [STANDARD + first % guid]
+    for offset in range(0, len(extension), _PIECE_BYTES):
+        place = struct.pack(">II", len(extension), offset)
+        bodies.append(EXTENSION + guid + place + extension[offset : offset + _PIECE_BYTES])
     return bodies
+
+
+def _split(packet: bytes) -> tuple[bytes, bytes]:
+    """What readers of the first segment alone shall see, and the rest.
+
+    The descriptions stay in the first as long as they fit, the small ones first: a long one
+    holds a picture or a depth map. The first is a template for the extension's name.
+    """
+    spans = sorted(_descriptions(packet), key=lambda span: span[1] - span[0])
+    if not spans:
+        return _EMPTY[0] + _POINTER + _EMPTY[1], packet
+    head, tail = packet[: min(spans)[0]], packet[max(spans)[1] :]
+    room = _MOST_BYTES - len(STANDARD) - len(head) - len(_POINTER) - 32 - len(tail)
+    kept: list[tuple[int, int]] = []
+    moved: list[tuple[int, int]] = []
+    for start, end in spans:
+        fits = end - start <= room
+        room -= end - start if fits else 0
+        (kept if fits else moved).append((start, end))
+
+    def joined(chosen: list[tuple[int, int]]) -> bytes:
+        return b"".join(packet[start:end] for start, end in sorted(chosen))
+
+    first = (head + joined(kept)).replace(b"%", b"%%") + _POINTER + tail.replace(b"%", b"%%")
+    return first, head + joined(moved) + tail
+
+
+def _descriptions(packet: bytes) -> list[tuple[int, int]]:
+    """Where each child of rdf:RDF starts and ends; nothing where the XML is not well-formed."""
+    parser = expat.ParserCreate(namespace_separator=" ")
+    open_tags: list[str] = []
+    starts: list[int] = []
+    spans: list[tuple[int, int]] = []
+
+    def opens(name: str, _attributes: object) -> None:
+        if open_tags and open_tags[-1] == f"{_RDF} RDF":
+            starts.append(parser.CurrentByteIndex)
+        open_tags.append(name)
+
+    def closes(_name: str) -> None:
+        open_tags.pop()
+        if open_tags and open_tags[-1] == f"{_RDF} RDF":
+            end = packet.index(b">", parser.CurrentByteIndex) + 1
+            spans.append((starts[-1], end))
+
+    parser.StartElementHandler, parser.EndElementHandler = opens, closes
+    try:
+        parser.Parse(packet, True)
+    except expat.ExpatError:
+        return []
+    return spans
 
 
 def from_png_text(body: bytes) -> bytes:

@@ -29,7 +29,9 @@ from workers.engines.protocol import RegionWork
 SIZE, TILE, OVERLAP = (3000, 2000), 512, 64
 MARK = (2400, 1700, 2600, 1760)
 ROUNDS = 3
-PARAMS = Params(num_inference_steps=10, guidance_scale=7.5, strength=0.8, mask_feather=4)
+PARAMS = Params(
+    num_inference_steps=10, guidance_scale=7.5, strength=0.8, mask_dilation=1, mask_feather=2
+)
 
 
 def main() -> None:

@@ -221,8 +221,8 @@ def test_an_unknown_parameter_suggests_the_nearest(name: str, message: str) -> N
 
 
 def test_nothing_given_means_the_documented_defaults() -> None:
-    assert resolved() == Params(mask_feather=4)
-    assert resolved(engine="opencv") == Params(mask_feather=0)
+    assert resolved() == Params(mask_dilation=1, mask_feather=2)
+    assert resolved(engine="opencv") == Params(mask_dilation=0, mask_feather=0)
 
 
 def test_values_win_over_presets_and_presets_over_defaults() -> None:

@@ -16,6 +16,7 @@ from shared import images
 from shared.images import xmp
 from shared.images.jpeg_file import jpeg_segment
 from shared.images.png_file import png_chunk
+from shared.provenance import Provenance, mark
 
 CAT = Image.fromarray(data.chelsea()).resize((64, 48))
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -133,3 +134,28 @@ def test_a_damaged_text_chunk_is_no_packet() -> None:
     file = save("PNG")
     whole = file[:33] + png_chunk(b"iTXt", xmp.PNG_KEYWORD + b"\1\0\0\0zip?") + file[33:]
     assert decode(whole).metadata.xmp == OLD
+
+
+def test_a_long_packet_keeps_its_small_descriptions_in_the_first_segment() -> None:
+    depth = b'<rdf:Description rdf:about="" xmlns:g="http://g/"><g:map>%b</g:map></rdf:Description>'
+    both = OLD.replace(b"</rdf:RDF>", depth % (b"0%" * 60_000) + b"</rdf:RDF>")
+    first, *rest = xmp.jpeg_bodies(both)
+    assert b"<dc:title>old</dc:title>" in first
+    assert b"HasExtendedXMP" in first
+    assert len(rest) == 2
+    expat.ParserCreate(namespace_separator=" ").Parse(first[len(xmp.STANDARD) :], True)
+    again = xmp.from_jpeg_bodies([first, *rest])
+    assert b"<dc:title>old</dc:title>" in again
+    assert b"0%" * 60_000 in again
+
+
+def test_a_long_packet_that_is_no_xml_is_an_extension_as_a_whole() -> None:
+    first, *rest = xmp.jpeg_bodies(b"<broken " + b"x" * 70_000)
+    assert b"HasExtendedXMP" in first
+    assert b"".join(one[len(xmp.EXTENSION) + 40 :] for one in rest).startswith(b"<broken x")
+
+
+def test_the_note_of_how_a_result_was_made_is_in_the_first_segment() -> None:
+    note = Provenance(job=7, seed=1, engine="sd2", revision="r", params_json="{}", trained=True)
+    first = xmp.jpeg_bodies(mark(LONG, note))[0]
+    assert b"compositeWithTrainedAlgorithmicMedia" in first
