@@ -73,6 +73,7 @@ class Params:
     seed: int = 0
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
+    guidance_end: float = 1.0
     strength: float = 0.8
     eta: float = 0.0
     scheduler: Scheduler = "ddim"
@@ -130,6 +131,7 @@ _OPTIONAL: Mapping[str, Any] = {
     for name in (
         *(
             "scale",
+            "guidance_end",
             "mask_invert",
             "mask_fit",
             "text",
@@ -265,6 +267,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _integer("seed", 0, MAX_SEED),
         _integer("num_inference_steps", 1, 200),
         _number("guidance_scale", 1, 20),
+        _number("guidance_end", 0, 1),
         _number("strength", 0, 1, above=True),
         _number("eta", 0, 1),
         _choice("scheduler", get_args(Scheduler)),
@@ -308,6 +311,7 @@ PASS_PARAMETERS = (
         "negative_prompt",
         "num_inference_steps",
         "guidance_scale",
+        "guidance_end",
         "strength",
     ),
     *("eta", "scheduler", "width", "height", "mask_threshold", "mask_dilation", "mask_feather"),

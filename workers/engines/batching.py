@@ -33,7 +33,7 @@ def choose_joining(
     """
     rows = Counter[Size]()
     for one in active:
-        rows[one.draft.window_size] += one.draft.rows
+        rows[one.draft.window_size] += one.rows
     joining, full = [], set[Size]()
     for draft in sorted(waiting, key=lambda one: -one.work.priority):
         size = draft.window_size
@@ -66,7 +66,7 @@ def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[
 def _in_turns(active: list[Sequence], room: int) -> list[Row]:
     """Up to ``room`` rows; each region's first pending window, then each one's second."""
     windows = [
-        [one.pending[n : n + one.draft.rows] for n in range(0, len(one.pending), one.draft.rows)]
+        [one.pending[n : n + one.rows] for n in range(0, len(one.pending), one.rows)]
         for one in active
     ]
     turns = zip_longest(*windows, fillvalue=[])

@@ -64,7 +64,6 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     files = find_model(model, revision)
-    _set_up(device, is_deterministic=options.deterministic)
     try:
         return _read(files, device, dtype)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -106,12 +105,11 @@ def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def _set_up(device: torch.device, *, is_deterministic: bool) -> None:
-    """Chooses kernels for this process: TF32 for float32, cuDNN's fastest where they may vary."""
+def choose_kernels(device: torch.device, *, is_deterministic: bool) -> None:
+    """For this process, before it computes on the device: TF32, and none that vary where asked."""
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = not is_deterministic
     torch.backends.cudnn.deterministic = is_deterministic
     if is_deterministic:  # read by cuBLAS when it starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

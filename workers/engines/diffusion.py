@@ -17,7 +17,7 @@ from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released
 from workers.engines.batching import choose_joining, group_steps, move_back, pick_rows
 from workers.engines.delivery import Delivery, telling
 from workers.engines.denoiser import Denoiser
-from workers.engines.diffusers_loading import Components
+from workers.engines.diffusers_loading import Components, choose_kernels
 from workers.engines.memory import is_out_of_memory
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
@@ -116,6 +116,8 @@ class DiffusionEngine:
         """Puts the model on its device, from the thread that will run it."""
         if self._components.device.type == "cuda":
             torch.cuda.set_device(self._components.device)
+        is_deterministic = self._options.deterministic
+        choose_kernels(self._components.device, is_deterministic=is_deterministic)
         try:
             self._ready.set_result(Denoiser(self._components, self._options))
         except Exception as error:  # noqa: BLE001
@@ -209,8 +211,9 @@ class DiffusionEngine:
         self._forwards_since_decoding = 0
         with telling(one.draft for one in group):
             for one, picture in zip(group, self._denoiser.decode(group), strict=True):
-                one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
-                self._delivery.send(one.draft, picture, self._denoiser.transfer)
+                with telling((one.draft,)):
+                    one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
+                    self._delivery.send(one.draft, picture, self._denoiser.transfer)
         self._finished = [one for one in self._finished if one not in group]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,16 +101,32 @@ class Forward:
         All graphs share one pool of memory: never two of them are under way, and what one
         wrote is copied before the next.
         """
+        device = self._components.device
         inputs = tuple(tensor.clone() for tensor in given)
-        side = new_stream(self._components.device)
-        side.wait_stream(torch.cuda.current_stream(self._components.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._call(self._unet, *inputs)
-        torch.cuda.current_stream(self._components.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile, which only this error mode allows.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = self._call(self._unet, *inputs)
+        with _trying_convolutions():
+            side = new_stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self._call(self._unet, *inputs)
+            torch.cuda.current_stream(device).wait_stream(side)
+            # Other threads may allocate meanwhile, which only this error mode allows.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self._call(self._unet, *inputs)
         self._pool = self._pool or graph.pool()
         return Captured(graph=graph, inputs=inputs, output=output)
+
+
+@contextmanager
+def _trying_convolutions() -> Iterator[None]:
+    """cuDNN times its algorithms and takes the fastest; each shape pays for that once.
+
+    Not where a deterministic engine has asked for the same ones each time.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

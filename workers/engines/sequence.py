@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +152,11 @@ class Sequence:
         self._begin_step()
 
     @property
+    def rows(self) -> int:
+        """Rows that one window takes in a forward of this step."""
+        return len(self._embeddings) - self._first_branch
+
+    @property
     def is_done(self) -> bool:
         return self.step == len(self._table)
 
@@ -182,7 +188,7 @@ class Sequence:
 
         The same twice where there is no guidance.
         """
-        return self._whole(0), self._whole(-1)
+        return self._whole(self._first_branch), self._whole(-1)
 
     def move_on(self, latents: Tensor, image: Tensor | None = None) -> None:
         """To the next step, with its latents and the image they lead to."""
@@ -192,11 +198,13 @@ class Sequence:
         self._begin_step()
 
     def _begin_step(self) -> None:
-        branches, windows = range(len(self._embeddings)), range(len(self._fixed))
-        self._parts: list[dict[int, Tensor]] = [{} for _ in branches]
+        guided = math.ceil(self.draft.work.params.guidance_end * len(self._table))
+        self._first_branch = 0 if self.step < guided else len(self._embeddings) - 1
+        self._parts: list[dict[int, Tensor]] = [{} for _ in self._embeddings]
+        branches = range(self._first_branch, len(self._embeddings))
         self.pending = [
             Row(sequence=self, window=window, branch=branch)
-            for window in windows
+            for window in range(len(self._fixed))
             for branch in branches
             if not self.is_done
         ]

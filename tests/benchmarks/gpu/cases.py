@@ -131,7 +131,6 @@ class Bench:
         if subject.device.type == "cuda":
             subject.components.unet.to(memory_format=torch.channels_last)
             subject.components.vae.to(memory_format=torch.channels_last)
-            torch.backends.cudnn.benchmark = True
         chosen = {"max_batch": subject.max_batch, "compile": self.compile, **options}
         found = DiffusionEngine(
             name="bench", components=subject.components, options=EngineOptions(**chosen)

@@ -30,7 +30,7 @@ def active(name: str, windows: int = 1, **values: Any) -> Any:
     """What batching asks of a region under way; its rows are named after it."""
     found = draft(**values)
     rows = [f"{name}{window}{'-+'[n]}" for window in range(windows) for n in range(found.rows)]
-    return SimpleNamespace(draft=found, pending=rows)
+    return SimpleNamespace(draft=found, rows=found.rows, pending=rows)
 
 
 def picked(sequences: list[Any], limit: int) -> str:

@@ -99,6 +99,30 @@ def test_the_seed_and_the_prompt_decide_the_picture(parts: Components) -> None:
     assert np.array_equal(solo(parts, region()), results[0])
 
 
+def test_guidance_may_end_early_and_saves_its_rows(parts: Components, watch: Watch) -> None:
+    full, half = region(strength=1.0), region(strength=1.0, guidance_end=0.5)
+    expected = solo(parts, full)
+    assert watch.rows == [2] * 5
+    watch.rows.clear()
+    found = solo(parts, half)
+    assert watch.rows == [2, 2, 2, 1, 1]
+    assert not np.array_equal(found, expected)
+    watch.rows.clear()
+    none = solo(parts, region(strength=1.0, guidance_end=0.0))
+    assert np.array_equal(none, solo(parts, region(strength=1.0, guidance_scale=1.0)))
+    assert set(watch.rows) == {1}
+
+
+def test_a_canvas_may_end_its_guidance_early_too(parts: Components) -> None:
+    windows = (Box(0, 0, 64, 64), Box(40, 0, 104, 64))
+    work = region(windows=windows, guidance_end=0.4)
+    results = []
+    for most in (8, 3):
+        with engine(parts, max_batch=most) as ours:
+            results.append(ours.submit(work).result(60))
+    assert_close(*results)
+
+
 def test_two_rows_per_forward_are_enough_and_so_is_one(parts: Components, watch: Watch) -> None:
     work = region()
     expected = solo(parts, work)
