@@ -60,12 +60,15 @@ def read(
 
     placeholders: columns allowed besides ours. has_mask: a mask is given for all rows.
     Raises ManifestError for what spoils the whole file: no rows, a missing, unknown or
-    doubled column, not UTF-8, not gzip after all.
+    doubled column, not UTF-8, not gzip after all, changed while it was read.
     """
     known = frozenset(COLUMNS) | placeholders
     required = ("image",) if has_mask else ("image", "mask")
+    before = storage.stat(manifest)
     with storage.open(manifest) as raw, _readable(manifest), _text(raw) as text:
         yield from _rows(manifest, text, known, required)
+    if storage.stat(manifest) != before:
+        raise ManifestError(f"{manifest}: changed while it was read; submit it again")
 
 
 @contextmanager
@@ -107,8 +110,10 @@ def _csv(
 ) -> Iterator[Row | Problem]:
     csv.field_size_limit(FIELD_LIMIT)
     reader = csv.reader(_lines(manifest, text), delimiter=delimiter, strict=True)
+    line = 1
     try:
         header = [cell.strip() for cell in next(reader, [])]
+        _check_delimiter(manifest, header, delimiter)
         check_columns(manifest, header, known, required)
         while True:
             line = reader.line_num + 1
@@ -119,8 +124,25 @@ def _csv(
                 yield _row(line, header, cells)
     except csv.Error as error:
         raise ManifestError(
-            f"{manifest}: line {reader.line_num}: {error}; mend the quoting"
+            f"{manifest}: line {line}: {_quoting(error, line, reader.line_num)}; mend the quoting"
         ) from error
+
+
+def _check_delimiter(manifest: str, header: list[str], delimiter: str) -> None:
+    """One column whose name holds another delimiter is a header in another dialect."""
+    for other, said in (("\t", "tabs"), (";", "semicolons"), ("|", "bars"), (",", "commas")):
+        if len(header) == 1 and other != delimiter and other in header[0]:
+            wanted = "tabs" if delimiter == "\t" else "commas, or tabs in a .tsv"
+            raise ManifestError(
+                f"{manifest}: line 1: the columns are separated by {said}; save it with {wanted}"
+            )
+
+
+def _quoting(error: csv.Error, first: int, last: int) -> str:
+    """A row of several lines has a quote that was to close earlier, so both ends are named."""
+    if first == last:
+        return str(error)
+    return f"a quote that opens here is not closed as it should, up to line {last}: {error}"
 
 
 def _lines(manifest: str, text: IO[str]) -> Iterator[str]:

@@ -221,7 +221,10 @@ def _get_file(path: str, max_bytes: int) -> Object:
     with _open_regular(path) as file:
         status = os.fstat(file.fileno())
         _check_size(path, status.st_size, max_bytes)
-        return Object(data=file.read(), version=f"{status.st_size}-{status.st_mtime_ns}")
+        data, after = file.read(max_bytes + 1), os.fstat(file.fileno())
+    if (len(data), after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise StorageUnavailable(f"{path!r} changed while it was read; it is read again")
+    return Object(data=data, version=f"{status.st_size}-{status.st_mtime_ns}")
 
 
 def _put_file(path: str, data: bytes, if_version: str | None, token: str) -> str:

@@ -153,7 +153,12 @@ def _resolved(image: Image.Image) -> tuple[Image.Image, str]:
             f"pixels of kind {image.mode!r} cannot be repainted without loss; "
             "convert to 8-bit RGB, grey or CMYK"
         )
-    return (image if image.mode in (mode, "I;16B") else image.convert(mode)), mode
+    if image.mode in (mode, "I;16B"):
+        return image, mode
+    try:
+        return image.convert(mode), mode
+    except DAMAGE as error:
+        raise truncated(str(image.format)) from error
 
 
 def _array(image: Image.Image) -> Array:

@@ -86,7 +86,7 @@ def read_directory(data: bytes | bytearray, offset: int | None = None) -> Direct
         if offset is None:
             (offset,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, 8 if big else 4)
         return _read(data, offset, order, big=big)
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:
         raise DirectoryError("the directory lies past the end of the data") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ _TABLES_AMONG_FRAMES = (0xC4, 0xC8, 0xCC)
 _PROGRESSIVE = 0xC2
 _PROFILE_PIECE_BYTES = 65519
 _MOST_BYTES = 65533
+_SCAN, _END = 0xDA, 0xD9
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_MOST_SCANS = 100
 
 
 def read(data: bytes) -> Header:
@@ -41,7 +45,7 @@ def read(data: bytes) -> Header:
     return Header(
         format="JPEG",
         size=(width, height),
-        refusal=_refusal(marker, depth),
+        refusal=_refusal(marker, depth) or _bomb(data, place),
         lossless=False,
         progressive=marker == _PROGRESSIVE,
         orientation=exif.orientation(found.exif),
@@ -113,6 +117,20 @@ def _refusal(marker: int, depth: int) -> str:
     if marker in (0xC9, 0xCA):
         return "is arithmetic-coded, which few programs read; save it as baseline JPEG"
     return "" if depth == 8 else f"has {depth} bits a channel; save it with 8"
+
+
+def _bomb(data: bytes, start: int) -> str:
+    """Each scan makes a decoder walk over the whole picture, however few bytes it has."""
+    if data.count(b"\xff\xda", start) <= _MOST_SCANS:
+        return ""  # most files; what follows is slow
+    scans, found = 0, _MARKER.search(data, start)
+    while found and data[found.start() + 1] != _END:
+        scans += data[found.start() + 1] == _SCAN
+        length = int.from_bytes(data[found.end() : found.end() + 2])
+        found = _MARKER.search(data, found.end() + length)
+    if scans <= _MOST_SCANS:
+        return ""
+    return f"has {scans} scans, {_MOST_SCANS} at most are read; save it again as baseline JPEG"
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:

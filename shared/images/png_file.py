@@ -80,7 +80,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 def _key(body: bytes, depth: int, colour: int) -> tuple[int, ...]:
     """The transparent colour, in the range of the decoded pixels."""
     count = {_GREY: 1, _RGB: 3}.get(colour, 0)
-    if not count or len(body) < 2 * count:
+    if not count or depth == 0 or len(body) < 2 * count:
         return ()
     scale = 255 // (2**depth - 1) if depth < 8 else 1
     return tuple(value % 2**depth * scale for value in struct.unpack_from(f">{count}H", body))

@@ -195,7 +195,11 @@ def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ('a.png,"b.png\nc.png,d.png\n', "line 3: unexpected end of data"),
+        (
+            'a.png,"b.png\nc.png,d.png\n',
+            "line 2: a quote that opens here is not closed as it should, up to line 3: "
+            "unexpected end of data",
+        ),
         ('a.png,"b"x.png\n', "line 2: ',' expected after '\"'"),
         (f"a.png,{'x' * (FIELD_LIMIT + 1)}\n", "line 2: field larger than field limit (65536)"),
     ],

@@ -7,7 +7,7 @@ lease or a wait is moved into the past in the table.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -320,16 +320,42 @@ class JobMachine(RuleBasedStateMachine):
 
     @rule()
     def reap(self) -> None:
-        expected = [one for one in self.model.values() if one.expired]
-        for one in expected:
+        reaped = self._reaped([one for one in self.model.values() if one.expired])
+        assert {(lost.job, lost.attempt, lost.state) for lost in jobs.reap(self.db)} == reaped
+
+    def _reaped(self, lost: Sequence[Expected]) -> set[tuple[int, int, str]]:
+        for one in lost:
             one.losses += 1
             if one.losses >= jobs.LOSSES_BEFORE_QUARANTINE:
                 one.error = "worker_lost"
                 one.end("lost", "failed")
             else:
                 one.end("lost", "pending")
-        found = {(lost.job, lost.attempt, lost.state) for lost in jobs.reap(self.db)}
-        assert found == {(one.id, one.attempt, one.state) for one in expected}
+        return {(one.id, one.attempt, one.state) for one in lost}
+
+    @rule(worker=st.sampled_from(WORKERS))
+    def reap_worker(self, worker: str) -> None:
+        """Its launcher saw the process die."""
+        expected = [one for one in self.model.values() if one.worker == worker]
+        reaped = self._reaped(expected)
+        found = {
+            (lost.job, lost.attempt, lost.state)
+            for lost in jobs.reap_worker(self.db, worker=worker, reason="killed by signal 9")
+        }
+        assert found == reaped
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def release_orphan(self, data: st.DataObject) -> None:
+        """A worker beats for a lease that it knows nothing of, or that is no longer its own."""
+        lease = data.draw(st.sampled_from(self.leases))
+        held = self._holds(lease)
+        beat = jobs.Beat(job=lease.id, attempt=lease.attempt, cancel_requested=False)
+        jobs.release_orphan(self.db, beat)
+        if held:
+            one = self.model[lease.id]
+            self.ended[lease.id, lease.attempt] += 1
+            one.end("cancelled" if one.cancelling else "released", "pending")
 
     # --- what happens most, in one step ---
 

@@ -1,0 +1,245 @@
+"""Child processes that try files, and a parent that sees them crash, hang or grow.
+
+A child writes down each file's number before it tries it, so that the parent knows which one
+ended it. A file is made again from the seed and its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import mmap
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+
+FILE_SECONDS = 10.0
+FILE_WALL_SECONDS = 180.0
+MEMORY_BYTES = 1 << 30
+FILES_PER_CHILD = 20_000
+GROWTH_BYTES = 96 << 20
+WARM_UP_FILES = 1_000
+POLL_SECONDS = 0.05
+NOT_STARTED = -1
+
+Attempt = Callable[[bytes, Random], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """kind: crash, hang, memory, leak, or the exception's name."""
+
+    number: int
+    kind: str
+    text: str
+
+
+@dataclass(kw_only=True)
+class Report:
+    tried: int = 0
+    pictures: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def fuzz(
+    *,
+    seed: int,
+    folder: Path,
+    files: int | None = None,
+    minutes: float | None = None,
+    first: int = 0,
+    attempt: str = "tests.fuzz.trial:attempt",
+    file_seconds: float = FILE_SECONDS,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> Report:
+    """Tries files until so many, or so many minutes, have passed; offenders are kept in folder.
+
+    attempt: ``module:function``, called in the children. file_seconds: of processor time.
+    tell: called with a line for each finding.
+    """
+    end = time.monotonic() + (minutes or 1e6) * 60
+    report, number = Report(), first
+    while time.monotonic() < end and (files is None or number < first + files):
+        most = FILES_PER_CHILD if files is None else min(FILES_PER_CHILD, first + files - number)
+        child = _Child(seed=seed, first=number, count=most, attempt=attempt)
+        known = len(report.findings)
+        number = child.watch(report, until=end, file_seconds=file_seconds)
+        for found in report.findings[known:]:
+            tell(_keep(found, seed, folder))
+    return report
+
+
+def _keep(found: Finding, seed: int, folder: Path) -> str:
+    """The finding in words, its file named."""
+    path = folder / f"{found.kind}-{seed}-{found.number}"
+    if found.kind != "leak":
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file_of(seed, found.number)[0])
+    return f"{found.kind}: {path}: {found.text}"
+
+
+def file_of(seed: int, number: int) -> tuple[bytes, Random]:
+    """The file of that number, and the dice for what is done with it."""
+    from tests.fuzz.mutations import mutated
+
+    random = Random(f"{seed}-{number}")
+    return mutated(random), random
+
+
+class _Child:
+    """One process. ``place``: shared memory with the number now tried and how many decoded."""
+
+    def __init__(self, *, seed: int, first: int, count: int, attempt: str) -> None:
+        self._first, self._last = first, first + count
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
+        folder = Path(self._folder.name)
+        self._said, place = folder / "findings.jsonl", folder / "place"
+        place.write_bytes(struct.pack("<qq", NOT_STARTED, 0))
+        with place.open("r+b") as file:
+            self._place = mmap.mmap(file.fileno(), 16)
+        arguments = [str(seed), str(first), str(count), attempt, str(place), str(self._said)]
+        (folder / "tmp").mkdir()
+        with (folder / "stderr").open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.fuzz.runner", *arguments],
+                env={**os.environ, "TMPDIR": str(folder / "tmp")},
+                stderr=stderr,
+            )
+
+    def watch(self, report: Report, *, until: float, file_seconds: float) -> int:
+        """Until the child has ended; returns the next number to try."""
+        ended = self._ended(until, file_seconds)
+        number, pictures = struct.unpack("<qq", self._place[:])
+        stderr = (Path(self._folder.name) / "stderr").read_text(errors="replace")
+        if number == NOT_STARTED and ended != "stopped":
+            raise RuntimeError(f"the child did not start: {stderr}")
+        number = max(number, self._first)
+        report.pictures += pictures
+        if self._said.exists():
+            lines = self._said.read_text().splitlines()
+            report.findings += [Finding(**json.loads(line)) for line in lines]
+        if ended not in ("done", "stopped"):
+            stderr = (Path(self._folder.name) / "stderr").read_text(errors="replace")
+            report.findings.append(
+                Finding(number=number, kind=ended, text=" ".join(stderr.split())[-1500:])
+            )
+            number += 1
+        left = list((Path(self._folder.name) / "tmp").iterdir())
+        if left and ended == "done":
+            report.findings.append(Finding(number=number, kind="leak", text=f"left {left[:3]}"))
+        report.tried += number - self._first
+        self._place.close()
+        self._folder.cleanup()
+        return int(number)
+
+    def _ended(self, until: float, file_seconds: float) -> str:
+        tried, since, began = NOT_STARTED, time.monotonic(), 0.0
+        while (status := self._process.poll()) is None:
+            time.sleep(POLL_SECONDS)
+            now, spent = time.monotonic(), self._cpu_seconds()
+            (number, _) = struct.unpack("<qq", self._place[:])
+            if number != tried:
+                tried, since, began = number, now, spent
+            if now > until:
+                return self._stop(signal.SIGKILL, "stopped")
+            is_slow = number != NOT_STARTED and spent - began > file_seconds
+            if is_slow or now - since > FILE_WALL_SECONDS:
+                return self._stop(signal.SIGABRT, "hang")
+        return "done" if status == 0 else "crash"
+
+    def _cpu_seconds(self) -> float:
+        """The child's, so that a busy machine makes no file look slow."""
+        try:
+            times = psutil.Process(self._process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
+    def _stop(self, number: int, said: str) -> str:
+        self._process.send_signal(number)
+        self._process.wait()
+        return said
+
+
+def main(arguments: list[str]) -> None:
+    """The child: tries ``count`` files from ``first`` on."""
+    seed, first, count = (int(text) for text in arguments[:3])
+    module, _, name = arguments[3].partition(":")
+    attempt: Attempt = getattr(import_module(module), name)
+    faulthandler.enable()
+    warnings.simplefilter("error")
+    file_of(seed, first)
+    _limit_memory()
+    with Path(arguments[4]).open("r+b") as file, Path(arguments[5]).open("a") as said:
+        place = mmap.mmap(file.fileno(), 16)
+        pictures, before = 0, None
+        for number in range(first, first + count):
+            struct.pack_into("<qq", place, 0, number, pictures)
+            found = _tried(attempt, seed, number)
+            pictures += found is True
+            if isinstance(found, Finding):
+                _say(said, found)
+            if number == first + WARM_UP_FILES:
+                before = _use()
+        struct.pack_into("<qq", place, 0, first + count, pictures)
+        if before is not None and (text := _growth(before, _use())):
+            _say(said, Finding(number=first + count, kind="leak", text=text))
+
+
+def _say(said: Any, found: Finding) -> None:
+    said.write(json.dumps(asdict(found)) + "\n")
+    said.flush()
+
+
+def _tried(attempt: Attempt, seed: int, number: int) -> bool | Finding:
+    data, random = file_of(seed, number)
+    try:
+        return attempt(data, random)
+    except MemoryError:
+        return Finding(number=number, kind="memory", text=f"over {MEMORY_BYTES >> 20} MiB")
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the file is to be looked at
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
+        return Finding(number=number, kind=type(error).__name__, text=f"{error} ({where})"[:500])
+
+
+def _limit_memory() -> None:
+    with Path("/proc/self/statm").open() as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_BYTES, resource.RLIM_INFINITY))
+
+
+def _use() -> tuple[int, int]:
+    """Resident bytes and open files."""
+    with Path("/proc/self/statm").open() as file:
+        resident = int(file.read().split()[1]) * resource.getpagesize()
+    return resident, len(list(Path("/proc/self/fd").iterdir()))
+
+
+def _growth(before: tuple[int, int], after: tuple[int, int]) -> str:
+    grown, files = after[0] - before[0], after[1] - before[1]
+    if grown > GROWTH_BYTES or files > 0:
+        return f"{grown >> 20} MiB and {files} open files more than after {WARM_UP_FILES:,} files"
+    return ""
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1:])

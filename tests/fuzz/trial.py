@@ -1,0 +1,83 @@
+"""What the product does with a file from outside, and what may come of it."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import images, masks
+from shared.errors import ImageError, InputError
+
+MAX_PIXELS = 1_000_000
+FORMATS = (None, "JPEG", "PNG", "WEBP", "TIFF", "BMP")
+
+
+class Defect(Exception):
+    """Nothing was raised, and yet it is wrong."""
+
+
+def attempt(data: bytes, random: Random) -> bool:
+    """Probes, decodes, repaints and encodes the file; whether it was a picture.
+
+    Raises what the product may not raise, and Defect.
+    """
+    shown = _probed(data, random)
+    _as_mask(data)
+    try:
+        picture = images.decode(data, max_pixels=MAX_PIXELS)
+    except InputError:
+        return False
+    if picture.size != shown:
+        raise Defect(f"probe says {shown}, decode {picture.size}")
+    _repaint(picture, random)
+    return True
+
+
+def _probed(data: bytes, random: Random) -> tuple[int, int] | None:
+    try:
+        images.probe(data[: random.randrange(len(data) + 1)], max_pixels=MAX_PIXELS)
+    except InputError:
+        pass
+    try:
+        return images.probe(data, max_pixels=MAX_PIXELS)
+    except InputError:
+        return None
+
+
+def _as_mask(data: bytes) -> None:
+    try:
+        masks.decode_mask(data, max_pixels=MAX_PIXELS)
+    except InputError:
+        pass
+
+
+def _repaint(picture: images.Picture, random: Random) -> None:
+    """Writes a box of other pixels in the picture's own format, or in another one."""
+    width, height = picture.size
+    left, top = random.randrange(width), random.randrange(height)
+    box = (slice(top, top + 1 + random.randrange(20)), slice(left, left + 1 + random.randrange(20)))
+    pixels, touched = picture.pixels.copy(), np.zeros((height, width), np.bool_)
+    pixels[box] = pixels[box] ^ 1
+    touched[box] = True
+    changed = picture.replace(pixels, touched=touched)
+    format = random.choice(FORMATS) if random.random() < 0.3 else None
+    try:
+        written = images.encode(changed, format=format)
+    except ImageError:
+        if format is None:
+            raise Defect(f"what came as {picture.format} cannot be written again") from None
+        return
+    again = images.decode(written, max_pixels=MAX_PIXELS)
+    if again.size != picture.size:
+        raise Defect(f"{picture.size} comes back as {again.size}")
+    if format in (None, picture.format) and picture.coding.lossless:
+        _compare(picture, again, touched)
+
+
+def _compare(before: images.Picture, after: images.Picture, touched: NDArray[np.bool_]) -> None:
+    """A touched pixel may have come near only: a palette has no more than 256 colours."""
+    same_kind = before.pixels.shape == after.pixels.shape
+    if not same_kind or not np.array_equal(before.pixels[~touched], after.pixels[~touched]):
+        raise Defect(f"the {before.format} comes back with other pixels outside the box")

@@ -1,0 +1,80 @@
+"""Bad and hostile input: each kind has a test that names its code and message."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+# What may come from outside, by the file of the test that says what becomes of it.
+COVERED = {
+    "producer/test_manifest.py": {
+        "empty manifest": "test_an_empty_file_is_refused",
+        "missing or doubled column": "test_every_wrong_column_is_named_at_once",
+        "BOM, CRLF": "test_the_same_rows_come_out_of_every_format",
+        "UTF-16": "test_another_encoding_is_refused_with_its_first_foreign_byte",
+        "NUL": "test_nul_in_a_cell_is_a_problem_of_its_row",
+        "unclosed quote, 64 KiB field": "test_broken_quoting_is_refused_with_its_line",
+        "ragged row": "test_a_ragged_row_is_a_problem_of_its_own",
+        "embedded newlines": "test_a_row_is_known_by_its_first_line_when_cells_hold_line_ends",
+    },
+    "producer/test_submit.py": {
+        "header only": "test_a_file_that_is_no_manifest_is_refused_in_a_line",
+        "identical rows": "test_identical_rows_are_one_job",
+        "two rows with one output": "test_outputs_that_collide_name_both_lines",
+        "output equal to an input": "test_an_output_may_not_be_another_rows_image_or_mask",
+    },
+    "producer/test_hostile.py": {
+        "another delimiter": "test_another_delimiter_is_named",
+        "manifest changed while read": "test_a_manifest_that_changes_while_it_is_read_is_refused",
+        "the same on S3": "test_a_manifest_on_s3_that_changes_while_it_is_read_is_refused",
+        "control characters on a terminal": "test_control_characters_do_nothing_to_a_terminal",
+        "secrets": "test_no_secret_is_printed_logged_or_recorded",
+    },
+    "shared/test_storage.py": {
+        "..; http://; credentials": "test_a_reference_that_is_no_place_is_refused",
+        "absolute path": "test_a_place_outside_the_roots_is_refused_for_every_call",
+        "symlinks": "test_a_link_out_of_the_root_is_refused_as_a_file_and_as_a_folder",
+        "credentials redacted": "test_credentials_are_redacted_and_keys_are_not",
+        "bucket off the list": "test_a_bucket_that_is_not_on_the_list_is_refused",
+        "odd keys": "test_odd_keys_arrive_on_s3_as_they_were_written",
+        "object denied": "test_what_s3_answers_becomes_an_error_of_ours",
+    },
+    "shared/test_params.py": {
+        "ranges, NaN, prompts": "test_a_value_past_its_range_is_refused_with_what_is_allowed",
+        "unknown parameters": "test_an_unknown_parameter_suggests_the_nearest",
+    },
+    "workers/test_run.py": {
+        "object missing, empty": "test_bad_input_fails_at_once_with_its_code",
+        "over the byte cap": "test_an_object_over_the_cap_is_refused",
+    },
+    "shared/images/test_images.py": {
+        "truncated": "test_truncated_files_are_refused",
+        "HTML, SVG, PSD, animated": "test_what_cannot_be_read_is_refused_in_one_line",
+    },
+    "workers/test_hostile.py": {
+        "a bomb": "test_a_bomb_is_refused_before_it_is_decoded",
+        "huge ICC or text chunk": "test_a_huge_chunk_of_metadata_costs_nothing",
+        "1x1, 20000x1": "test_a_picture_of_any_shape_is_repainted",
+        "changed between HEAD and GET": "test_the_version_recorded_is_that_of_the_bytes_read",
+        "changed while read": "test_a_picture_that_is_written_while_it_is_read_is_read_again",
+    },
+    "workers/engines/test_registry.py": {
+        "pickle weights": "test_pickled_weights_are_refused",
+        "corrupt safetensors": "test_damaged_files_are_an_answer_too",
+        "custom code": "test_custom_code_is_never_run",
+    },
+    "producer/test_jobs_cli.py": {
+        "formulas": "test_a_spreadsheet_runs_nothing_from_a_csv_export",
+    },
+}
+
+
+@pytest.mark.parametrize("file", COVERED)
+def test_every_kind_of_bad_input_has_its_test(file: str) -> None:
+    tree = ast.parse((TESTS / file).read_text())
+    there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert set(COVERED[file].values()) <= there
