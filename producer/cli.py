@@ -43,6 +43,7 @@ NO_WORKER_SECONDS = 10.0
 @click.option("--style", help="Added to every prompt: artist, medium, palette.")
 @click.option("--format", help="jpeg, png, webp, tiff or bmp; else each image's own.")
 @click.option("--quality", help="1 to 100, JPEG and WebP; else as the image was stored.")
+@click.option("--gate", help="What becomes of a bad result: fail, review or off.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")
 @click.option("--priority", default="0", help="-1000 to 1000; higher runs first.")
 @click.option(
@@ -134,7 +135,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
 
 
 def _values(given: dict[str, Any]) -> dict[str, object]:
-    short = {name: given[name] for name in ("format", "quality") if given[name] is not None}
+    short = {name: given[name] for name in ("gate", "format", "quality") if given[name] is not None}
     read = {name: find_parameter(name).read(value) for name, value in short.items()}
     return parse_sets(given["sets"]) | read
 

@@ -122,6 +122,7 @@ def fail(
     failures = job.failures + 1
     wait = policy.delay_seconds(failures) if error.retryable else None
     found: dict[str, Any] = {
+        "score": record.score,
         "error_code": error.code,
         "error_message": str(error),
         "failures": failures,

@@ -44,8 +44,8 @@ def test_there_are_these_commands() -> None:
         *(
             f"inpaint-jobs {name}"
             for name in (
-                *("cancel", "doctor", "export", "list", "presets", "retry", "show"),
-                *("status", "upgrade"),
+                *("cancel", "doctor", "export", "list", "presets", "replay", "retry"),
+                *("sheet", "show", "status", "upgrade"),
             )
         ),
     ]
