@@ -157,9 +157,15 @@ def replay_command(job: int, device: str, roots: tuple[str, ...], as_json: bool)
     if as_json:
         click.echo(json.dumps(found))
     else:
-        differs = f" ({', '.join(found['differs'])} changed)" if found["differs"] else ""
-        click.echo(f"job {job}: {'the same' if found['same'] else 'another'} result{differs}")
+        click.echo(f"job {job}: {_verdict(found)}")
     sys.exit(0 if found["same"] else 1)
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    text = "the same result" if found["same"] else "another result"
+    if found["largest_difference"]:
+        text += f", by at most {found['largest_difference']} levels"
+    return f"{text} (changed: {', '.join(found['differs'])})" if found["differs"] else text
 
 
 @jobs_command.command()

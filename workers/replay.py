@@ -10,11 +10,13 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from hashlib import sha256
 
 import click
+import numpy as np
 from sqlalchemy import select
 
-from shared import schema, settings
+from shared import images, schema, settings
 from shared.db import Database
 from shared.errors import EngineUnavailable, InpaintError, InputError
 from shared.jobs import AttemptRecord, LeasedJob
@@ -60,6 +62,8 @@ class Recorded:
 def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     """``same``, and what differs besides: inputs that have changed, another engine revision.
 
+    largest_difference: in levels, from what lies at the output, where that is still the
+    recorded result; engines that are not deterministic may differ by one or two.
     Raises InputError where the job has no result, and whatever rendering raises.
     """
     db = Database(configured.database)
@@ -76,12 +80,14 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     )
     now = AttemptRecord()
     try:
-        render(kit, recorded.job, now, Interruption(), gates=False)
+        rendered = render(kit, recorded.job, now, Interruption(), gates=False)
     finally:
         engine.close()
+    same = now.result_sha256 == recorded.result_sha256
     return {
         "job": job,
-        "same": now.result_sha256 == recorded.result_sha256,
+        "same": same,
+        "largest_difference": 0 if same else _largest_difference(kit, recorded, rendered.data),
         "result_sha256": now.result_sha256,
         "recorded_sha256": recorded.result_sha256,
         "differs": list(_differences(recorded, now, engine.revision)),
@@ -118,6 +124,21 @@ def _recorded(db: Database, job: int) -> Recorded:
         inputs=json.loads(attempt.inputs or "{}"),
         result_sha256=attempt.result_sha256,
     )
+
+
+def _largest_difference(kit: Kit, recorded: Recorded, now: bytes) -> int | None:
+    cap = kit.settings.max_object_bytes
+    try:
+        published = kit.storage.get(recorded.job.output, max_bytes=cap).data
+    except InputError:
+        return None
+    if sha256(published).hexdigest() != recorded.result_sha256:
+        return None
+    one, other = (
+        images.decode(data, max_pixels=kit.settings.max_pixels).pixels.astype(np.int32)
+        for data in (published, now)
+    )
+    return int(np.abs(one - other).max()) if one.shape == other.shape else None
 
 
 def _differences(recorded: Recorded, now: AttemptRecord, revision: str) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from producer.jobs_cli import jobs_command
 from producer.replay import replay
 from shared import jobs
 from shared.errors import InpaintError
@@ -50,6 +53,7 @@ def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
     Path(bench.path("out.jpg")).unlink()
     found = replayed(bench, finished)
     assert found["same"] is True
+    assert found["largest_difference"] == 0
     assert found["result_sha256"] == before[0].result_sha256
     assert (bench.job(finished), bench.attempts(finished)) == before
     assert not Path(bench.path("out.jpg")).exists()
@@ -60,6 +64,7 @@ def test_what_has_changed_since_is_named(bench: Workbench, finished: int) -> Non
     found = replayed(bench, finished)
     assert found["same"] is False
     assert found["differs"] == ["image"]
+    assert found["largest_difference"] > 0  # type: ignore[operator]
 
 
 def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
@@ -78,3 +83,29 @@ def test_an_input_that_is_gone_is_an_error(bench: Workbench, finished: int) -> N
     Path(bench.path("mask.png")).unlink()
     with pytest.raises(InpaintError, match=r"mask\.png' does not exist"):
         replayed(bench, finished)
+
+
+def test_an_output_that_is_gone_leaves_nothing_to_measure_against(
+    bench: Workbench, finished: int
+) -> None:
+    bench.picture("in.jpg", (200, 160), seed=1)
+    Path(bench.path("out.jpg")).unlink()
+    assert replayed(bench, finished)["largest_difference"] is None
+
+
+def test_the_command_says_whether_it_is_the_same_and_exits_1_if_not(
+    bench: Workbench, finished: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench.folder)
+    runner = CliRunner()
+    ran = runner.invoke(jobs_command, ["replay", str(finished)])
+    assert (ran.exit_code, ran.stdout) == (0, f"job {finished}: the same result\n")
+    bench.picture("in.jpg", (200, 160), seed=1)
+    ran = runner.invoke(jobs_command, ["replay", str(finished)])
+    assert ran.exit_code == 1
+    assert re.fullmatch(
+        rf"job {finished}: another result, by at most \d+ levels \(changed: image\)\n", ran.stdout
+    )
+    ran = runner.invoke(jobs_command, ["replay", "99"])
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith("inpaint-jobs: job 99 has no result")
