@@ -20,4 +20,5 @@ def test_the_gpu_benchmark_runs_on_the_tiny_pipeline(capsys: pytest.CaptureFixtu
     measured = {row[0][1]: float(row[1]) for row in rows if row[1] != "-"}
     assert set(measured) >= set("acdefg")
     assert all(rate > 0 for rate in measured.values())
+    assert "failed" not in printed
     assert "| deterministic | the same bits |" in printed

@@ -50,8 +50,11 @@ class Denoiser:
         is_single = components.device.type == "cpu" or options.deterministic
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, Size], RowLimit] = {}
-        if components.device.type == "cuda":
-            self._warm_up(finds_largest=options.max_batch is None and not options.deterministic)
+        is_on_cuda = components.device.type == "cuda"
+        if is_on_cuda and options.max_batch is None and not options.deterministic:
+            self._find_largest()
+        if is_on_cuda or self._forward.wants_buckets:
+            self._warm_up()
 
     @property
     def max_batch(self) -> int:
@@ -105,7 +108,8 @@ class Denoiser:
 
         The next call then needs less. Raises OutOfMemory where nothing is left to try.
         """
-        self._modes.relax()
+        if self._modes.relax():
+            self._forward.forget()
         self.transfer.pace()
         predictions = attempt(self._predict, rows)
         if predictions is not None:
@@ -151,15 +155,19 @@ class Denoiser:
             for draft, share in zip(drafts, shares, strict=True)
         ]
 
-    def _warm_up(self, *, finds_largest: bool) -> None:
-        """Runs each batch size once at the model's own window; finds the largest that fits.
+    @property
+    def _own_size(self) -> Size:
+        side = int(self._components.unet.config.sample_size)
+        return side, side
 
-        Compiling, capturing graphs and choosing kernels happen here, before any job waits.
-        """
-        size = (self._components.unet.config.sample_size,) * 2
-        if finds_largest:
-            guesses = (rows for rows in reversed(buckets(self._largest)) if self._fits(rows, size))
-            self._largest = next(guesses, 1)
+    def _find_largest(self) -> None:
+        """Tries batches of the model's own window, the largest first, until one fits."""
+        tried = reversed(buckets(self._largest))
+        self._largest = next((rows for rows in tried if self._fits(rows, self._own_size)), 1)
+
+    def _warm_up(self) -> None:
+        """Compiles, captures graphs and chooses kernels before any job waits for them."""
+        size = self._own_size
         for rows in self._sizes():
             self._fits(rows, size)
         latents = torch.zeros(

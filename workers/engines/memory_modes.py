@@ -74,10 +74,10 @@ class MemoryModes:
         log.warning("out of memory in %s; going on with %s", stage, left[0])
         return True
 
-    def relax(self) -> None:
-        """Turns off the mode taken last, once it has been on for a while."""
+    def relax(self) -> bool:
+        """Turns off the mode taken last, once it has been on for a while; True where it did."""
         if not self._taken or not self._pause.is_over:
-            return
+            return False
         self._pause.restart()
         mode = self._taken.pop()
         try:
@@ -88,6 +88,8 @@ class MemoryModes:
             release_memory()
             self._turn_on(mode)
             self._taken.append(mode)
+            return False
+        return True
 
     def _turn_on(self, mode: MemoryMode) -> None:
         self._undo[mode] = getattr(self, f"_{mode}")()

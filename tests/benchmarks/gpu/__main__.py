@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -57,10 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [_run(name, bench, end) for name in CASES if name in wanted]
     for title, measure in TABLES.items():
         if title in wanted and time.monotonic() < end:
-            head, *rows = measure(bench)
-            print_table(title, head, rows)
+            print_table(title, *_measure(measure, bench))
     ordered = sorted(runs, key=lambda run: run.name)
     print_table("Cases", HEAD, [run.cells(peak) for run in ordered])
+
+
+def _measure(
+    measure: Callable[[Bench], list[list[str]]], bench: Bench
+) -> tuple[list[str], list[list[str]]]:
+    """A table's head and rows; what fails is said in its place, and the rest goes on."""
+    try:
+        head, *rows = measure(bench)
+    except Exception as error:
+        traceback.print_exc()
+        return ["failed"], [[type(error).__name__]]
+    return head, rows
 
 
 def _bench(chosen: argparse.Namespace) -> Bench:
@@ -85,7 +97,11 @@ def _run(name: str, bench: Bench, end: float) -> Run:
     if left < LEAST_SECONDS:
         return Run(name=f"({name})", note="out of time")
     start = time.monotonic()
-    run = CASES[name](bench)
+    try:
+        run = CASES[name](bench)
+    except Exception as error:
+        traceback.print_exc()
+        run = Run(name=f"({name})", note=f"failed: {type(error).__name__}")
     spent = time.monotonic() - start
     print(
         f"{run.name}: {run.images} images in {run.seconds:.1f} s, {spent:.0f} s with warm-up",

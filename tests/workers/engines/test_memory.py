@@ -12,10 +12,11 @@ import torch
 
 from shared.errors import EngineUnavailable, OutOfMemory
 from tests.workers.engines.samples import Watch, components, engine, region
+from workers.engines.denoiser import Denoiser
 from workers.engines.diffusers_loading import Components
 from workers.engines.memory import Pause, RowLimit, is_out_of_memory
 from workers.engines.memory_modes import MemoryModes
-from workers.engines.options import MemoryMode
+from workers.engines.options import EngineOptions, MemoryMode
 from workers.engines.protocol import Pixels, RegionWork
 
 HARMLESS = ("attention_slicing", "vae_slicing", "model_offload", "sequential_offload")
@@ -200,6 +201,28 @@ def test_a_batch_that_was_halved_grows_again_and_more_slowly_each_time() -> None
     assert limit.rows == 4
     clock.now += 1
     assert limit.rows == 8
+
+
+@pytest.mark.parametrize(("room", "found"), [(99, 8), (5, 4), (1, 1), (0, 1)])
+def test_the_largest_batch_that_fits_is_found(parts: Components, room: int, found: int) -> None:
+    watch = Watch(parts.unet)
+    watch.before = lambda rows: raise_while(rows > room)
+    denoiser = Denoiser(parts, EngineOptions(max_batch=None))
+    with torch.inference_mode():
+        denoiser._find_largest()
+    assert denoiser.max_batch == found
+
+
+def test_every_batch_size_is_run_before_any_job_waits(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda unet, mode: unet)
+    watch = Watch(parts.unet)
+    with engine(parts, compile="default", max_batch=12) as ours:
+        assert watch.rows == [1, 2, 4, 8, 12]
+        watch.rows.clear()
+        ours.submit(region(num_inference_steps=2)).result(60)
+        assert set(watch.rows) == {2}
 
 
 def test_an_error_that_hides_the_lack_of_memory_is_seen_through() -> None:
