@@ -69,7 +69,7 @@ def _measure(
     """A table's head and rows; what fails is said in its place, and the rest goes on."""
     try:
         head, *rows = measure(bench)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         return ["failed"], [[type(error).__name__]]
     return head, rows
@@ -99,7 +99,7 @@ def _run(name: str, bench: Bench, end: float) -> Run:
     start = time.monotonic()
     try:
         run = CASES[name](bench)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         run = Run(name=f"({name})", note=f"failed: {type(error).__name__}")
     spent = time.monotonic() - start

@@ -120,6 +120,14 @@ def test_a_deterministic_engine_gives_the_same_bits_alone_and_in_any_company(
     assert np.array_equal(run_in(tiny_model, [*company, work], before=2)[-1], alone)
 
 
+def test_a_canvas_keeps_its_bits_in_company_too(tiny_model: Path) -> None:
+    windows = tuple(Box(left, 0, left + 64, 64) for left in range(0, 161, 40))
+    canvas = region(windows=windows, strength=0.7, guidance_end=0.5)
+    company = [region(picture=n, **values) for n, values in enumerate(COMPANY)]
+    alone = run_in(tiny_model, [canvas], before=1)[0]
+    assert np.array_equal(run_in(tiny_model, [*company, canvas], before=3)[-1], alone)
+
+
 def test_a_mixed_batch_with_priorities_ends_in_their_order(tiny_model: Path) -> None:
     parts = components(tiny_model)
     watch = Watch(parts.unet)
