@@ -3,13 +3,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test soak lint bench bench-gpu clean
 
 demo: $(VENV)/.demo  ## watermarks removed from real photographs, in demo/
 	$(BIN)/python -m tests.demo --folder demo
 
 test: $(VENV)/.test  ## the whole suite, on its own Redis, PostgreSQL and S3 server
 	$(BIN)/python -m pytest -q
+
+MINUTES ?= 10
+SEED ?= $(shell date +%s)
+
+soak: $(VENV)/.test  ## faults at random for MINUTES, and forty killed workers; prints its SEED
+	FAULTS_SECONDS=$$((60 * $(MINUTES))) FAULTS_SEED=$(SEED) FAULTS_KILLS=40 \
+	  $(BIN)/python -m pytest -q -s --timeout 0 tests/faults/test_mixture.py tests/faults/test_workers.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

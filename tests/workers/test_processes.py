@@ -70,6 +70,8 @@ def test_a_killed_process_is_started_again_and_its_jobs_run_elsewhere(
     sqlite_fleet: Fleet,
 ) -> None:
     fleet = sqlite_fleet
+    # The launcher saw it die: nobody waits for this lease.
+    fleet.environment |= {"INPAINT_LEASE_SECONDS": "600"}
     jobs = fleet.add(3, size=(500, 500), radius=10)
     fleet.start("--concurrency", "1")
     wait_for(lambda: "running" in fleet.states())
