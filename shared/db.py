@@ -120,7 +120,11 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
         connect_args={
             "connect_timeout": 10,
             "application_name": "inpaint",
-            "keepalives_idle": 30,
+            # A server whose packets get lost is given up well before a lease ends.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
             "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s",
         },
     )

@@ -278,10 +278,13 @@ def _configure_logging(level: str, name: str) -> None:
 
 
 def _without_celery_s_traceback(record: logging.LogRecord) -> bool:
-    """A broker that fails is one line, not the sixty of redis, kombu and Celery."""
+    """A broker that fails is one line, not the sixty of redis, kombu and Celery.
+
+    And a message that goes back to the queue at shutdown is no news.
+    """
     if record.name.startswith("celery.worker"):
         record.exc_info = None
-    return True
+    return not (record.exc_info and record.exc_info[0] is Reject)
 
 
 if __name__ == "__main__":

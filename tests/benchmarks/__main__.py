@@ -8,6 +8,7 @@ from tests.benchmarks import (
     job_cost,
     planning,
     publishing,
+    recovery,
     submitting,
     tile_loop,
 )
@@ -26,3 +27,4 @@ for benchmark in (
     compositing,
 ):
     benchmark.main()
+recovery.main()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -54,9 +55,16 @@ class World:
                 os.kill(chosen, signal.SIGCONT)
 
     def replace_a_launcher(self) -> None:
-        launcher = self.chance.choice([p for p in self.site.fleet.processes if p.poll() is None])
+        launcher = self.chance.choice(self.launchers())
         launcher.send_signal(self.chance.choice((signal.SIGTERM, signal.SIGKILL)))
-        self.site.fleet.start("--concurrency", "2")
+
+    def launchers(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.site.fleet.processes if process.poll() is None]
+
+    def keep_two_launchers(self) -> None:
+        """As a service manager does: one that starts while PostgreSQL is away ends at once."""
+        for _ in range(2 - len(self.launchers())):
+            self.site.fleet.start("--concurrency", "2")
 
     def crash_redis(self) -> None:
         self.redis.kill()
@@ -140,16 +148,16 @@ def world(
 def test_a_random_mixture_of_faults_loses_and_doubles_nothing(world: World) -> None:
     print(f"FAULTS_SEED={SEED} FAULTS_SECONDS={SECONDS:g}")
     site, met = world.site, 0
-    for _ in range(2):
-        site.fleet.start("--concurrency", "2")
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
         if site.count("pending", "queued") < 20:
             site.add(40)
+        world.keep_two_launchers()
         world.chance.choice(world.faults())()
         pause(world.chance.uniform(0, 1))
         met += 1
     world.leave_s3_alone()
+    world.keep_two_launchers()
     site.finish(seconds=150, retry=RETRIED)
     print(f"{met} faults, {len(site.expected)} jobs")
     site.check()

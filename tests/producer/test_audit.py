@@ -6,13 +6,19 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from producer import audit
+from producer import audit, terminal
 from shared import jobs, submissions
 from shared.db import Database
-from shared.errors import ImageError, InpaintError, OutOfMemory
+from shared.errors import (
+    ImageError,
+    InpaintError,
+    OutOfMemory,
+    OutputRefused,
+    StorageUnavailable,
+)
 from shared.jobs import AttemptRecord, Selection
 from shared.models import STATES
-from tests.job_table import AT_ONCE, JobTable, new_job
+from tests.job_table import AT_ONCE, LATER, JobTable, new_job
 
 
 @pytest.fixture
@@ -116,3 +122,34 @@ def test_an_export_tells_of_the_last_attempt(table: JobTable) -> None:
     assert record["timings"] == {"fetch": 1.0}
     assert record["params"]["mode"] == "auto"
     assert datetime.fromisoformat(record["finished_at"]).tzinfo is not None
+
+
+def test_progress_tells_what_waits_because_of_an_error(table: JobTable) -> None:
+    failing, paused, again = (table.run(job) for job in table.add(3))
+    jobs.fail(table.db, failing, AttemptRecord(), StorageUnavailable("'/a.png': busy"), LATER)
+    jobs.note(table.db, paused, OutputRefused("'/b.png': No space left on device"))
+    jobs.note(table.db, again, StorageUnavailable("'/c.png': busy"))
+    found = audit.progress(table.db, 1)
+    full, retried = found.troubles
+    assert full.plight == "1 paused until it is mended"
+    assert full.message == "'/b.png': No space left on device"
+    assert retried.code == "storage_unavailable"
+    assert 20 < retried.seconds <= 30
+    assert terminal.note(found).startswith("1 paused until it is mended (output_refused), 1 wait ")
+    assert "No space left on device" in terminal.counts_line(found)
+
+
+def test_progress_counts_jobs_of_other_submissions_where_asked(table: JobTable) -> None:
+    first, second, _ = table.add(3)
+    table.succeed(second)
+    other = table.submission("other")
+    found = audit.progress(table.db, other, also=[first, second])
+    assert (found.total, found.left) == (2, 1)
+
+
+def test_errors_of_other_submissions_jobs_are_told_where_asked(table: JobTable) -> None:
+    own, foreign = table.add(2)
+    fail(table, own, ImageError("not a picture"))
+    fail(table, foreign, ImageError("not a picture"))
+    other = table.submission("other")
+    assert audit.errors(table.db, other, also=[foreign]) == [("bad_image", 1, "not a picture")]

@@ -1,0 +1,120 @@
+"""How soon work goes on after a fault, with the default settings: lease, heartbeat, upkeep.
+
+python -m tests.benchmarks.recovery
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import redis
+
+from tests import servers
+from tests.benchmarks.side_by_side import row
+from tests.faults.site import Site, make_catalog
+from tests.workers.fleet import Fleet, wait_for
+
+LONG = "steps 1000000"
+DEFAULTS = ("INPAINT_UPKEEP_SECONDS", "INPAINT_LEASE_SECONDS", "INPAINT_HEARTBEAT_SECONDS")
+
+
+def main() -> None:
+    row("recovery", "seconds", "aim")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        folder.chmod(0o755)
+        with servers.redis_server(folder) as broker, servers.postgres_server(folder) as cluster:
+            for number, (what, aim, measure) in enumerate(MEASURED):
+                with _site(folder / str(number), broker, cluster) as site:
+                    row(f"  {what}", f"{measure(site, broker):.1f}", aim)
+
+
+@contextmanager
+def _site(folder: Path, broker: servers.Redis, cluster: servers.Postgres) -> Iterator[Site]:
+    folder.mkdir()
+    with redis.Redis.from_url(broker.url) as client:
+        client.flushall()
+    fleet = Fleet(servers.create_database(cluster.url), broker.url, folder)
+    site = Site(fleet=fleet, catalog=make_catalog(folder))
+    for variable in DEFAULTS:
+        del fleet.environment[variable]
+    yield site
+    for process in fleet.processes:
+        process.kill()
+    fleet.close()
+
+
+def _since(happened: Callable[[], bool]) -> float:
+    start = time.monotonic()
+    wait_for(happened, seconds=300)
+    return time.monotonic() - start
+
+
+def _process_killed(site: Site, _broker: servers.Redis) -> float:
+    """Its launcher lives, and starts another."""
+    (job,) = site.add(1, prompt=LONG)
+    site.fleet.start("--concurrency", "1")
+    wait_for(lambda: site.count("running") == 1)
+    (child,) = site.fleet.children()
+    os.kill(child, signal.SIGKILL)
+    return _since(lambda: _attempts_started(site, job) == 2)
+
+
+def _machine_lost(site: Site, _broker: servers.Redis) -> float:
+    """Launcher and process are gone; another machine has to notice by the lease."""
+    (job,) = site.add(1, prompt=LONG)
+    lost = site.fleet.start("--concurrency", "1")
+    wait_for(lambda: site.count("running") == 1)
+    children = site.fleet.children()
+    site.fleet.start("--concurrency", "1")
+    wait_for(lambda: len(site.fleet.children()) == 2)
+    lost.send_signal(signal.SIGSTOP)  # else it would see its process end, and say so
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    return _since(lambda: _attempts_started(site, job) == 2)
+
+
+def _attempts_started(site: Site, job: int) -> int:
+    row = site.fleet.bench.job(job)
+    return int(row.attempt) if row.state == "running" else 0
+
+
+def _flushed(site: Site, broker: servers.Redis) -> float:
+    """A thousand jobs are queued; FLUSHALL; all messages are there again."""
+    site.add(1, prompt=LONG)
+    site.fleet.start("--concurrency", "1")
+    wait_for(lambda: site.count("running") == 1)
+    site.add(1000, prompt=LONG)
+    wait_for(lambda: site.fleet.queue.length("opencv") == 1000)
+    with redis.Redis.from_url(broker.url) as client:
+        client.flushall()
+    return _since(lambda: site.fleet.queue.length("opencv") >= 1000)
+
+
+def _redis_back(site: Site, broker: servers.Redis) -> float:
+    """Killed for five seconds; from its first answer until a worker takes a message again."""
+    site.add(500, prompt="steps 5")
+    site.fleet.start("--concurrency", "1")
+    site.await_some(5)
+    broker.kill()
+    time.sleep(5)
+    broker.start()
+    done = site.count("succeeded")
+    return _since(lambda: site.count("succeeded") > done)
+
+
+MEASURED = (
+    ("a worker process is killed: its job runs again", "75", _process_killed),
+    ("a machine is lost: its job runs elsewhere", "75", _machine_lost),
+    ("FLUSHALL: the queue is full again", "30", _flushed),
+    ("Redis is back: jobs are taken again", "2", _redis_back),
+)
+
+if __name__ == "__main__":
+    main()
