@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     compile: Compile = Field(
         default="off",
         description="`default` or `max-autotune`: run the UNet through `torch.compile`; "
-        "the first start takes minutes, kept under `INPAINT_HOME`.",
+        "needs a C compiler, and minutes at the first start, kept under `INPAINT_HOME`.",
     )
     attention: Attention = Field(
         default="auto",

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released
 from workers.engines.batching import choose_joining, group_steps, move_back, pick_rows
-from workers.engines.delivery import Delivery, telling
+from workers.engines.delivery import Delivery, as_product_error, telling
 from workers.engines.denoiser import Denoiser
-from workers.engines.diffusers_loading import Components, choose_kernels
+from workers.engines.diffusers_loading import Components, choose_kernels, one_line
 from workers.engines.memory import is_out_of_memory
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
@@ -217,14 +217,22 @@ class DiffusionEngine:
         self._finished = [one for one in self._finished if one not in group]
 
 
-def as_unavailable(error: Exception, components: Components) -> Exception:
-    """What starting the engine raises instead; anything unexpected stays as it is."""
+def as_unavailable(error: Exception, components: Components) -> InpaintError:
+    """What starting the engine raises instead; a lost device may be back after a restart."""
+    if isinstance(error, torch.AcceleratorError):
+        return as_product_error(error)
+    device = components.device
     if is_out_of_memory(error) or isinstance(error, OutOfMemory):
-        return EngineUnavailable(
-            f"the model does not fit on {components.device}; use a larger one, or "
-            "memory model_offload"
+        found = EngineUnavailable(
+            f"the model does not fit on {device}; use a larger one, or memory model_offload"
         )
-    return error
+    else:
+        found = EngineUnavailable(
+            f"the model does not run on {device}: {type(error).__name__}: {one_line(error)}; "
+            "try attention auto and compile off"
+        )
+    found.__cause__ = error
+    return found
 
 
 def _known(draft: Draft | None) -> tuple[Draft, ...]:

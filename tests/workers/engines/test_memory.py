@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.errors import EngineUnavailable, OutOfMemory
+from shared.errors import EngineError, EngineUnavailable, OutOfMemory
 from tests.workers.engines.samples import Watch, components, engine, region
 from workers.engines.denoiser import Denoiser
 from workers.engines.diffusers_loading import Components
@@ -238,6 +238,30 @@ def test_an_error_that_hides_the_lack_of_memory_is_seen_through() -> None:
     assert is_out_of_memory(fail(out_of_memory()))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(fail(ValueError()))
+
+
+def test_a_model_that_does_not_compile_is_one_line_before_any_job(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any, **named: Any) -> None:
+        raise ValueError("no C compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", lambda unet, mode: refuse)
+    message = "ValueError: no C compiler found; try attention auto and compile off"
+    with pytest.raises(EngineUnavailable, match=message), engine(parts, compile="default"):
+        pass
+
+
+def test_a_device_lost_at_the_start_is_not_given_up(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(self: MemoryModes, device: torch.device) -> None:
+        raise torch.AcceleratorError("an illegal memory access")
+
+    monkeypatch.setattr(MemoryModes, "_place", place)
+    with pytest.raises(EngineError) as caught, engine(parts):
+        pass
+    assert caught.value.code == "device_lost"
 
 
 @pytest.mark.parametrize("error", [out_of_memory, lambda: OutOfMemory("the text encoder")])
