@@ -15,7 +15,7 @@ import click
 from producer import terminal
 from producer.audit import Progress, errors, progress
 from producer.command import broker_note, friendly, parse_sets
-from producer.local import LocalWorkers, running_redis, running_workers
+from producer.local import LocalWorkers, require_engines, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.rows import Options
 from producer.submit import Again, Checked, Summary, check, check_owners
@@ -80,6 +80,7 @@ def submit(
             sys.exit(_rehearse(checked, storage, configured, as_json))
         _refuse_invalid(checked, skip=given["skip_invalid"])
         if local:
+            require_engines(checked.engines)
             stack.enter_context(running_redis(configured))
         db = Database(configured.database)
         stack.callback(db.close)

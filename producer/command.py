@@ -9,10 +9,16 @@ from pathlib import Path
 
 import click
 
-from shared.errors import InpaintError, ParameterError
+from producer import audit
+from shared import schema, settings
+from shared.db import Database
+from shared.errors import InpaintError, InputError, ParameterError
 from shared.locations import absolute
 from shared.params import find_parameter
 from shared.settings import Settings
+
+# What the tables' keys can hold.
+ID = click.IntRange(1, 2**63 - 1)
 
 
 @contextmanager
@@ -23,6 +29,25 @@ def friendly(command: str) -> Iterator[None]:
     except InpaintError as error:
         click.echo(f"{command}: {error}", err=True)
         sys.exit(2)
+
+
+@contextmanager
+def opened() -> Iterator[tuple[Settings, Database]]:
+    """The settings and the tables, for a command of inpaint-jobs."""
+    with friendly("inpaint-jobs"):
+        configured = settings.load()
+        db = Database(configured.database)
+        try:
+            schema.ensure(db)
+            yield configured, db
+        finally:
+            db.close()
+
+
+def require_submission(db: Database, submission: int | None) -> None:
+    """Raises InputError where it was named and does not exist."""
+    if submission is not None and not audit.submission_exists(db, submission):
+        raise InputError(f"submission {submission} does not exist; see inpaint-jobs status")
 
 
 def parse_sets(pairs: tuple[str, ...]) -> dict[str, object]:

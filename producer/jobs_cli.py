@@ -6,8 +6,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from rich.live import Live
 from rich.text import Text
 
 from producer import audit, doctor, terminal
-from producer.command import broker_note, friendly, parse_sets
+from producer.command import ID, broker_note, friendly, opened, parse_sets, require_submission
+from producer.pruning import prune
 from producer.replay import replay
 from shared import embedded, jobs, schema, settings
 from shared import presets as named
@@ -33,16 +33,8 @@ WATCH_SECONDS = 2.0
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
-@contextmanager
-def _opened() -> Iterator[tuple[Settings, Database]]:
-    with friendly("inpaint-jobs"):
-        configured = settings.load()
-        db = Database(configured.database)
-        try:
-            schema.ensure(db)
-            yield configured, db
-        finally:
-            db.close()
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,10 +42,7 @@ def jobs_command() -> None:
     """Look at submissions and jobs, retry, cancel and export them."""
 
 
-# What the tables' keys can hold.
-ID = click.IntRange(1, 2**63 - 1)
-FILE = click.Path(dir_okay=False, path_type=Path)
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+jobs_command.add_command(prune)
 
 
 @jobs_command.command()
@@ -62,8 +51,8 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def status(submission: int | None, watch: bool, as_json: bool) -> None:
     """Counts, rate and time left; of one submission, or of all."""
-    with _opened() as (_, db):
-        _require_submission(db, submission)
+    with opened() as (_, db):
+        require_submission(db, submission)
         if as_json:
             found = audit.progress(db, submission)
             rate = {"rate": round(found.rate, 3), "seconds_left": found.seconds_left}
@@ -87,11 +76,6 @@ def _watch(db: Database, submission: int | None) -> None:
             time.sleep(WATCH_SECONDS)
 
 
-def _require_submission(db: Database, submission: int | None) -> None:
-    if submission is not None and not audit.submission_exists(db, submission):
-        raise InputError(f"submission {submission} does not exist; see inpaint-jobs status")
-
-
 @jobs_command.command("list")
 @click.option("--state", type=click.Choice(STATES))
 @click.option("--error", help="An error code.")
@@ -112,8 +96,8 @@ def list_command(
         _selection((), submission, error, states=(state,) if state else None),
         review=review or None,
     )
-    with _opened() as (_, db):
-        _require_submission(db, submission)
+    with opened() as (_, db):
+        require_submission(db, submission)
         rows = audit.list_jobs(db, chosen, limit=limit + 1)
         if as_json:
             for row in rows[:limit]:
@@ -129,7 +113,7 @@ def list_command(
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def show(job: int, as_json: bool) -> None:
     """One job: every parameter and every attempt."""
-    with _opened() as (_, db):
+    with opened() as (_, db):
         story = audit.story(db, job)
         if story is None:
             raise InputError(f"job {job} does not exist; see inpaint-jobs list")
@@ -152,7 +136,7 @@ def replay_command(job: int, device: str, roots: tuple[str, ...], as_json: bool)
 
     Nothing is published and the record stays as it is.
     """
-    with _opened() as (configured, _):
+    with opened() as (configured, _):
         found = replay(configured, job, device=device, roots=[Path(root) for root in roots])
     if as_json:
         click.echo(json.dumps(found))
@@ -177,10 +161,10 @@ def retry(
     job_ids: tuple[int, ...], submission: int | None, error: str | None, sets: tuple[str, ...]
 ) -> None:
     """Run jobs again: those named in any final state, else the failed ones."""
-    with _opened() as (configured, db):
+    with opened() as (configured, db):
         if not job_ids and submission is None and error is None:
             raise InputError("name jobs, --submission or --error")
-        _require_submission(db, submission)
+        require_submission(db, submission)
         _require_jobs(db, job_ids)
         _require_final(db, job_ids)
         states = FINAL_STATES if job_ids else ("failed",)
@@ -201,10 +185,10 @@ def retry(
 @click.option("--submission", type=ID)
 def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
     """Cancel jobs that are not final; running ones stop at their next step."""
-    with _opened() as (_, db):
+    with opened() as (_, db):
         if not job_ids and submission is None:
             raise InputError("name jobs or --submission")
-        _require_submission(db, submission)
+        require_submission(db, submission)
         _require_jobs(db, job_ids)
         done = jobs.cancel(db, _selection(job_ids, submission, None, states=None))
         click.echo(f"{done.cancelled:,} cancelled, {done.requested:,} running ones asked to stop")
@@ -216,8 +200,8 @@ def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
 @click.option("--state", type=click.Choice(STATES))
 def export(kind: str, submission: int | None, state: str | None) -> None:
     """The audit: one record per job, on stdout."""
-    with _opened() as (_, db):
-        _require_submission(db, submission)
+    with opened() as (_, db):
+        require_submission(db, submission)
         chosen = _selection((), submission, None, states=(state,) if state else None)
         records = audit.export(db, chosen)
         if kind == "jsonl":
@@ -256,7 +240,7 @@ def sheet(
     from producer.sheet import writing
 
     page = output or Path(f"sheet-{submission}.html")
-    with _opened() as (configured, db):
+    with opened() as (configured, db):
         shown = writing.write(
             db, configured, submission, output=page, png=png, limit=limit, roots=roots
         )

@@ -7,13 +7,30 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from shared import embedded, processes
 from shared.errors import EngineUnavailable
+from shared.params import is_native
 from shared.settings import Settings
 
 GRACE_SECONDS = 12.0
+
+
+def require_engines(engines: Iterable[str]) -> None:
+    """Raises EngineUnavailable where an engine cannot run here for want of a library.
+
+    Nothing is imported: a worker says what else is wrong, this is known before any row is
+    recorded.
+    """
+    for engine in sorted(engines):
+        library, extra = ("cv2", "opencv") if is_native(engine) else ("torch", "worker")
+        if find_spec(library) is None:
+            raise EngineUnavailable(
+                f"{engine} cannot run here: {library} is not installed; pip install "
+                f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere"
+            )
 
 
 class LocalWorkers:

@@ -140,12 +140,22 @@ def record(
             # Two producers that insert the same keys in another order would wait for each
             # other; and of two rows with one output only the first may come in.
             connection.execute(select(func.pg_advisory_xact_lock(_RECORDING)))
+        _hold(connection, submission)
         _take_outputs(connection, submission, rows, replace=replace)
         insert_rows = _insert_sqlite if db.is_sqlite else _insert_postgresql
         lines = insert_rows(connection, submission, rows)
     if len(lines) == len(rows):
         return []
     return [row for row in rows if row.line not in lines]
+
+
+def _hold(connection: Connection, submission: int) -> None:
+    """Keeps the submission from being pruned until the transaction ends."""
+    there = select(Submission.id).where(Submission.id == submission)
+    if connection.execute(there.with_for_update(read=True, key_share=True)).first() is None:
+        raise InputError(
+            f"submission {submission} was pruned while its rows were recorded; submit again"
+        )
 
 
 def _take_outputs(

@@ -26,6 +26,7 @@ from shared.jobs.leases import (
     reap,
     reap_worker,
 )
+from shared.jobs.pruning import Prunable, prunable, prune
 from shared.jobs.publishing import dispatch, redeliver, sweep
 from shared.jobs.requests import (
     Cancellation,
@@ -46,6 +47,7 @@ __all__ = [
     "Cancellation",
     "Holder",
     "LeasedJob",
+    "Prunable",
     "Reaped",
     "Reopened",
     "Selection",
@@ -59,6 +61,8 @@ __all__ = [
     "finish_cancelled",
     "heartbeat",
     "note",
+    "prunable",
+    "prune",
     "owns",
     "reap",
     "reap_worker",

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Update, bindparam, case, null, update
 
 from shared.db import Database, clock
-from shared.errors import InpaintError
+from shared.errors import InpaintError, OutputReplaced
 from shared.jobs.leases import HELD, UNLEASED, Beat, LeasedJob, lost, token
 from shared.models import Attempt, Job
 from shared.retry import RetryPolicy
@@ -84,10 +84,18 @@ _cancels = (
     .values(**UNLEASED, state="cancelled", finished_at=clock())
     .returning(Job.state)
 )
+# A job that was superseded while it ran leaves the output to the job that took it over.
+_superseded = Job.error_code == OutputReplaced.code
 _succeeds = (
     update(Job)
     .where(*HELD)
-    .values(**UNLEASED, **NO_ERROR, state="succeeded", finished_at=clock())
+    .values(
+        **UNLEASED,
+        state="succeeded",
+        finished_at=clock(),
+        error_code=case((_superseded, Job.error_code), else_=null()),
+        error_message=case((_superseded, Job.error_message), else_=null()),
+    )
     .returning(Job.state)
 )
 _end_attempt = (

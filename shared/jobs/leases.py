@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 
 from shared.db import Database, clock
-from shared.errors import InpaintError, LeaseLost
+from shared.errors import InpaintError, LeaseLost, OutputReplaced
 from shared.models import Attempt, Job
 from shared.params import Params
 
@@ -173,7 +173,7 @@ def confirm(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
 
 _note = (
     update(Job)
-    .where(*HELD)
+    .where(*HELD, Job.error_code.is_distinct_from(OutputReplaced.code))
     .values(error_code=bindparam("code"), error_message=bindparam("message"))
 )
 

@@ -156,21 +156,23 @@ def retry(
 ) -> Reopened:
     """Reopens final jobs, with changed parameters if given.
 
-    A job whose output belongs to another job stays as it is.
+    A job whose output belongs to another job stays as it is, and so do all but the newest of
+    those that write one output.
     changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
     Raises ParameterError where the changes do not go together with a job's other values,
     and InputError where a changed job would ask for what another job already does.
     """
     chosen = (*selection.conditions(), Job.state.in_(FINAL_STATES))
-    where = (*chosen, ~_OWNED_BY_ANOTHER)
+    newest = select(func.max(Job.id)).where(*chosen, ~_OWNED_BY_ANOTHER).group_by(Job.output)
+    where = (*chosen, ~_OWNED_BY_ANOTHER, Job.id.in_(newest.correlate(None)))
     with db.write() as connection:
-        counted = select(func.count()).select_from(Job).where(*chosen, _OWNED_BY_ANOTHER)
-        replaced = connection.execute(counted).scalar_one()
+        counted = select(func.count()).select_from(Job).where(*chosen)
+        total = connection.execute(counted).scalar_one()
         if changes:
             _change(connection, where, changes)
         rows = connection.execute(_of(*where).values(**_REOPENED).returning(Job.engine)).all()
     engines = {row.engine for row in rows}
-    return Reopened(count=len(rows), replaced=replaced, engines=engines)
+    return Reopened(count=len(rows), replaced=total - len(rows), engines=engines)
 
 
 def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:

@@ -44,8 +44,8 @@ def test_there_are_these_commands() -> None:
         *(
             f"inpaint-jobs {name}"
             for name in (
-                *("cancel", "doctor", "export", "list", "presets", "replay", "retry"),
-                *("sheet", "show", "status", "upgrade"),
+                *("cancel", "doctor", "export", "list", "presets", "prune", "replay"),
+                *("retry", "sheet", "show", "status", "upgrade"),
             )
         ),
     ]
@@ -227,3 +227,27 @@ def test_an_installed_command_starts(command: str) -> None:
     done = subprocess.run([path, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"Usage: {command} ")
     assert done.stderr == ""
+
+
+# --- local ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "library", "extra"), [("sd2", "torch", "worker"), ("opencv", "cv2", "opencv")]
+)
+def test_an_engine_that_cannot_run_here_is_named_before_anything_is_recorded(
+    desk: Desk,
+    table: JobTable,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    library: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    ran = desk.submit(desk.catalog(1), "--local", "--engine", engine)
+    assert ran.status == 2
+    assert ran.err == (
+        f"inpaint-submit: {engine} cannot run here: {library} is not installed; pip install "
+        f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere\n"
+    )
+    assert table.submissions() == []

@@ -416,3 +416,38 @@ def test_a_database_that_cannot_be_opened_is_one_line(
     desk.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
     monkeypatch.setenv("INPAINT_DATABASE_URL", "sqlite:///inpaint.db")
     refused(desk.jobs(command), "database: file is not a database")
+
+
+# --- prune ------------------------------------------------------------------------------------
+
+
+def test_prune_says_what_would_go_asks_and_deletes(desk: Desk, table: JobTable) -> None:
+    old = table.one(submission=table.submission("old", manifest="/old.csv"))
+    table.succeed(old)
+    table.one(submission=table.submission("new"))
+    with table.db.write() as connection:
+        for statement in ("submissions SET created_at", "jobs SET finished_at"):
+            connection.exec_driver_sql(f"UPDATE {statement} = '2020-01-01' WHERE id = 1")
+    said = "submission 1: 1 jobs, /old.csv\n"
+    looked = desk.jobs("prune", "--older-than", "90d", "--dry-run")
+    assert (looked.status, looked.out) == (0, said)
+    refused = desk.jobs("prune", "--older-than", "90d")
+    assert (refused.status, table.state(old)) == (2, "succeeded")
+    assert "prune asks before it deletes; give --yes, or --dry-run to look" in refused.err
+    pruned = desk.jobs("prune", "--older-than", "12h", "--yes")
+    assert (pruned.status, pruned.out) == (0, f"{said}1 jobs pruned\n")
+    assert [row.digest for row in table.submissions()] == ["new"]
+    again = desk.jobs("prune", "--older-than", "90d", "--yes")
+    assert again.out == "no submission was finished longer ago than 90d\n"
+
+
+@pytest.mark.parametrize("age", ["90", "0d", "-1d", "1w", "", "1.5d"])
+def test_an_age_that_is_none_is_refused(desk: Desk, age: str) -> None:
+    ran = desk.jobs("prune", f"--older-than={age}", "--yes")
+    assert ran.status == 2
+    assert "is not an age; write 90d or 12h" in ran.err
+
+
+def test_pruning_a_submission_that_is_not_there_is_one_line(desk: Desk) -> None:
+    ran = desk.jobs("prune", "--older-than", "1d", "--submission", 7, "--yes")
+    assert ran.err == "inpaint-jobs: submission 7 does not exist; see inpaint-jobs status\n"

@@ -16,6 +16,7 @@ def check(rows: Rows, attempts: Rows, model: Model) -> None:
     """rows: of the table of jobs."""
     the_tables_are_what_the_model_says(rows, model)
     every_accepted_row_is_one_job_in_one_state(rows, model)
+    an_output_has_one_owner_at_most(model)
     only_a_running_job_has_an_open_attempt(attempts, model)
     a_result_is_recorded_once_by_the_attempt_that_made_it(rows, attempts, model)
 
@@ -45,6 +46,13 @@ def every_accepted_row_is_one_job_in_one_state(rows: Rows, model: Model) -> None
         assert (row.state == "running") == (row.lease_expires_at is not None)
         assert (row.state in FINAL_STATES) == (row.finished_at is not None)
         assert row.state != "failed" or row.error_code
+
+
+def an_output_has_one_owner_at_most(model: Model) -> None:
+    """Besides one that still runs and was told to stop."""
+    for output in {one.row.output for one in model.values()}:
+        owners = [one for one in model.values() if one.owns(output)]
+        assert sum(one.error != "output_replaced" for one in owners) <= 1, owners
 
 
 def only_a_running_job_has_an_open_attempt(attempts: Rows, model: Model) -> None:

@@ -30,8 +30,7 @@ from tests.shared.job_model import Expected, Wire
 
 ENGINES = ("opencv", "sd2")
 WORKERS = ("w1", "w2", "w3")
-PICTURES = 6
-LINES = 8
+PICTURES = 4
 LEASE_SECONDS = 3600.0
 AT_ONCE = RetryPolicy(max_failures=3, base_seconds=0, cap_seconds=0)
 LATER = RetryPolicy(max_failures=3, base_seconds=3600, cap_seconds=3600, random=Longest())
@@ -46,7 +45,7 @@ class JobMachine(RuleBasedStateMachine):
         self.wire = Wire()
         self.model: dict[int, Expected] = {}
         self.leases: list[LeasedJob] = []
-        self.submissions: list[int] = []
+        self.submissions: dict[int, list[NewJob]] = {}
         self.ended: Counter[tuple[int, int]] = Counter()
         self.attempts_seen: dict[int, int] = {}
         with db.write() as connection:
@@ -57,26 +56,19 @@ class JobMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.submit("opencv", 0, [1, 2], first=1, again=False, known=False)
+        self.submit("opencv", 0, [1, 2], cut_off=0, force=False)
 
     @rule(
         engine=st.sampled_from(ENGINES),
         priority=st.sampled_from([-7, 0, 0, 5, 9]),
-        pictures=st.lists(st.integers(1, PICTURES), min_size=1, max_size=4),
-        first=st.integers(1, LINES),
-        again=st.booleans(),
-        known=st.booleans(),
+        pictures=st.lists(st.integers(1, PICTURES), min_size=1, max_size=4, unique=True),
+        cut_off=st.sampled_from([0, 0, 0, 1, 2]),
+        force=st.booleans(),
     )
     def submit(
-        self,
-        engine: str,
-        priority: int,
-        pictures: list[int],
-        first: int,
-        again: bool,
-        known: bool,
+        self, engine: str, priority: int, pictures: list[int], cut_off: int, force: bool
     ) -> None:
-        """Rows, some of them known already; ``again`` is what --force does with those."""
+        """A manifest; its producer dies before the last ``cut_off`` rows."""
         rows = [
             new_job(
                 line,
@@ -86,31 +78,55 @@ class JobMachine(RuleBasedStateMachine):
                 engine=engine,
                 priority=priority,
             )
-            for line, picture in enumerate(pictures, start=first)
+            for line, picture in enumerate(pictures, start=2)
         ]
-        submission = self._submission(known)
+        submission = self._open(str(len(self.submissions)), resumed=False)
+        self.submissions[submission] = rows
+        self._record(submission, rows[: len(rows) - cut_off], force)
+
+    @rule(data=st.data(), force=st.booleans())
+    def submit_again(self, data: st.DataObject, force: bool) -> None:
+        """The same manifest, which knows some rows, or all."""
+        submission = data.draw(st.sampled_from(sorted(self.submissions)))
+        digest = str(sorted(self.submissions).index(submission))
+        assert self._open(digest, resumed=True) == submission
+        self._record(submission, self.submissions[submission], force)
+
+    def _open(self, digest: str, *, resumed: bool) -> int:
+        opened = submissions.open_submission(
+            self.db, manifest="/m.csv", digest=digest, options="{}", rows=0, invalid=0
+        )
+        assert opened.resumed == resumed
+        return opened.id
+
+    def _record(self, submission: int, rows: list[NewJob], force: bool) -> None:
+        taken = list(self._taken(submission, rows, force))
+        if taken and not force:
+            with pytest.raises(InputError, match="is written by job"):
+                submissions.record(self.db, submission, rows)
+            return
+        for one in taken:
+            one.supersede()
         added = [row for row in rows if self._add(submission, row)]
-        existing = submissions.record(self.db, submission, rows)
+        existing = submissions.record(self.db, submission, rows, replace=force)
         assert existing == [row for row in rows if not any(row is one for one in added)]
         self._learn_ids()
-        if again:
+        if force:
             self._rerun(submission, existing)
 
-    def _submission(self, known: bool) -> int:
-        number = len(self.submissions) if known and self.submissions else 1 + len(self.submissions)
-        opened = submissions.open_submission(
-            self.db, manifest="/m.csv", digest=str(number), options="{}", rows=0, invalid=0
-        )
-        assert opened.resumed == (number <= len(self.submissions))
-        if not opened.resumed:
-            self.submissions.append(opened.id)
-        assert opened.id == self.submissions[number - 1]
-        return opened.id
+    def _taken(self, submission: int, rows: list[NewJob], force: bool) -> Iterator[Expected]:
+        """The jobs that write the rows' outputs and ask for something else."""
+        known = set() if force else {one.key for one in self.model.values()}
+        for one in self.model.values():
+            for row in rows:
+                own = one.key == row.content_key or one.place == (submission, row.line)
+                if one.owns(row.output) and not own and row.content_key not in known:
+                    yield one
 
     def _add(self, submission: int, row: NewJob) -> bool:
         """Whether the model takes the row: its work is new, and so is its line."""
         for one in self.model.values():
-            if one.key == row.content_key or (one.submission, one.line) == (submission, row.line):
+            if one.key == row.content_key or one.place == (submission, row.line):
                 return False
         number = -1 - len(self.model)
         self.model[number] = Expected(
@@ -136,15 +152,26 @@ class JobMachine(RuleBasedStateMachine):
     def _rerun(self, submission: int, rows: list[NewJob]) -> None:
         keys = {row.content_key: (submission, row.line) for row in rows}
         reopened = 0
-        for key, place in keys.items():
+        for key, place in sorted(keys.items()):
             for one in self.model.values():
                 if one.key == key and one.is_final:
-                    places = {(x.submission, x.line) for x in self.model.values() if x is not one}
-                    if place not in places:
+                    if place not in {other.place for other in self.model.values()}:
                         one.submission, one.line = place
                     one.reopen()
                     reopened += 1
-        assert jobs.rerun(self.db, keys) == reopened
+        assert jobs.rerun(self.db, keys, replace=True) == reopened
+        self._restore(submission, rows)
+
+    def _restore(self, submission: int, rows: list[NewJob]) -> None:
+        restored = 0
+        for row in rows:
+            keys = {one.key for one in self.model.values()}
+            here = [one for one in self.model.values() if one.place == (submission, row.line)]
+            if row.content_key not in keys and here and here[0].is_final:
+                here[0].key, here[0].seed = row.content_key, row.seed
+                here[0].reopen()
+                restored += 1
+        assert jobs.restore(self.db, submission, rows) == restored
 
     # --- messages ---
 
@@ -297,7 +324,7 @@ class JobMachine(RuleBasedStateMachine):
         elif how == "cancel":
             one.end("cancelled", "cancelled")
         else:
-            one.error = None
+            one.error = "output_replaced" if one.error == "output_replaced" else None
             one.results.append(f"{one.id}-{one.attempt}")
             one.end("succeeded", "succeeded")
 
@@ -404,25 +431,32 @@ class JobMachine(RuleBasedStateMachine):
             return
         chosen = self._chosen(data)
         selection = Selection(jobs=tuple(one.id for one in chosen), error_code=error)
-        reopened = [one for one in chosen if one.is_final and (error is None or one.error == error)]
+        final = [one for one in chosen if one.is_final and (error is None or one.error == error)]
+        free = [one for one in final if not self._owned_by_another(one)]
+        newest = {one.row.output: one.id for one in sorted(free, key=lambda one: one.id)}
+        reopened = [one for one in free if one.id in newest.values()]
+        engines = {one.row.engine for one in reopened}
+        replaced = len(final) - len(reopened)
+        found = jobs.retry(self.db, selection)
+        assert found == jobs.Reopened(count=len(reopened), engines=engines, replaced=replaced)
         for one in reopened:
             one.reopen()
-        found = jobs.retry(self.db, selection)
-        assert found.count == len(reopened)
-        assert found.engines == {one.row.engine for one in reopened}
+
+    def _owned_by_another(self, one: Expected) -> bool:
+        return any(x.owns(one.row.output) for x in self.model.values() if x is not one)
 
     def _retry_with(self, one: Expected, seed: int) -> None:
         names = ("image", "mask", "output", "engine", "params")
         key = jobs.content_key(**{name: getattr(one.row, name) for name in names}, seed=seed)
         taken = any(other.key == key for other in self.model.values() if other is not one)
-        try:
-            jobs.retry(self.db, Selection(jobs=(one.id,)), changes={"seed": seed})
-        except InputError:
-            assert one.is_final
-            assert taken
+        may_run = one.is_final and not self._owned_by_another(one)
+        if may_run and taken:
+            with pytest.raises(InputError, match="already does exactly this"):
+                jobs.retry(self.db, Selection(jobs=(one.id,)), changes={"seed": seed})
             return
-        assert not (one.is_final and taken)
-        if one.is_final:
+        found = jobs.retry(self.db, Selection(jobs=(one.id,)), changes={"seed": seed})
+        assert found.count == may_run
+        if may_run:
             one.key, one.seed = key, seed
             one.reopen()
 

@@ -40,6 +40,22 @@ class Expected:
     def is_final(self) -> bool:
         return self.state in FINAL_STATES
 
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.submission, self.line
+
+    def owns(self, output: str) -> bool:
+        """Whether what lies at the output is this job's, or will be."""
+        lasts = self.state == "succeeded" and self.error != "output_replaced"
+        return self.row.output == output and (not self.is_final or lasts)
+
+    def supersede(self) -> None:
+        self.error = "output_replaced"
+        if self.state in ("pending", "queued"):
+            self.state = "cancelled"
+        if self.state == "running":
+            self.cancelling = True
+
     def end(self, outcome: str, state: str, *, due: bool = True) -> None:
         """The running attempt ends; a cancelled job does not wait again nor count as failed."""
         if self.cancelling and state in ("pending", "failed"):

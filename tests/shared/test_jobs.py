@@ -13,7 +13,7 @@ import redis
 from sqlalchemy import insert, update
 from sqlalchemy.exc import IntegrityError
 
-from shared import jobs
+from shared import jobs, submissions
 from shared.db import Database, clock
 from shared.errors import (
     BrokerUnavailable,
@@ -23,12 +23,13 @@ from shared.errors import (
     LeaseLost,
     OutOfMemory,
     ParameterError,
+    StorageUnavailable,
 )
 from shared.jobs import AttemptRecord, LeasedJob, Selection, publishing
 from shared.models import Attempt
 from shared.params import Params
 from shared.queue import Message, Queue
-from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, Sent
+from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, Sent, new_job
 
 BROKEN = OutOfMemory("the device is full")
 HOPELESS = ImageError("not a picture")
@@ -710,3 +711,36 @@ def test_a_content_key_depends_on_every_part_and_on_where_the_parts_end() -> Non
 def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -> None:
     key = jobs.content_key(image="i", mask="m", output="o", engine="e", params="p", seed=None)
     assert jobs.derived_seed(key) == jobs.derived_seed(key) < 2**32
+
+
+# --- outputs --------------------------------------------------------------------------------
+
+
+def test_a_job_that_lost_its_output_while_it_ran_does_not_own_it_again(table: JobTable) -> None:
+    first = table.one(output="/results/a.png")
+    held = table.run(first)
+    jobs.note(table.db, held, StorageUnavailable("S3 does not answer"))
+    taker = new_job(77, output="/results/a.png")
+    second = table.submission("second")
+    assert submissions.record(table.db, second, [taker], replace=True) == []
+    jobs.note(table.db, held, StorageUnavailable("S3 still does not answer"))
+    jobs.succeed(table.db, held, AttemptRecord())
+    assert (table.state(first), table.job(first).error_code) == ("succeeded", "output_replaced")
+    other = first + 1
+    table.succeed(other)
+    assert table.retry(other).count == 1
+    assert table.retry(first).replaced == 1
+
+
+def test_of_several_jobs_for_one_output_only_the_newest_is_retried(table: JobTable) -> None:
+    older = table.one(output="/results/a.png")
+    table.cancel(older)
+    newer = table.one(submission=table.submission("second"), output="/results/a.png", seed=5)
+    table.cancel(newer)
+    alone = table.one()
+    table.cancel(alone)
+    reopened = table.retry(older, newer, alone)
+    assert (reopened.count, reopened.replaced) == (2, 1)
+    assert [table.state(job) for job in (older, newer, alone)] == [
+        *("cancelled", "pending", "pending")
+    ]

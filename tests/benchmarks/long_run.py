@@ -1,0 +1,175 @@
+"""Many small jobs through one worker: what it holds on to, and whether it slows down.
+
+``python -m tests.benchmarks.long_run --jobs 20000 --database postgresql``
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import psutil
+from sqlalchemy import func, select
+
+from shared import submissions
+from shared.models import Job
+from tests import servers
+from tests.benchmarks.side_by_side import machine, row
+from tests.job_table import new_job
+from tests.workers.bench import Workbench
+
+ENGINE = "opencv"
+FOLDERS = 100
+CHUNK = 1000
+READY_SECONDS = 60.0
+STUCK_SECONDS = 120.0
+POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The worker process after so many jobs."""
+
+    jobs: int
+    seconds: float
+    resident_mb: float
+    files: int
+    threads: int
+
+
+@click.command()
+@click.option("--jobs", "count", default=20_000, show_default=True)
+@click.option("--every", default=1000, show_default=True, help="Jobs between two lines.")
+@click.option(
+    "--database", type=click.Choice(["sqlite", "postgresql"]), default="postgresql",
+    show_default=True,
+)  # fmt: skip
+def main(count: int, every: int, database: str) -> None:
+    print(machine())
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+        redis = stack.enter_context(servers.redis_server(folder))
+        url = f"sqlite:///{folder / 'jobs.db'}"
+        if database == "postgresql":
+            cluster = stack.enter_context(servers.postgres_server(folder))
+            url = servers.create_database(cluster.url)
+        bench = Workbench(url, folder)
+        stack.callback(bench.close)
+        _submit(bench, count)
+        worker = stack.enter_context(_worker(url, redis.url, folder))
+        samples = list(_watch(bench, worker, count=count, every=every))
+    _summarise(samples)
+
+
+def _submit(bench: Workbench, count: int) -> None:
+    image = bench.picture("in.png", (64, 64))
+    mask = bench.mask("mask.png", (64, 64), (20, 20, 40, 40))
+    opened = submissions.open_submission(
+        bench.db, manifest="/m.csv", digest="long", options="{}", rows=count, invalid=0
+    )
+    for first in range(1, count + 1, CHUNK):
+        rows = [
+            new_job(
+                line,
+                image=image,
+                mask=mask,
+                output=bench.path(f"out/{line % FOLDERS}/{line}.png"),
+                engine=ENGINE,
+            )
+            for line in range(first, min(first + CHUNK, count + 1))
+        ]
+        assert submissions.record(bench.db, opened.id, rows) == []
+
+
+@contextmanager
+def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
+    """The process that runs the jobs; its launcher is its parent."""
+    environment = {
+        **os.environ,
+        "INPAINT_DATABASE_URL": url,
+        "INPAINT_BROKER_URL": redis_url,
+        "INPAINT_ROOTS": str(folder),
+        "INPAINT_LOG_LEVEL": "WARNING",
+    }
+    command = [sys.executable, "-m", "workers.launch", "--engine", ENGINE, "--concurrency", "2"]
+    launcher = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + READY_SECONDS
+        while not (children := psutil.Process(launcher.pid).children()):
+            if time.monotonic() > deadline:
+                raise RuntimeError("no worker process")
+            time.sleep(0.05)
+        yield children[0]
+    finally:
+        launcher.terminate()
+        launcher.wait(20)
+
+
+def _watch(bench: Workbench, worker: psutil.Process, *, count: int, every: int) -> Iterator[Sample]:
+    row("jobs", "jobs a second", "resident, MB; open files", "threads")
+    while not (done := _done(bench)):
+        time.sleep(POLL_SECONDS)  # the worker starts
+    start = moved = time.monotonic()
+    last = _sample(worker, done, 0)
+    while done < count:
+        time.sleep(POLL_SECONDS)
+        now, found = time.monotonic(), _done(bench)
+        moved = now if found > done else moved
+        if now - moved > STUCK_SECONDS:
+            raise RuntimeError(f"nothing moves after {done} jobs")
+        done = found
+        if done - last.jobs < every and done < count:
+            continue
+        sample = _sample(worker, done, now - start)
+        rate = (sample.jobs - last.jobs) / (sample.seconds - last.seconds)
+        held = f"{sample.resident_mb:.1f}; {sample.files}"
+        row(f"{sample.jobs:,}", f"{rate:.1f}", held, sample.threads)
+        yield sample
+        last = sample
+
+
+def _done(bench: Workbench) -> int:
+    with bench.db.read() as connection:
+        counted = select(Job.state, func.count()).group_by(Job.state)
+        states = {row[0]: row[1] for row in connection.execute(counted)}
+    if set(states) & {"failed", "cancelled"}:
+        raise RuntimeError(f"not every job succeeded: {states}")
+    return int(states.get("succeeded", 0))
+
+
+def _sample(worker: psutil.Process, jobs: int, seconds: float) -> Sample:
+    with worker.oneshot():
+        return Sample(
+            jobs=jobs,
+            seconds=seconds,
+            resident_mb=worker.memory_info().rss / 1e6,
+            files=worker.num_fds(),
+            threads=worker.num_threads(),
+        )
+
+
+def _summarise(samples: list[Sample]) -> None:
+    """The second half against the first, each without its beginning."""
+    quarter = max(len(samples) // 4, 1)
+    early, late = samples[quarter - 1], samples[-1]
+    first = (early.jobs - samples[0].jobs) / max(early.seconds - samples[0].seconds, 1e-9)
+    before = samples[-1 - quarter] if len(samples) > quarter else early
+    final = (late.jobs - before.jobs) / max(late.seconds - before.seconds, 1e-9)
+    row("first quarter, jobs a second", f"{first:.1f}")
+    row("last quarter, jobs a second", f"{final:.1f}")
+    row("resident, MB, after a quarter and at the end",
+        f"{early.resident_mb:.1f}", f"{late.resident_mb:.1f}")  # fmt: skip
+    row("open files", early.files, late.files)
+    row("threads", early.threads, late.threads)
+
+
+if __name__ == "__main__":
+    main()
