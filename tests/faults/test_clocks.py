@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
-
 from tests.faults.site import Site
 
 
-@pytest.mark.parametrize("seconds", [-600, 600])
-def test_a_worker_whose_clock_is_ten_minutes_off_changes_nothing(site: Site, seconds: int) -> None:
+def test_workers_whose_clocks_are_ten_minutes_off_change_nothing(site: Site) -> None:
     site.add(60)
-    site.fleet.start("--concurrency", "2")
-    site.fleet.environment["FAULTS_CLOCK"] = str(seconds)
-    site.fleet.start("--concurrency", "2")
+    for seconds in (-600, 0, 600):
+        site.fleet.environment["FAULTS_CLOCK"] = str(seconds)
+        site.fleet.start("--concurrency", "1")
     site.finish()
     workers = set()
     for job in site.expected:
         (attempt,) = site.fleet.bench.attempts(job)
         assert attempt.outcome == "succeeded"
-        assert abs((attempt.finished_at - site.fleet.bench.job(job).created_at).seconds) < 300
+        waited = attempt.finished_at - site.fleet.bench.job(job).created_at
+        assert abs(waited.total_seconds()) < 300
         workers.add(attempt.worker)
-    assert len(workers) == 2
+    assert len(workers) == 3
     site.check()

@@ -16,7 +16,7 @@ from shared.models import Job, Submission
 from tests.faults.site import Site, pause
 from tests.workers.fleet import wait_for
 
-ROWS = 12_000
+ROWS = 8_000
 
 
 def write_manifest(path: Path, rows: range) -> Path:

@@ -14,7 +14,7 @@ from shared import jobs
 from shared.models import Job
 from shared.params import Params
 from shared.processes import EX_DEVICE_LOST
-from tests.faults.site import Site, pause
+from tests.faults.site import PLAIN, Site, pause
 from tests.workers.fleet import wait_for
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "14"))
@@ -118,7 +118,9 @@ def test_a_lost_device_ends_the_process_and_is_a_failure_of_one_job_only(site: S
     site.fleet.start("--concurrency", "2")
     wait_for(lambda: site.fleet.bench.job(lost[0]).failures > 0)
     with site.db.write() as connection:
-        connection.execute(update(Job).where(Job.id == lost[0]).values(params=Params().to_json()))
+        connection.execute(
+            update(Job).where(Job.id == lost[0]).values(params=Params(**PLAIN).to_json())
+        )
     site.finish()
     assert f"ended with status {EX_DEVICE_LOST}" in site.fleet.log()
     assert "lost" not in outcomes(site)
