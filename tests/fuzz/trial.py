@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import images, masks
-from shared.errors import ImageError, InputError
+from shared.errors import FidelityError, ImageError, InputError
 
 MAX_PIXELS = 1_000_000
 FORMATS = (None, "JPEG", "PNG", "WEBP", "TIFF", "BMP")
@@ -65,8 +65,9 @@ def _repaint(picture: images.Picture, random: Random) -> None:
     format = random.choice(FORMATS) if random.random() < 0.3 else None
     try:
         written = images.encode(changed, format=format)
-    except ImageError:
-        if format is None:
+    except (ImageError, FidelityError):
+        # A damaged JPEG may decode and yet be refused, which its job then says.
+        if format is None and picture.format != "JPEG":
             raise Defect(f"what came as {picture.format} cannot be written again") from None
         return
     again = images.decode(written, max_pixels=MAX_PIXELS)
@@ -77,7 +78,11 @@ def _repaint(picture: images.Picture, random: Random) -> None:
 
 
 def _compare(before: images.Picture, after: images.Picture, touched: NDArray[np.bool_]) -> None:
-    """A touched pixel may have come near only: a palette has no more than 256 colours."""
+    """A touched pixel may have come near only: a palette has no more than 256 colours.
+
+    A palette of greys may come back as plain grey.
+    """
     same_kind = before.pixels.shape == after.pixels.shape
-    if not same_kind or not np.array_equal(before.pixels[~touched], after.pixels[~touched]):
+    old, new = (before.pixels, after.pixels) if same_kind else (before.rgb(), after.rgb())
+    if before.has_alpha != after.has_alpha or not np.array_equal(old[~touched], new[~touched]):
         raise Defect(f"the {before.format} comes back with other pixels outside the box")
