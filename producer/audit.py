@@ -30,6 +30,7 @@ from shared.jobs import Selection
 from shared.models import STATES, Attempt, Job, Submission
 
 RATE_SECONDS = 60.0
+MANY_ERRORS = 10
 _IDS_PER_STATEMENT = 10_000
 SAMPLED = 1000
 SCORE_BINS = 20
@@ -55,10 +56,14 @@ class Trouble:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One submission's, or everything's. ``rate``: finished per second over the last minute."""
+    """One submission's, or everything's. ``rate``: finished per second over the last minute.
+
+    review: succeeded, but a gate wants a person to look.
+    """
 
     counts: dict[str, int]
     rate: float
+    review: int = 0
     troubles: tuple[Trouble, ...] = ()
 
     @property
@@ -86,13 +91,16 @@ def progress(db: Database, submission: int | None, *, also: Sequence[int] = ()) 
                 *chosen, Job.finished_at > clock(-RATE_SECONDS)
             )
         ).one()
+        review = connection.execute(
+            select(func.count()).where(*chosen, Job.review.is_not(None))
+        ).scalar_one()
         troubled = connection.execute(_troubled(chosen)).all()
         others = [row for ids in _slices(also) for row in _states(connection, ids)]
     counts = dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
     for state, number in others:
         counts[state] += number
     troubles = tuple(trouble for row in troubled if (trouble := _trouble(row)))
-    return Progress(counts=counts, rate=_rate(*recent), troubles=troubles)
+    return Progress(counts=counts, rate=_rate(*recent), review=review, troubles=troubles)
 
 
 def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -192,19 +200,22 @@ def list_jobs(db: Database, selection: Selection, *, limit: int | None) -> list[
 def errors(
     db: Database, submission: int | None, *, also: Sequence[int] = ()
 ) -> list[tuple[str, int, str]]:
-    """(code, count, one message) of the failed jobs, most frequent first."""
+    """(code, count, message) of the failed jobs, the most frequent ``MANY_ERRORS`` first."""
     selections = [Selection(submission=submission, states=("failed",))]
     selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _slices(also)]
-    counted = select(Job.error_code, func.count(), func.min(Job.error_message))
-    counts: Counter[str] = Counter()
-    messages: dict[str, str] = {}
+    counted = select(Job.error_code, Job.error_message, func.count().label("jobs"))
+    counts: Counter[tuple[str, str]] = Counter()
     with db.read() as connection:
         for selection in selections:
-            query = counted.where(*selection.conditions()).group_by(Job.error_code)
-            for code, count, message in connection.execute(query):
-                counts[str(code)] += count
-                messages.setdefault(str(code), str(message))
-    return [(code, count, messages[code]) for code, count in counts.most_common()]
+            query = (
+                counted.where(*selection.conditions())
+                .group_by(Job.error_code, Job.error_message)
+                .order_by(desc("jobs"), Job.error_message)
+                .limit(MANY_ERRORS)
+            )
+            for code, message, count in connection.execute(query):
+                counts[str(code), str(message)] += count
+    return [(code, n, message) for (code, message), n in counts.most_common(MANY_ERRORS)]
 
 
 @dataclass(frozen=True, kw_only=True)

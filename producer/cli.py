@@ -18,7 +18,7 @@ from producer.command import broker_note, friendly, parse_sets
 from producer.local import LocalWorkers, require_engines, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.rows import Options
-from producer.submit import Again, Checked, Summary, check, check_owners
+from producer.submit import MANY_FOLDERS, Again, Checked, Summary, check, check_owners
 from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database
@@ -47,7 +47,7 @@ NO_WORKER_SECONDS = 10.0
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")
 @click.option("--priority", default="0", help="-1000 to 1000; higher runs first.")
 @click.option(
-    "--dry-run", is_flag=True, help="Check everything, say what would run, record nothing."
+    "--dry-run", is_flag=True, help="Open masks and heads of images too, say what would run."
 )
 @click.option(
     "--skip-invalid", is_flag=True, help="Submit the good rows of a manifest with bad ones."
@@ -92,7 +92,7 @@ def submit(
         summary = _record(
             checked, options=options, configured=configured, db=db, storage=storage, given=given
         )
-        _print_summary(configured, summary, checked, options, as_json=as_json, waits=wait or local)
+        _print_summary(configured, summary, checked, as_json=as_json, waits=wait or local)
         if not (wait or local):
             return
         workers = _local_workers(stack, configured, checked, roots, given) if local else None
@@ -102,7 +102,7 @@ def submit(
             summary=summary,
             ended=ended,
             seconds=time.monotonic() - started,
-            options=options,
+            checked=checked,
             as_json=as_json,
         )
         sys.exit(1 if ended.counts["failed"] else 0)
@@ -218,7 +218,6 @@ def _print_summary(
     configured: Settings,
     summary: Summary,
     checked: Checked,
-    options: Options,
     *,
     as_json: bool,
     waits: bool,
@@ -234,7 +233,7 @@ def _print_summary(
         engines = " and ".join(
             f"inpaint-worker --engine {name}" for name in sorted(checked.engines)
         )
-        click.echo(f"results: {options.output}\nwork: {engines}")
+        click.echo(f"results: {_places(checked)}\nwork: {engines}")
         click.echo(f"watch: inpaint-jobs status {summary.submission} --watch")
 
 
@@ -310,13 +309,13 @@ def _print_end(
     summary: Summary,
     ended: Progress,
     seconds: float,
-    options: Options,
+    checked: Checked,
     as_json: bool,
 ) -> None:
     succeeded, failed = ended.counts["succeeded"], ended.counts["failed"]
     if as_json:
-        end = {"succeeded": succeeded, "failed": failed, "seconds": round(seconds, 3)}
-        click.echo(json.dumps(summary.to_json() | end))
+        end = {"succeeded": succeeded, "failed": failed, "review": ended.review}
+        click.echo(json.dumps({**summary.to_json(), **end, "seconds": round(seconds, 3)}))
         return
     cancelled = f", {ended.counts['cancelled']:,} cancelled" if ended.counts["cancelled"] else ""
     click.echo(
@@ -324,6 +323,15 @@ def _print_end(
     )
     for code, count, message in errors(db, summary.submission, also=summary.elsewhere):
         terminal.out().print(f"  [red]{code}[/red] {count:,}: {terminal.escape(message)}")
+    if ended.review:
+        listed = f"inpaint-jobs list --review --submission {summary.submission}"
+        click.echo(f"{ended.review:,} of them to review: {listed}")
     if failed:
         click.echo(f"again: inpaint-jobs retry --submission {summary.submission}")
-    click.echo(f"results: {options.output}")
+    click.echo(f"results: {_places(checked)}")
+
+
+def _places(checked: Checked) -> str:
+    folders = list(checked.folders)
+    shown = ", ".join(folders[: MANY_FOLDERS - 1])
+    return shown + (" and elsewhere" if len(folders) == MANY_FOLDERS else "")

@@ -118,7 +118,7 @@ def _engine(engine: str, devices: str) -> Verdict:
         text = "no worker is installed here; fine for a producer"
         return Verdict(what="engine", verdict="note", text=text)
     command = [
-        *(sys.executable, "-m", "workers.launch", "--check"),
+        *(sys.executable, "-P", "-m", "workers.launch", "--check"),
         *("--engine", engine, "--devices", devices),
     ]
     try:

@@ -28,6 +28,7 @@ from shared.models import FINAL_STATES, STATES
 from shared.queue import Queue
 from shared.settings import Settings
 
+ROUNDING_LEVELS = 3
 WATCH_SECONDS = 2.0
 # What a spreadsheet would run as a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -56,7 +57,7 @@ def status(submission: int | None, watch: bool, as_json: bool) -> None:
         if as_json:
             found = audit.progress(db, submission)
             rate = {"rate": round(found.rate, 3), "seconds_left": found.seconds_left}
-            click.echo(json.dumps({**found.counts, **rate}))
+            click.echo(json.dumps({**found.counts, "review": found.review, **rate}))
             return
         if submission is None and not watch:
             terminal.out().print(terminal.submissions_table(audit.submissions(db)))
@@ -148,7 +149,9 @@ def replay_command(job: int, device: str, roots: tuple[str, ...], as_json: bool)
 def _verdict(found: dict[str, Any]) -> str:
     text = "the same result" if found["same"] else "another result"
     if found["largest_difference"]:
-        text += f", by at most {found['largest_difference']} levels"
+        text += f", by at most {found['largest_difference']} of 255 levels"
+        if not found["differs"] and found["largest_difference"] <= ROUNDING_LEVELS:
+            text += " (rounding beside other jobs; INPAINT_DETERMINISTIC=true has none)"
     return f"{text} (changed: {', '.join(found['differs'])})" if found["differs"] else text
 
 
@@ -170,7 +173,7 @@ def retry(
         states = FINAL_STATES if job_ids else ("failed",)
         chosen = _selection(job_ids, submission, error, states=states)
         reopened = jobs.retry(db, chosen, changes=parse_sets(sets))
-        click.echo(f"{reopened.count:,} jobs run again")
+        click.echo(f"{reopened.count:,} job{'s' * (reopened.count != 1)} to run again")
         if reopened.replaced:
             click.echo(
                 f"{reopened.replaced:,} left alone: a later submission writes their output "

@@ -46,7 +46,7 @@ class LocalWorkers:
         self._processes = [
             processes.spawn(
                 [
-                    *(sys.executable, "-m", "workers.launch"),
+                    *(sys.executable, "-P", "-m", "workers.launch"),
                     *("--engine", engine, "--devices", devices),
                 ],
                 env={**os.environ, "INPAINT_ROOTS": allowed},

@@ -23,7 +23,7 @@ def replay(settings: Settings, job: int, *, device: str, roots: Sequence[Path]) 
     """
     allowed = ",".join(str(root) for root in (*settings.roots, *roots))
     ran = subprocess.run(
-        [sys.executable, "-m", "workers.replay", "--job", str(job), "--device", device],
+        [sys.executable, "-P", "-m", "workers.replay", "--job", str(job), "--device", device],
         env={**os.environ, "INPAINT_ROOTS": allowed},
         capture_output=True,
         text=True,

@@ -85,7 +85,10 @@ class Resolver:
         return self._location(cells["image"])
 
     def _mask(self, cells: Mapping[str, str], _found: object) -> str:
-        first = _passes(cells)[:1]
+        try:
+            first = _passes(cells)[:1]
+        except ParameterError:
+            return ""  # said where the parameters are read
         text = (first and first[0].get("mask")) or cells.get("mask") or self._options.mask
         if not text:
             raise InputError("empty; name the mask, or alpha, or box:left,top,right,bottom")

@@ -28,6 +28,7 @@ from producer.rows import Options, Resolver
 from shared import jobs, submissions
 from shared.db import Database
 from shared.errors import BrokerUnavailable, ManifestError
+from shared.locations import parent
 from shared.models import FINAL_STATES, Job
 from shared.params import further_inputs, is_file
 from shared.queue import Queue
@@ -36,6 +37,7 @@ from shared.submissions import NewJob, joined_versions
 
 CHUNK = 5000
 STAT_THREADS = 16
+MANY_FOLDERS = 4
 
 
 # --- checking --------------------------------------------------------------------------------
@@ -83,13 +85,17 @@ def _astuple(job: NewJob) -> tuple[object, ...]:
 
 @dataclass(kw_only=True)
 class Checked:
-    """A manifest whose rows are all known. ``digest`` is the same for the same rows."""
+    """A manifest whose rows are all known. ``digest`` is the same for the same rows.
+
+    folders: where results go, the first few.
+    """
 
     spool: Spool
     digest: str = ""
     rows: int = 0
     invalid: int = 0
     engines: set[str] = field(default_factory=set)
+    folders: dict[str, None] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)
 
     def jobs(self) -> Iterator[NewJob]:
@@ -128,6 +134,8 @@ def _check_into(
             continue
         checked.spool.append(job)
         checked.engines.add(job.engine)
+        if len(checked.folders) < MANY_FOLDERS:
+            checked.folders[parent(job.output)] = None
         outputs.add(job.output)
         inputs.add(job.image)
         if is_file(job.mask) and job.mask != options.mask:
@@ -352,7 +360,16 @@ def _changed(db: Database, storage: Storage, existing: list[NewJob]) -> list[New
     rows = [job for job in existing if job.content_key in seen]
     with ThreadPoolExecutor(STAT_THREADS) as pool:
         now = pool.map(lambda job: _versions(storage, job), rows)
-        return [job for job, found in zip(rows, now, strict=True) if found != seen[job.content_key]]
+        return [
+            job
+            for job, found in zip(rows, now, strict=True)
+            if _differ(found, seen[job.content_key])
+        ]
+
+
+def _differ(now: _Versions, seen: _Versions) -> bool:
+    """A job that never had a result can only have other inputs."""
+    return now != seen if seen[-1] is not None else now[:-1] != seen[:-1]
 
 
 def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Versions]:

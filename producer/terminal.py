@@ -84,6 +84,8 @@ def counts_line(counts: Counts) -> str:
     """One line: how many in each state, the rate and the time left."""
     states = "  ".join(f"{state} {number:,}" for state, number in counts.counts.items() if number)
     line = states or "no jobs"
+    if counts.review:
+        line += f"  ({counts.review:,} to review)"
     if counts.left:
         line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
     for trouble in counts.troubles:

@@ -154,12 +154,16 @@ def resolve(
         )
         for one in rounds.passes[1:]
     )
-    params = changed(Params(), merged | {"passes": further + _detail(chosen, rounds, words)})
+    detail = _detail(chosen, rounds, words, given=_read(values))
+    params = changed(Params(), merged | {"passes": further + detail})
     params.rounds()
     return params
 
 
-def _detail(chosen: Sequence[Preset], rounds: Rounds, words: _Words) -> tuple[Pass, ...]:
+def _detail(
+    chosen: Sequence[Preset], rounds: Rounds, words: _Words, *, given: Mapping[str, Any]
+) -> tuple[Pass, ...]:
+    """given: what row and options say; it, and later presets, win over the detail's own."""
     details = [one.detail for one in chosen if one.detail]
     if rounds.passes and (rounds.detail_mask or rounds.detail_prompt):
         raise ParameterError("passes: not together with detail_mask or detail_prompt")
@@ -169,12 +173,21 @@ def _detail(chosen: Sequence[Preset], rounds: Rounds, words: _Words) -> tuple[Pa
         if details or rounds.detail_prompt:
             raise ParameterError("detail_mask: empty; a second round needs a mask of its own")
         return ()
-    values = dict(details[-1].values) if details else {}
+    values = _detail_values(chosen, given) if details else {}
     if rounds.detail_prompt:
         values["prompt"] = words.read(rounds.detail_prompt, "")
     elif details:
         values["prompt"] = words.read(None, details[-1].prompt)
     return (Pass(mask=rounds.detail_mask, values=tuple(sorted(values.items()))),)
+
+
+def _detail_values(chosen: Sequence[Preset], given: Mapping[str, Any]) -> dict[str, Any]:
+    last = max(n for n, one in enumerate(chosen) if one.detail)
+    detail = chosen[last].detail
+    values = dict(detail.values) if detail else {}
+    for later in (*(one.values for one in chosen[last + 1 :]), given):
+        values.update((name, later[name]) for name in values if name in later)
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def test_a_failed_job_exits_1_and_says_why(shell: Shell) -> None:
     listed = shell.run("inpaint-jobs", "list", "--state", "failed", "--json").splitlines()
     assert json.loads(listed[0])["error_code"] == "bad_image"
     pictures.write_archive(shell.folder / "archive")
-    assert "1 jobs run again" in shell.run("inpaint-jobs", "retry", "--error", "bad_image")
+    assert "1 job to run again" in shell.run("inpaint-jobs", "retry", "--error", "bad_image")
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ class Place:
         """worker: the name plus what tells one life of the process from the next."""
         device = "cpu" if self.cuda is None else "cuda"
         return [
-            *(sys.executable, "-m", "workers.tasks", *options),
+            *(sys.executable, "-P", "-m", "workers.tasks", *options),
             *("--device", device, "--name", self.name, "--worker", worker),
         ]
 
@@ -124,7 +124,7 @@ def find_places(devices: str, *, engine: str) -> list[Place]:
 def _cuda_indexes() -> list[str]:
     """What a child that loads torch sees; this process never touches CUDA."""
     answer = subprocess.run(
-        [sys.executable, "-m", "workers.engines.devices"], capture_output=True, check=False
+        [sys.executable, "-P", "-m", "workers.engines.devices"], capture_output=True, check=False
     )
     if answer.returncode != 0:
         raise EngineUnavailable(f"torch does not start: {_last_line(answer.stderr)}")

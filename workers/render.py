@@ -11,7 +11,7 @@ import numpy as np
 from shared import images, masks
 from shared.images import Picture
 from shared.jobs import AttemptRecord, LeasedJob
-from shared.masks import Grey
+from shared.masks import Grey, Mask
 from shared.params import Params, further_inputs, is_file, is_native
 from shared.provenance import Provenance, mark
 from shared.settings import Settings
@@ -60,6 +60,7 @@ def render(
         picture = images.decode(fetched.image, max_pixels=kit.settings.max_pixels)
         rounds = _rounds(kit.settings, job, picture, fetched.files)
         record.width, record.height = picture.size
+        _check(job, picture, rounds, fetched.files)
     brush = Brush(
         engine=kit.engine,
         interruption=interruption,
@@ -136,25 +137,48 @@ def _mask(settings: Settings, name: str, picture: Picture, files: Mapping[str, b
     return masks.box_mask(masks.parse_box(name), picture.size)
 
 
+def _check(
+    job: LeasedJob, picture: Picture, rounds: Sequence[Round], files: Mapping[str, bytes]
+) -> None:
+    """Finds what would fail after painting, before it: painting is what costs."""
+    params = job.params
+    if params.postprocess:
+        postprocess.find(params.postprocess)
+    if params.text:
+        _lettered(params, picture, _repainted(rounds), files)
+    fills_holes = any(one.is_alpha for one in rounds)
+    if not fills_holes:
+        images.check(picture, format=_output_format(job))
+
+
+def _repainted(rounds: Sequence[Round]) -> Mask:
+    union: Mask = np.logical_or.reduce([one.mask for one in rounds])
+    return union
+
+
 def _finished(
     job: LeasedJob, picture: Picture, rounds: Sequence[Round], files: Mapping[str, bytes]
 ) -> Picture:
     """What comes after painting: the user's plugin, then text."""
     params = job.params
-    repainted = np.logical_or.reduce([one.mask for one in rounds])
+    repainted = _repainted(rounds)
     if params.postprocess:
         picture = postprocess.finish(picture, repainted, params)
-    if params.text:
-        lettering = Lettering(
-            text=params.text,
-            box=text_box(params.text_box, repainted),
-            font=files.get(params.text_font, b""),
-            size=params.text_size,
-            color=params.text_color,
-            align=params.text_align,
-        )
-        picture = draw(picture, lettering)
-    return picture
+    return _lettered(params, picture, repainted, files) if params.text else picture
+
+
+def _lettered(
+    params: Params, picture: Picture, repainted: Mask, files: Mapping[str, bytes]
+) -> Picture:
+    lettering = Lettering(
+        text=params.text,
+        box=text_box(params.text_box, repainted),
+        font=files.get(params.text_font, b""),
+        size=params.text_size,
+        color=params.text_color,
+        align=params.text_align,
+    )
+    return draw(picture, lettering)
 
 
 def _encoded(kit: Kit, job: LeasedJob, picture: Picture, record: AttemptRecord) -> bytes:

@@ -103,7 +103,9 @@ def _recorded(db: Database, job: int) -> Recorded:
     with db.read() as connection:
         row = connection.execute(select(Job.__table__).where(Job.id == job)).first()
         attempt = connection.execute(last).first()
-    if row is None or attempt is None:
+    if row is None:
+        raise InputError(f"job {job} does not exist; see inpaint-jobs list")
+    if attempt is None:
         raise InputError(f"job {job} has no result to compare with; see inpaint-jobs show {job}")
     leased = LeasedJob(
         id=row.id,

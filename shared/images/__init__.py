@@ -1,7 +1,7 @@
 """Pictures: bytes enter in ``decode`` and leave in ``encode``, with depth, alpha and metadata."""
 
 from shared.images.decoding import decode, probe
-from shared.images.encoding import encode
+from shared.images.encoding import check, encode
 from shared.images.picture import (
     Array,
     Coding,
@@ -22,6 +22,7 @@ __all__ = [
     "Picture",
     "Pixels",
     "as_rgb",
+    "check",
     "decode",
     "encode",
     "format_of",

@@ -135,9 +135,17 @@ def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
         raise ImageError(f"cannot write {picture.mode} as {name}: {one_line(error)}") from error
 
 
+def check(picture: Picture, *, format: str | None = None) -> None:
+    """Raises ImageError where ``encode`` could not hold the picture in the format."""
+    _fitted(picture, format or picture.format)
+
+
 def _fitted(picture: Picture, name: str) -> tuple[Array, str]:
     """The pixels in a mode the format can hold, without loss; raises ImageError."""
     pixels, mode = picture.pixels, picture.mode
+    if mode not in _MODES[name] and picture.has_alpha and _is_opaque(pixels):
+        pixels, mode = pixels[..., :-1], mode.replace("A", "")
+        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
     if mode not in _MODES[name] and mode == "1":
         pixels, mode = pixels.astype(np.uint8) * np.uint8(255), "L"
     if mode not in _MODES[name] and mode in ("L", "LA"):
@@ -151,3 +159,7 @@ def _fitted(picture: Picture, name: str) -> tuple[Array, str]:
             f"{name} cannot hold {MODE_NAMES[picture.mode]}; write {' or '.join(able)}"
         )
     return pixels, mode
+
+
+def _is_opaque(pixels: Array) -> bool:
+    return bool((pixels[..., -1] == np.iinfo(pixels.dtype).max).all())

@@ -130,6 +130,8 @@ def fail(
     failures = job.failures + 1
     wait = policy.delay_seconds(failures) if error.retryable else None
     found: dict[str, Any] = {
+        "image_version": record.image_version,
+        "mask_version": record.mask_version,
         "score": record.score,
         "error_code": error.code,
         "error_message": str(error),

@@ -79,14 +79,16 @@ def test_submissions_come_newest_first_and_with_their_counts(table: JobTable) ->
     assert listed[0].created_at.tzinfo is not None
 
 
-def test_errors_come_most_frequent_first_with_one_message(table: JobTable) -> None:
-    one, two, three, four = table.add(4)
+def test_errors_come_most_frequent_first_one_for_each_message(table: JobTable) -> None:
+    one, two, three, four, five = table.add(5)
     fail(table, one, OutOfMemory("full"))  # waits again: not failed
     fail(table, two, ImageError("b is no picture"))
     fail(table, three, ImageError("a is no picture"))
     fail(table, four, InpaintError("odd"))
+    fail(table, five, ImageError("a is no picture"))
     assert audit.errors(table.db, None) == [
         ("bad_image", 2, "a is no picture"),
+        ("bad_image", 1, "b is no picture"),
         ("internal_error", 1, "odd"),
     ]
     assert audit.errors(table.db, 99) == []

@@ -194,6 +194,7 @@ def test_wait_with_json_is_one_object_with_the_ends(desk: Desk, table: JobTable)
         "invalid": 0,
         "succeeded": 2,
         "failed": 0,
+        "review": 0,
     }
 
 

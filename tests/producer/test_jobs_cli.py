@@ -201,7 +201,7 @@ def test_retry_queues_a_finished_job_again(desk: Desk, table: JobTable, redis_ur
     job = table.one()
     table.succeed(job)
     ran = desk.jobs("retry", job)
-    assert (ran.status, ran.out) == (0, "1 jobs run again\n")
+    assert (ran.status, ran.out) == (0, "1 job to run again\n")
     assert table.state(job) == "queued"
     queue = Queue(redis_url)
     assert queue.waiting("opencv") == {(job, 1)}
@@ -227,10 +227,10 @@ def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
     for _ in range(5):
         fail(table, two, OutOfMemory("full"))
     fail(table, other)
-    assert desk.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith("1 jobs")
+    assert desk.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith("1 job ")
     assert table.states() == ["queued", "failed", "succeeded", "failed"]
-    assert desk.jobs("retry", "--error", "bad_image").out.startswith("1 jobs")
-    assert desk.jobs("retry", "--submission", 1).out.startswith("1 jobs")
+    assert desk.jobs("retry", "--error", "bad_image").out.startswith("1 job ")
+    assert desk.jobs("retry", "--submission", 1).out.startswith("1 job ")
     assert table.states() == ["queued", "queued", "succeeded", "queued"]
     assert desk.jobs("retry", "--submission", 1).out.startswith("0 jobs")
 
@@ -250,7 +250,7 @@ def test_retry_when_the_broker_is_down_says_so(
     table.succeed(job)
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://127.0.0.1:1/0")
     ran = desk.jobs("retry", job)
-    assert (ran.status, ran.out) == (0, "1 jobs run again\n")
+    assert (ran.status, ran.out) == (0, "1 job to run again\n")
     assert "when it is back" in ran.err
 
 

@@ -69,7 +69,7 @@ def test_a_job_that_lost_its_output_is_not_retried_and_force_takes_it_back(
     desk.submit(manifest(desk, "a.csv"), "--output", "out")
     desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out", "--force")
     ran = desk.jobs("retry", 1)
-    assert "0 jobs run again" in ran.out
+    assert "0 jobs to run again" in ran.out
     assert "1 left alone: a later submission writes their output" in ran.err
     assert desk.submit("a.csv", "--output", "out").status == 0  # nothing of it would run
     assert table.state(1) == "cancelled"

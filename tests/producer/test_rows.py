@@ -377,3 +377,8 @@ def test_a_format_for_all_rows_names_their_outputs_too() -> None:
 def test_a_name_that_contradicts_its_format_is_refused() -> None:
     (text,) = problems(output="x.png", format="jpeg")
     assert text == "output: 'x.png' contradicts format jpeg; drop one of them"
+
+
+def test_passes_that_are_no_json_are_said_once() -> None:
+    (text,) = problems(passes="[{]")
+    assert text.startswith("passes: not JSON")

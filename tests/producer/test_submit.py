@@ -15,14 +15,18 @@ import pytest
 
 from producer.rows import Options
 from producer.submit import CHUNK, Spool, check
-from shared import submissions
+from shared import jobs, submissions
+from shared.errors import ImageError
+from shared.jobs import AttemptRecord
 from shared.params import Params
 from shared.queue import Queue
+from shared.retry import RetryPolicy
 from shared.storage import Storage
 from tests.conftest import Bucket
 from tests.job_table import JobTable
 from tests.producer.desk import Desk, Ran
 
+NEVER = RetryPolicy(max_failures=1, base_seconds=0, cap_seconds=0)
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -508,6 +512,23 @@ def test_changed_runs_only_the_row_whose_picture_was_touched(desk: Desk, either:
     os.utime(desk.folder / "masks/3.png", ns=(1, 1))
     desk.submit(manifest, "--changed")
     assert either.states() == ["succeeded", "succeeded", "queued"]
+
+
+def test_changed_leaves_what_failed_and_has_not_changed(desk: Desk, either: JobTable) -> None:
+    manifest = desk.catalog(1)
+    desk.submit(manifest)
+    (row,) = all_jobs(either)
+    leased = either.acquire(row.id, seen=row.attempt)
+    assert leased is not None
+    storage = Storage(roots=[Path("/")], buckets=())
+    image, mask = (storage.stat(place) for place in (row.image, row.mask))
+    assert image
+    assert mask
+    record = AttemptRecord(image_version=image.version, mask_version=mask.version)
+    jobs.fail(either.db, leased, record, ImageError("damaged"), NEVER)
+    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 0
+    desk.picture("in/1.png", colour=200)
+    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 1
 
 
 def test_changed_on_s3_goes_by_the_etag(

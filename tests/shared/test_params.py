@@ -324,6 +324,15 @@ def test_faces_without_a_detail_mask_say_what_is_missing() -> None:
     assert refusal(rounds=Rounds(detail_prompt="eyes")).startswith("detail_mask: empty")
 
 
+def test_options_and_later_presets_reach_the_second_round() -> None:
+    rounds = Rounds(detail_mask="/eyes.png")
+    quick = resolved(preset="faces+preview", rounds=rounds, values={"strength": 0.9})
+    figures = [tuple(getattr(one, name) for name in NAMES) for _, one in quick.rounds()]
+    assert figures == [(7.0, 20, 0.9), (7.0, 20, 0.9)]
+    first = resolved(preset="preview+faces", rounds=rounds)
+    assert first.rounds()[1][1].num_inference_steps == 50
+
+
 def test_a_detail_prompt_replaces_the_presets() -> None:
     rounds = Rounds(detail_mask="/eyes.png", detail_prompt="green eyes")
     assert resolved(preset="faces", rounds=rounds).rounds()[1][1].prompt == "green eyes"

@@ -225,3 +225,40 @@ def test_holes_are_filled_only_where_they_are_what_is_repainted(
     bench.run(job)
     alpha = pixels(bench.path("out/r.png"))[..., 3]
     assert (alpha[100:200, 100:200] == (0 if invert else 255)).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "code"),
+    [
+        ({"text": "A", "text_box": "900,0,950,50"}, "bad_parameter"),
+        ({"text": "much too long", "text_size": 200}, "text_does_not_fit"),
+        ({"postprocess": "nobody"}, "postprocess_missing"),
+        ({"format": "jpeg"}, "bad_image"),
+    ],
+)
+def test_what_would_fail_at_the_end_fails_before_anything_is_painted(
+    bench: Workbench, params: dict[str, Any], code: str
+) -> None:
+    job = bench.add(
+        image=bench.picture("in.png", mode="RGBA"),
+        mask=bench.mask("mask.png", SIZE, BOX),
+        output=bench.path("out/r"),
+        **params,
+    )
+    bench.run(job)
+    assert bench.job(job).error_code == code
+    assert bench.bench.engine.works == []  # type: ignore[attr-defined]
+
+
+def test_a_picture_whose_holes_are_filled_needs_no_alpha(bench: Workbench) -> None:
+    image = np.full((600, 700, 4), 200, np.uint8)
+    image[..., 3] = 255
+    image[100:200, 100:200, 3] = 0
+    Image.fromarray(image).save(bench.path("holes.png"))
+    job = bench.add(
+        image=bench.path("holes.png"), mask="alpha", output=bench.path("r.jpg"), format="jpeg"
+    )
+    bench.run(job)
+    assert bench.job(job).state == "succeeded"
+    with Image.open(bench.path("r.jpg")) as written:
+        assert (written.format, written.mode) == ("JPEG", "RGB")

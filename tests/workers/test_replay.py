@@ -75,8 +75,15 @@ def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
 
 
 def test_a_job_without_a_result_cannot_be_replayed(bench: Workbench) -> None:
-    with pytest.raises(InpaintError, match="job 77 has no result to compare with"):
+    with pytest.raises(InpaintError, match="job 77 does not exist"):
         replayed(bench, 77)
+
+
+def test_a_job_that_never_ended_well_cannot_be_replayed(bench: Workbench) -> None:
+    job = bench.add(image=bench.path("no.png"), mask="alpha", output=bench.path("o.png"))
+    bench.run(job)
+    with pytest.raises(InpaintError, match=f"job {job} has no result to compare with"):
+        replayed(bench, job)
 
 
 def test_an_input_that_is_gone_is_an_error(bench: Workbench, finished: int) -> None:
@@ -104,8 +111,9 @@ def test_the_command_says_whether_it_is_the_same_and_exits_1_if_not(
     ran = runner.invoke(jobs_command, ["replay", str(finished)])
     assert ran.exit_code == 1
     assert re.fullmatch(
-        rf"job {finished}: another result, by at most \d+ levels \(changed: image\)\n", ran.stdout
+        rf"job {finished}: another result, by at most \d+ of 255 levels \(changed: image\)\n",
+        ran.stdout,
     )
     ran = runner.invoke(jobs_command, ["replay", "99"])
     assert ran.exit_code == 2
-    assert ran.stderr.startswith("inpaint-jobs: job 99 has no result")
+    assert ran.stderr.startswith("inpaint-jobs: job 99 does not exist")
