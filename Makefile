@@ -14,9 +14,11 @@ test: $(VENV)/.test  ## the whole suite, on its own Redis, PostgreSQL and S3 ser
 MINUTES ?= 10
 SEED ?= $(shell date +%s)
 
-soak: $(VENV)/.test  ## faults at random for MINUTES, and forty killed workers; prints its SEED
+soak: $(VENV)/.test  ## faults for MINUTES, forty killed workers, hostile files, jobs at random; prints its SEED
 	FAULTS_SECONDS=$$((60 * $(MINUTES))) FAULTS_SEED=$(SEED) FAULTS_KILLS=40 \
 	  $(BIN)/python -m pytest -q -s --timeout 0 tests/faults/test_mixture.py tests/faults/test_workers.py
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python -m pytest -q --hypothesis-profile=soak tests/shared/test_job_machine.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

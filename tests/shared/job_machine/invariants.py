@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.models import FINAL_STATES, STATES
-from tests.shared.job_model import Expected
+from tests.shared.job_machine.model import Expected
 
 Rows = Sequence[Any]
 Model = Mapping[int, Expected]

@@ -1,0 +1,46 @@
+"""Where the machine keeps what it knows: the model, the messages, the leases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine
+from sqlalchemy import delete
+
+from shared.db import Database
+from shared.jobs import LeasedJob
+from shared.models import Attempt, Job, Submission
+from shared.retry import RetryPolicy
+from shared.submissions import NewJob
+from tests.job_table import Longest
+from tests.shared.job_machine.model import Expected, Wire
+
+ENGINES = ("opencv", "sd2")
+WORKERS = ("w1", "w2", "w3")
+PICTURES = 4
+LEASE_SECONDS = 3600.0
+AT_ONCE = RetryPolicy(max_failures=3, base_seconds=0, cap_seconds=0)
+LATER = RetryPolicy(max_failures=3, base_seconds=3600, cap_seconds=3600, random=Longest())
+ENDS = st.sampled_from(["succeed", "fail", "retry", "release", "cancel", "confirm"])
+PAST = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+class Table(RuleBasedStateMachine):
+    """The tables of jobs, empty at the start."""
+
+    def __init__(self, db: Database) -> None:
+        super().__init__()
+        self.db = db
+        self.wire = Wire()
+        self.model: dict[int, Expected] = {}
+        self.leases: list[LeasedJob] = []
+        self.submissions: dict[int, list[NewJob]] = {}
+        self.digests: dict[int, str] = {}
+        self.manifests = 0
+        self.ended: Counter[tuple[int, int]] = Counter()
+        self.attempts_seen: dict[int, int] = {}
+        with db.write() as connection:
+            for kind in (Attempt, Job, Submission):
+                connection.execute(delete(kind))
