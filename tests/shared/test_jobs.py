@@ -651,7 +651,7 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
         {"content_key": None},
         {"submission_id": 999},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_the_tables_refuse_a_job_that_contradicts_itself(
     table: JobTable, values: dict[str, Any]
@@ -672,7 +672,7 @@ def test_the_tables_refuse_a_second_job_for_a_line_or_for_the_same_work(table: J
 @pytest.mark.parametrize(
     "values",
     [{"outcome": "fine", "finished_at": clock()}, {"outcome": "lost"}, {"finished_at": clock()}],
-    ids=str,
+    ids="-".join,
 )
 def test_the_tables_refuse_an_attempt_that_contradicts_itself(
     table: JobTable, values: dict[str, Any]
