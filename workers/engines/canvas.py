@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -92,18 +93,21 @@ def average(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Bo
     return whole / count_windows(size, windows).clamp_(min=1).to(whole.device)
 
 
-def blend(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+def blend(parts: Iterable[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
     """One (C, H, W) from parts of (C, h, w): each fades linearly towards its window's edges.
 
     A tent over each window is linear in every overlap up to half a window; divided by the
-    tents' sum the weights add up to exactly 1 where one window lies alone.
+    tents' sum the weights add up to exactly 1 where one window lies alone. Parts are taken
+    one after another, so that an iterator never holds all of a large region's.
     """
-    tent = _tent(*parts[0].shape[-2:]).to(parts[0].device)
-    total = parts[0].new_zeros(size)
+    parts = iter(parts)
+    first = next(parts)
+    tent = _tent(*first.shape[-2:]).to(first.device)
+    total = first.new_zeros(size)
     for box in windows:
         crop(total, box).add_(tent)
-    whole = parts[0].new_zeros(parts[0].shape[0], *size)
-    for part, box in zip(parts, windows, strict=True):
+    whole = first.new_zeros(first.shape[0], *size)
+    for part, box in zip(chain([first], parts), windows, strict=True):
         crop(whole, box).add_(part * (tent / crop(total, box)))
     return whole
 

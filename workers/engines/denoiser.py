@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
+
 import torch
 from torch import Tensor
 
@@ -77,30 +80,22 @@ class Denoiser:
 
     def begin(self, drafts: list[Draft]) -> list[Sequence]:
         """The drafts' first latents. Raises OutOfMemory where one window does not fit."""
-        wholes = self.transfer.upload(picture for draft in drafts for picture in draft.pictures)
-        boxes = [draft.canvas.pixel_windows for draft in drafts for _ in draft.pictures]
-        pictures = [
-            crop(whole[0], box)
-            for whole, inside in zip(wholes, boxes, strict=True)
-            for box in inside
-        ]
         size = drafts[0].window_size
         moments = run_in_chunks(
             self._encode,
-            torch.stack(pictures),
+            [picture for draft in drafts for picture in draft.pictures],
             self._limit("vae", size),
             lambda tried: self._give_way("vae", size, tried),
         )
-        counts = [len(draft.pictures) * len(draft.canvas.windows) for draft in drafts]
         return [
             begin(
                 draft,
-                moments=share,
+                moments=torch.stack(list(islice(moments, len(draft.pictures)))),
                 embeddings=[self._embed(text, size) for text in draft.prompts],
                 scaling_factor=self._components.scaling_factor,
                 transfer=self.transfer,
             )
-            for draft, share in zip(drafts, torch.split(moments, counts), strict=True)
+            for draft in drafts
         ]
 
     def predict(self, rows: list[Row]) -> list[Tensor]:
@@ -137,7 +132,12 @@ class Denoiser:
             one.move_on(*found)
 
     def decode(self, sequences: list[Sequence]) -> list[Tensor]:
-        """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory."""
+        """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory.
+
+        Whole windows: the decoder's attention and its normalisation read every pixel, so a
+        part of a window decoded alone would not be the same. A region of many windows needs
+        the device's memory for its pixels and the windows of two passes.
+        """
         drafts = [one.draft for one in sequences]
         latents = [
             crop(one.latents[0], box) for one in sequences for box in one.draft.canvas.windows
@@ -145,14 +145,14 @@ class Denoiser:
         size = drafts[0].window_size
         windows = run_in_chunks(
             self._decode,
-            torch.stack(latents),
+            latents,
             self._limit("vae", size),
             lambda tried: self._give_way("vae", size, tried),
         )
-        shares = torch.split(windows, [len(draft.canvas.windows) for draft in drafts])
+        canvases = [draft.canvas for draft in drafts]
         return [
-            blend(share.unbind(), draft.canvas.pixel_size, draft.canvas.pixel_windows)
-            for draft, share in zip(drafts, shares, strict=True)
+            blend(islice(windows, len(one.windows)), one.pixel_size, one.pixel_windows)
+            for one in canvases
         ]
 
     @property
@@ -171,9 +171,9 @@ class Denoiser:
         for rows in self._sizes():
             self._fits(rows, size)
         latents = torch.zeros(
-            self._limit("vae", size).rows, self._components.latent_channels, *size
+            self._components.latent_channels, *size, device=self._components.device
         )
-        attempt(self._decode, latents.to(self._components.device))
+        attempt(self._decode, [latents] * self._limit("vae", size).rows)
 
     def _fits(self, rows: int, size: Size) -> bool:
         """Whether a forward of so many rows has room; its graph is kept."""
@@ -227,11 +227,12 @@ class Denoiser:
             self._give_way("text_encoder", size, 1)
         return found
 
-    def _encode(self, pictures: Tensor) -> Tensor:
-        """(N, 3, H, W) float32 to (N, 2C, h, w) float32: mean and deviation."""
+    def _encode(self, pictures: Iterable[Tensor]) -> Tensor:
+        """N staged (3, H, W) float32 to (N, 2C, h, w) float32: mean and deviation."""
         self._modes.use("vae")
-        pictures = pictures.to(self._components.dtype, memory_format=torch.channels_last)
-        posterior = self._components.vae.encode(pictures).latent_dist
+        batch = torch.stack(self.transfer.upload(pictures))
+        batch = batch.to(self._components.dtype, memory_format=torch.channels_last)
+        posterior = self._components.vae.encode(batch).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
     def _predict(self, rows: list[Row]) -> Tensor:
@@ -249,9 +250,10 @@ class Denoiser:
             is_moving=self._modes.is_offloading,
         )
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        """(N, C, h, w) float32 to (N, 3, H, W) float32"""
+    def _decode(self, latents: list[Tensor]) -> Tensor:
+        """N of (C, h, w) float32 to (N, 3, H, W) float32"""
         self._modes.use("vae")
-        scaled = (latents / self._components.scaling_factor).to(self._components.dtype)
+        scaled = torch.stack(latents) / self._components.scaling_factor
+        scaled = scaled.to(self._components.dtype)
         pictures: Tensor = self._components.vae.decode(scaled, return_dict=False)[0]
         return pictures.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -68,26 +68,24 @@ class RowLimit:
 
 
 def run_in_chunks(
-    run: Callable[[Tensor], Tensor],
-    batch: Tensor,
+    run: Callable[[list[Tensor]], Tensor],
+    items: list[Tensor],
     limit: RowLimit,
     give_way: Callable[[int], None],
-) -> Tensor:
-    """``run`` over (N, ...) in chunks of the limit, joined again.
+) -> Iterator[Tensor]:
+    """What ``run`` makes of each item, in chunks of the limit, each run once it is asked for.
 
-    give_way: told how many rows did not fit, makes the next try need less, or raises.
+    give_way: told how many items did not fit, makes the next try need less, or raises.
     """
-    parts: list[Tensor] = []
     start = 0
-    while start < len(batch):
-        chunk = batch[start : start + limit.rows]
-        part = attempt(run, chunk)
-        if part is None:
+    while start < len(items):
+        chunk = items[start : start + limit.rows]
+        found = attempt(run, chunk)
+        if found is None:
             give_way(len(chunk))
         else:
-            parts.append(part)
+            yield from found.unbind()
             start += len(chunk)
-    return torch.cat(parts)
 
 
 def attempt(run: Callable[[T], Tensor], batch: T) -> Tensor | None:

@@ -22,16 +22,16 @@ from workers.engines.transfer import Transfer, stage
 class Draft:
     """A region before it has touched the device; all tensors float32 on the host.
 
-    image: (1, 3, H, W) in -1 to 1. masked_image: the same with 0 under the mask. mask:
-    (1, 1, h, w), 0 or 1, in latents. *_noise: (1, C, h, w).
+    pictures: what the VAE must encode, (3, h, w) in -1 to 1: each window with 0 under the
+    mask, then each as it is if it is needed. mask: (1, 1, h, w), 0 or 1, in latents.
+    *_noise: (1, C, h, w).
     """
 
     work: RegionWork
     future: Future[Pixels]
     canvas: Canvas
     sampler: Sampler
-    image: Tensor
-    masked_image: Tensor
+    pictures: tuple[Tensor, ...]
     mask: Tensor
     image_noise: Tensor | None
     start_noise: Tensor
@@ -45,11 +45,6 @@ class Draft:
     @property
     def is_guided(self) -> bool:
         return self.work.params.guidance_scale > 1
-
-    @property
-    def pictures(self) -> list[Tensor]:
-        """What the VAE must encode, (1, 3, H, W) each: the masked region, then it if needed."""
-        return [self.masked_image, *([] if self.image_noise is None else [self.image])]
 
     @property
     def small_tensors(self) -> list[Tensor]:
@@ -79,6 +74,7 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
     generator = torch.Generator().manual_seed(work.seed)
     sampler = Sampler(components.scheduler_config, work.params, generator)
     image, mask = to_image(work.image), to_mask(work.mask)
+    wholes = [image * (mask < 0.5), *([image] if sampler.needs_image else [])]
     shape = (1, components.latent_channels, *canvas.size)
     ready = partial(stage, device=components.device)
     return Draft(
@@ -86,8 +82,11 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
         future=future,
         canvas=canvas,
         sampler=sampler,
-        image=ready(image),
-        masked_image=ready(image * (mask < 0.5)),
+        pictures=tuple(
+            ready(crop(whole[0], box).contiguous())
+            for whole in wholes
+            for box in canvas.pixel_windows
+        ),
         mask=ready(torch.nn.functional.max_pool2d(mask, canvas.factor)),
         image_noise=ready(sampler.draw(shape)) if sampler.needs_image else None,
         start_noise=ready(sampler.draw(shape)),
@@ -103,8 +102,8 @@ def to_image(pixels: Pixels) -> Tensor:
 
 def to_bytes(picture: Tensor) -> Tensor:
     """(3, H, W) float32 in -1 to 1 to (H, W, 3) uint8, on the same device."""
-    scaled = (picture * 0.5 + 0.5).clamp(0, 1) * 255
-    return scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    scaled = (picture * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
+    return scaled.to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def to_mask(mask: Pixels) -> Tensor:

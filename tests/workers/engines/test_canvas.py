@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -90,6 +91,23 @@ def test_a_blend_of_one_picture_cut_into_windows_is_that_picture() -> None:
     assert found[:, ~covered].abs().max() == 0
 
 
+def test_a_large_region_never_has_all_its_windows_decoded_at_once(tiny_model: Path) -> None:
+    parts = components(tiny_model)
+    windows = tuple(Box(left, 0, left + 64, 64) for left in range(0, 9 * 40, 40))
+    decoded: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def note(_module: Any, _args: Any, output: Tensor) -> None:
+        alive.append(sum(one() is not None for one in decoded))
+        decoded.append(weakref.ref(output))
+
+    parts.vae.decoder.register_forward_hook(note)
+    with engine(parts, vae_batch=2) as ours:
+        assert ours.submit(region(windows=windows)).result(60).shape == (64, 384, 3)
+    assert len(decoded) == 5
+    assert max(alive) <= 1
+
+
 def test_strokes_thinner_than_a_latent_stay_in_the_mask(parts: Components) -> None:
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[21, :] = 255
@@ -116,8 +134,9 @@ def test_a_latent_is_masked_if_and_only_if_a_pixel_in_it_is(
     assert {tuple(place) for place in draft.mask[0, 0].nonzero().tolist()} == {
         (row // 8, column // 8) for row, column in pixels
     }
-    hidden = (draft.masked_image == 0).all(dim=1)[0].numpy()
-    assert hidden[mask > 0].all()
+    for picture, box in zip(draft.pictures, THREE, strict=False):
+        hidden = (picture == 0).all(dim=0).numpy()
+        assert hidden[mask[box.top : box.bottom, box.left : box.right] > 0].all()
 
 
 def test_pixels_under_no_window_stay_as_they_are(ours: DiffusionEngine) -> None:
