@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     concurrency: int = Field(
         default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
     )
+    megapixels_in_hand: int = Field(
+        default=0,
+        ge=0,
+        description="Decoded pixels that a worker process holds at a time, in millions, whatever "
+        "its threads; 0: what half of the machine's memory holds, shared by its processes.",
+    )
     max_batch: BatchSize = Field(
         default="auto",
         description="Most rows of one forward pass; a window takes two with guidance. "

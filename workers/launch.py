@@ -28,6 +28,7 @@ from shared.processes import (
     SAME_SIGNAL_SECONDS,
 )
 from shared.settings import Compile, Settings
+from workers.room import default_megapixels
 
 MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -64,6 +65,7 @@ def worker(
             *("--engine", chosen),
             *("--concurrency", str(configured.concurrency if concurrency is None else concurrency)),
             *("--max-batch", str(configured.max_batch), "--compile", configured.compile),
+            *("--megapixels-in-hand", str(_megapixels_in_hand(configured, len(places)))),
             *(["--deterministic"] if configured.deterministic else []),
         ]
         if check:
@@ -73,6 +75,10 @@ def worker(
     except InpaintError as error:
         click.echo(f"inpaint-worker: {error}", err=True)
         sys.exit(2)
+
+
+def _megapixels_in_hand(configured: Settings, processes: int) -> int:
+    return configured.megapixels_in_hand or default_megapixels(processes)
 
 
 @dataclass(frozen=True, kw_only=True)

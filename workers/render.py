@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 import numpy as np
@@ -22,6 +22,7 @@ from workers.engines.protocol import Engine, Interruption
 from workers.holding import Stages
 from workers.lettering import Lettering, draw, text_box
 from workers.painting import Brush, Round, paint
+from workers.room import Room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Kit:
     settings: Settings
     storage: Storage
     engine: Engine
+    room: Room = field(default_factory=Room)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,23 @@ def render(
     stage = Stages(record, interruption)
     with stage("fetch"):
         fetched = _fetch(kit, job, record)
+    width, height = images.probe(fetched.image, max_pixels=kit.settings.max_pixels)
+    with kit.room.holding(width * height, interruption):
+        data = _result(kit, job, record, interruption, fetched, gates=gates)
+    return Rendered(data=data, replaces=fetched.replaces)
+
+
+def _result(
+    kit: Kit,
+    job: LeasedJob,
+    record: AttemptRecord,
+    interruption: Interruption,
+    fetched: _Fetched,
+    *,
+    gates: bool,
+) -> bytes:
+    """All that needs decoded pixels: from the inputs' files to the result's."""
+    stage = Stages(record, interruption)
     with stage("decode"):
         picture = images.decode(fetched.image, max_pixels=kit.settings.max_pixels)
         rounds = _rounds(kit.settings, job, picture, fetched.files)
@@ -76,7 +95,7 @@ def render(
     with stage("encode"):
         data = _encoded(kit, job, result, record)
         record.result_sha256 = sha256(data).hexdigest()
-    return Rendered(data=data, replaces=fetched.replaces)
+    return data
 
 
 @dataclass(frozen=True, kw_only=True)

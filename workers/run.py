@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared import jobs
 from shared.db import Database
@@ -26,6 +26,7 @@ from shared.storage import Storage, remove_leftovers
 from workers.engines.protocol import Engine, Interruption
 from workers.holding import Running, Stages
 from workers.render import Kit, render
+from workers.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Bench:
     holder: Holder
     running: Running
     retry: RetryPolicy
+    room: Room = field(default_factory=Room)
 
 
 def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None:
@@ -103,7 +105,7 @@ def _inpaint(
     bench: Bench, job: LeasedJob, record: AttemptRecord, interruption: Interruption
 ) -> str:
     """Everything between the lease and the result's publication; the output's new version."""
-    kit = Kit(settings=bench.settings, storage=bench.storage, engine=bench.engine)
+    kit = Kit(settings=bench.settings, storage=bench.storage, engine=bench.engine, room=bench.room)
     rendered = render(kit, job, record, interruption)
     with Stages(record, interruption)("put"):
         return _put_patiently(bench, job, rendered.data, rendered.replaces, interruption)

@@ -47,6 +47,7 @@ from workers.engines import load_engine
 from workers.engines.options import engine_options
 from workers.engines.protocol import Engine
 from workers.holding import Running
+from workers.room import Room
 from workers.run import Bench, give_back, run_job
 from workers.turns import Turns
 from workers.upkeep import Upkeep
@@ -67,6 +68,7 @@ SWITCH_SECONDS = 0.0005
 @click.option("--worker", required=True, help="The name, and what tells this life from others.")
 @click.option("--concurrency", type=int, required=True)
 @click.option("--max-batch", required=True)
+@click.option("--megapixels-in-hand", type=int, required=True)
 @click.option("--compile", required=True)
 @click.option("--deterministic", is_flag=True)
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
@@ -120,6 +122,7 @@ def _bench(configured: Settings, engine: Any, worker: str) -> Bench:
             base_seconds=configured.retry_base_seconds,
             cap_seconds=configured.retry_cap_seconds,
         ),
+        room=Room(configured.megapixels_in_hand),
     )
 
 
