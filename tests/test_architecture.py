@@ -23,8 +23,8 @@ MAY_IMPORT = {
 }
 # What each heavy library's walls are; a folder stands for all modules in it.
 LIVES_IN = {
-    "boto3": ("shared/storage.py",),
-    "botocore": ("shared/storage.py",),
+    "boto3": ("shared/storage/s3.py",),
+    "botocore": ("shared/storage/s3.py", "shared/storage/failures.py"),
     "celery": ("shared/queue.py", "workers/tasks.py"),
     "kombu": ("shared/queue.py",),
     "torch": ("workers/engines/",),

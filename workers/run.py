@@ -22,7 +22,7 @@ from shared.errors import (
 from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.retry import RetryPolicy
 from shared.settings import Settings
-from shared.storage import Storage, remove_leftovers
+from shared.storage import Storage
 from workers.engines.protocol import Engine, Interruption
 from workers.holding import Running, Stages
 from workers.render import Kit, render
@@ -144,7 +144,7 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
 
     A newer version comes from an attempt that lost its lease to us and wrote all the same.
     """
-    remove_leftovers(job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)])
+    bench.storage.remove_leftovers(job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)])
     for _ in range(PUT_TRIES - 1):
         try:
             return _put_once(bench, job, data, seen)

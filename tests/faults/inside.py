@@ -9,8 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from shared import storage
 from shared.errors import EngineError
+from shared.storage import s3
 from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
 
@@ -70,4 +70,4 @@ if seconds := os.environ.get("FAULTS_CLOCK"):
 if switch := os.environ.get("FAULTS_FULL_DISK"):
     _fill_disk(Path(switch))
 if seconds := os.environ.get("FAULTS_S3_TIMEOUT"):
-    storage.READ_SECONDS = float(seconds)
+    s3.READ_SECONDS = float(seconds)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from shared import storage
 from shared.errors import (
     InpaintError,
     LocationError,
@@ -21,8 +20,8 @@ from shared.errors import (
     SettingsError,
     StorageUnavailable,
 )
-from shared.locations import absolute, redacted, split_s3
-from shared.storage import Storage
+from shared.locations import absolute, is_s3, redacted, split_s3
+from shared.storage import Stat, Storage, failures, files
 from tests.conftest import Bucket
 
 MEGABYTE = 2**20
@@ -79,7 +78,7 @@ def test_what_was_put_is_there_with_its_version(place: Place) -> None:
     uri = place.uri("deep/down/a.png")
     found = place.store.get(uri, max_bytes=4)
     assert (found.data, found.version) == (b"data", version)
-    assert place.store.stat(uri) == storage.Stat(version=version, size=4)
+    assert place.store.stat(uri) == Stat(version=version, size=4)
 
 
 def test_an_object_that_is_not_there_has_no_stat_and_cannot_be_read(place: Place) -> None:
@@ -167,7 +166,7 @@ def test_a_put_over_a_version_needs_that_version(place: Place) -> None:
 
 def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
     uri, version = place.uri(), place.put("a.png", b"first")
-    if storage.is_s3(uri):
+    if is_s3(uri):
         import boto3
 
         bucket, key = split_s3(uri)
@@ -181,7 +180,7 @@ def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
 def test_the_same_bytes_written_again_are_still_a_version(place: Place) -> None:
     version = place.put("a.png", b"data")
     again = place.store.put(place.uri(), b"data", if_version=version, token="1-2")
-    assert place.store.stat(place.uri()) == storage.Stat(version=again, size=4)
+    assert place.store.stat(place.uri()) == Stat(version=again, size=4)
 
 
 def test_a_file_is_written_whole_and_nothing_is_left_beside_it(folder: Path) -> None:
@@ -221,9 +220,10 @@ def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
     kept = folder / "kept.png"
     kept.touch()
     for token in ("7-1", "7-2"):
-        storage._temporary(Path(uri), token).touch()
-    storage.remove_leftovers(uri, ["7-1", "7-2", "7-3"])
-    storage.remove_leftovers("s3://bucket/a.png", ["7-1"])
+        files.temporary_of(Path(uri), token).touch()
+    store = Storage(roots=[folder], buckets=())
+    store.remove_leftovers(uri, ["7-1", "7-2", "7-3"])
+    store.remove_leftovers("s3://bucket/a.png", ["7-1"])
     assert list(folder.iterdir()) == [kept]
 
 
@@ -429,7 +429,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
     from botocore.exceptions import ClientError
 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(expected), storage._translated("s3://bucket/a.png"):
+    with pytest.raises(expected), failures.translated("s3://bucket/a.png"):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
 
@@ -447,7 +447,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
 def test_what_a_disk_answers_becomes_an_error_of_ours(
     number: int, expected: type[InpaintError]
 ) -> None:
-    with pytest.raises(expected, match=r"'/a\.png'"), storage._translated("/a.png"):
+    with pytest.raises(expected, match=r"'/a\.png'"), failures.translated("/a.png"):
         raise OSError(number, os.strerror(number))
 
 
@@ -472,8 +472,8 @@ def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with (
         pytest.raises(OutputRefused, match=code),
-        storage._refusals(),
-        storage._translated("s3://b"),
+        failures.refusals(),
+        failures.translated("s3://b"),
     ):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 

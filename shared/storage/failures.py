@@ -1,0 +1,98 @@
+"""Libraries' errors become ours once, here."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shared.errors import (
+    InpaintError,
+    LocationError,
+    ObjectDenied,
+    ObjectMissing,
+    OutputConflict,
+    OutputRefused,
+    StorageUnavailable,
+)
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except InpaintError:
+        raise
+    except FileNotFoundError as error:
+        raise ObjectMissing(f"{uri!r} does not exist") from error
+    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        raise ObjectDenied(f"{uri!r}: {error.strerror or error}") from error
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise ObjectDenied(f"{uri!r}: {error.strerror}") from error
+        hopeless = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        found = LocationError if hopeless else StorageUnavailable
+        raise found(f"{uri!r}: {error.strerror or error}") from error
+    except Exception as error:
+        translated = _translate_botocore(uri, error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a person has to mend before anything more can be written."""
+    try:
+        yield
+    except (ObjectDenied, StorageUnavailable) as error:
+        cause = error.__cause__
+        refused = isinstance(cause, OSError) and cause.errno in _NO_ROOM
+        if refused or _is_refusal_of_s3(cause):
+            raise OutputRefused(str(error)) from cause
+        raise
+
+
+def _is_refusal_of_s3(cause: BaseException | None) -> bool:
+    # An S3 on somebody's own disks says 507 where those are full.
+    response = getattr(cause, "response", None)
+    return response is not None and status_of(cause) in (401, 403, 507)
+
+
+def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:
+    try:
+        from botocore import exceptions as boto
+        from urllib3.exceptions import HTTPError
+    except ImportError:
+        return None
+    if isinstance(error, boto.ClientError):
+        return _translate_response(uri, error)
+    if isinstance(
+        error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound
+    ):
+        return ObjectDenied(
+            f"{uri!r}: no S3 credentials; set them the AWS way (AWS_ACCESS_KEY_ID, ...)"
+        )
+    if isinstance(error, boto.BotoCoreError | HTTPError):
+        return StorageUnavailable(f"{uri!r}: {error}")
+    return None
+
+
+def _translate_response(uri: str, error: Any) -> InpaintError:
+    status = status_of(error)
+    code = error.response.get("Error", {}).get("Code", "")
+    if status == 404:
+        return ObjectMissing(f"{uri!r} does not exist ({code})")
+    if status in (401, 403):
+        return ObjectDenied(f"{uri!r}: access denied ({code}); check the credentials' permissions")
+    if status in (409, 412):
+        return OutputConflict(f"{uri!r} was written by somebody else meanwhile")
+    return StorageUnavailable(f"{uri!r}: S3 answered {status} {code}")
+
+
+def status_of(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -1,0 +1,130 @@
+"""S3: one client for all threads; conditional writes, so that no version is overwritten unseen."""
+
+from __future__ import annotations
+
+import io
+import threading
+from contextlib import closing
+from http import HTTPStatus
+from typing import IO, Any
+
+from shared.errors import OutputConflict, SettingsError
+from shared.locations import split_s3
+from shared.storage.failures import status_of
+from shared.storage.objects import Object, Stat, check_size
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
+
+
+class S3:
+    """The buckets that the credentials reach; the client is made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._made: Any = None
+        self._lock = threading.Lock()
+
+    @property
+    def _client(self) -> Any:
+        with self._lock:
+            if self._made is None:
+                self._made = _new_client()
+            return self._made
+
+    def open(self, uri: str) -> IO[bytes]:
+        bucket, key = split_s3(uri)
+        body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
+        return io.BufferedReader(_Readable(body), 1 << 20)
+
+    def list_one(self, bucket: str) -> None:
+        self._client.list_objects_v2(Bucket=bucket, MaxKeys=1)
+
+    def stat(self, uri: str) -> Stat:
+        bucket, key = split_s3(uri)
+        answer = self._client.head_object(Bucket=bucket, Key=key)
+        return Stat(version=answer["ETag"], size=answer["ContentLength"])
+
+    def head(self, uri: str, max_bytes: int) -> bytes:
+        bucket, key = split_s3(uri)
+        try:
+            answer = self._client.get_object(
+                Bucket=bucket, Key=key, Range=f"bytes=0-{max_bytes - 1}"
+            )
+        except self._client.exceptions.ClientError as error:
+            if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return b""  # an empty object has no first byte
+            raise
+        with closing(answer["Body"]) as body:
+            return bytes(body.read())
+
+    def get(self, uri: str, max_bytes: int) -> Object:
+        bucket, key = split_s3(uri)
+        answer = self._client.get_object(Bucket=bucket, Key=key)
+        # Not "with answer[...]": that gives urllib3's own body, whose length nobody verifies.
+        with closing(answer["Body"]) as body:
+            check_size(uri, answer["ContentLength"], max_bytes)
+            return Object(data=body.read(), version=answer["ETag"])
+
+    def put(self, uri: str, data: bytes, if_version: str | None) -> str:
+        bucket, key = split_s3(uri)
+        condition = {"IfNoneMatch": "*"} if if_version is None else {"IfMatch": if_version}
+        try:
+            answer = self._client.put_object(
+                Bucket=bucket, Key=key, Body=data, ContentType=_content_type(uri), **condition
+            )
+        except self._client.exceptions.NoSuchKey as error:
+            # What If-Match names is gone altogether.
+            raise OutputConflict(f"{uri!r} was removed by somebody else meanwhile") from error
+        return str(answer["ETag"])
+
+
+def _new_client() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    # Botocore's own retries cover short hiccups; longer ones are the job's retry.
+    config = Config(
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=READ_SECONDS,
+        max_pool_connections=64,
+        retries={"mode": "standard", "max_attempts": 4},
+        user_agent_extra="inpaint-batch",
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)
+    except ValueError as error:
+        raise SettingsError(f"S3: {error}; see AWS_ENDPOINT_URL") from error
+
+
+_CONTENT_TYPES = {
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "png": "image/png",
+    "webp": "image/webp",
+    "tif": "image/tiff",
+    "tiff": "image/tiff",
+    "bmp": "image/bmp",
+}
+
+
+def _content_type(uri: str) -> str:
+    return _CONTENT_TYPES.get(uri.rpartition(".")[2].lower(), "application/octet-stream")
+
+
+class _Readable(io.RawIOBase):
+    """Makes botocore's body readable by the io stack."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._body.read(len(buffer))
+        buffer[: len(chunk)] = chunk
+        return len(chunk)
+
+    def close(self) -> None:
+        self._body.close()
+        super().close()
