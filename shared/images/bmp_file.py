@@ -32,7 +32,7 @@ def write(image: Image.Image, metadata: Metadata) -> bytes:
     if image.mode == "RGBA":
         return _with_alpha(image, metadata)
     buffer = io.BytesIO()
-    image.save(buffer, "BMP", **({"dpi": metadata.dpi} if metadata.dpi else {}))
+    image.save(buffer, "BMP", dpi=metadata.dpi or (0, 0))
     return buffer.getvalue()
 
 

@@ -44,6 +44,7 @@ def recognise(data: bytes) -> str:
 _SIGNATURES: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
     (name, re.compile(pattern, re.DOTALL))
     for name, pattern in (
+        ("JPEG-LS", rb"\xff\xd8\xff\xf7"),
         ("JPEG", rb"\xff\xd8\xff"),
         ("PNG", rb"\x89PNG\r\n\x1a\n"),
         ("WEBP", rb"RIFF....WEBP"),

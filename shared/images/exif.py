@@ -104,7 +104,8 @@ def _read(
         value = place + width - inline
         if length > inline:
             (value,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, value)
-        if kind in TYPE_SIZES and value + length <= len(data):
+        # Readers take the first of two tags of a number; tifffile writes two descriptions.
+        if tag not in entries and kind in TYPE_SIZES and value + length <= len(data):
             entries[tag] = Entry(tag=tag, type=kind, count=values, place=value, length=length)
     end = first + count * width
     following = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, end)[0]

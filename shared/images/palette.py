@@ -12,6 +12,8 @@ Indices = NDArray[np.uint8]  # (H, W), into the palette
 Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA
 
 _ALPHA_WEIGHT = 1 << 18  # a wrong transparency is worse than any wrong colour
+_FAR = 64  # levels of 255 between a colour and the entry that stands for it
+_MOST_WRONG = 0.1  # of the new pixels may be that far
 _CHUNK = 4096
 
 
@@ -32,7 +34,7 @@ def repainted(
     An entry that no untouched pixel uses is free, or, in a palette with transparency, that no
     pixel uses: so every transparency keeps an entry. Where there are more new colours than free
     entries, the free ones go to what stands for most of them. None where a new pixel's
-    transparency finds no entry.
+    transparency finds no entry, or too many have only entries of quite other colours.
     """
     touched = picture.touched
     assert touched is not None  # noqa: S101 - encode returns the source then
@@ -51,6 +53,10 @@ def repainted(
     choices = np.concatenate([used, free[: len(added)]]).astype(np.uint8)
     nearest = choices[_nearest(wanted, colours[choices])]
     if not np.array_equal(colours[nearest, 3], wanted[:, 3]):
+        return None
+    ahead = np.abs(colours[nearest].astype(np.int16) - wanted).max(axis=1)
+    wrong = counts[(ahead > _FAR) & (wanted[:, 3] > 0)].sum()
+    if picture.has_alpha and wrong > _MOST_WRONG * len(new):
         return None
     indices = indices.copy()
     indices[touched] = nearest[inverse.ravel()]

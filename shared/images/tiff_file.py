@@ -33,7 +33,8 @@ _SINGLE = (256, 257, 259, 262, 266, 277, 278, 284, 292, 293, 317, 322, 323, 332,
 _MAX_TILE_PIXELS = 1 << 26
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _INKS = 0, 1, 2, 5
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by photometric interpretation
-_ASSOCIATED, _UNASSOCIATED = 1, 2
+_UNASSOCIATED = 2  # alpha that colours were not multiplied with
+_UNDEFINED = 4  # a sample format, read as plain numbers
 # Lossy compressions are left out: what they would do to untouched pixels is worse than a
 # larger file.
 _DEFLATE = 8
@@ -43,6 +44,8 @@ _NAMES = {
 }
 _BILEVEL = (2, 3, 4)
 _PREDICTED = (5, 8, 32946, 34925, 50000)
+_READ_BY_PILLOW = frozenset(_NAMES) | {6, 7, 32771, 32809}
+_READ_BY_TIFFFILE = frozenset({34712, 34933, 50001})  # JPEG 2000, PNG, WebP
 
 
 def read(data: bytes) -> Header:
@@ -74,7 +77,23 @@ def _refusal(data: bytes, directory: Directory) -> str:
         return "is a camera's raw picture (DNG); develop it first"
     if directory.integer(data, 322, 0) * directory.integer(data, 323, 0) > _MAX_TILE_PIXELS:
         return "is one huge tile; save it in strips"
-    return _channels_refusal(data, directory) or _depth_refusal(data, directory)
+    return (
+        _coding_refusal(data, directory)
+        or _channels_refusal(data, directory)
+        or _depth_refusal(data, directory)
+    )
+
+
+def _coding_refusal(data: bytes, directory: Directory) -> str:
+    kind = directory.integer(data, _POLARITY, 1)
+    if kind not in _CHANNELS:
+        return f"has colours of a rare kind ({kind}); convert to grey, RGB or CMYK"
+    compression = directory.integer(data, _COMPRESSION, 1)
+    if compression in _READ_BY_PILLOW:
+        return ""
+    if compression in _READ_BY_TIFFFILE and kind in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB):
+        return ""
+    return f"is compressed in a way that few programs read ({compression}); save it with LZW"
 
 
 def _channels_refusal(data: bytes, directory: Directory) -> str:
@@ -82,8 +101,9 @@ def _channels_refusal(data: bytes, directory: Directory) -> str:
     extra = samples - _CHANNELS.get(kind, samples)
     if extra > 1 or (extra and kind not in (_BLACK_IS_ZERO, _RGB)):
         return f"has {extra} extra channels; save it as grey, RGB or CMYK, with alpha at most"
-    if extra == 1 and directory.integer(data, _EXTRA, 0) not in (_ASSOCIATED, _UNASSOCIATED):
-        return "has an unnamed extra channel; save it as RGB, or RGBA with alpha"
+    # A fourth channel that is not named is taken for alpha, as other programs do.
+    if extra == 1 and _EXTRA not in directory.entries and kind != _RGB:
+        return "has an unnamed extra channel; save it as grey, or grey with alpha"
     return ""
 
 
@@ -94,15 +114,17 @@ def _depth_refusal(data: bytes, directory: Directory) -> str:
         return f"has {', '.join(map(str, depths))} bits a channel; save it with 8 or 16"
     if depths[0] > 8 and (depths[0] != 16 or kind not in (0, 1, 2)):
         return f"has {depths[0]} bits a channel and is not plain grey or RGB; save it with 8"
-    if depths[0] == 16 and set(directory.integers(data, 339)) - {1}:
-        return "holds signed numbers or floats; save it as plain 16-bit grey or RGB"
+    if depths[0] in (8, 16) and set(directory.integers(data, 339)) - {1, _UNDEFINED}:
+        return f"holds signed numbers or floats; save it as plain {depths[0]}-bit grey or RGB"
     return ""
 
 
 def _is_beyond_pillow(data: bytes, directory: Directory) -> bool:
-    """Whether Pillow would cut the depth, or misread the planes or the polarity."""
+    """Whether Pillow would cut the depth, misread planes or polarity, or cannot decompress."""
     depth, kind = directory.integer(data, _DEPTH, 1), directory.integer(data, _POLARITY, 1)
     samples = directory.integer(data, 277, 1)
+    if directory.integer(data, _COMPRESSION, 1) in _READ_BY_TIFFFILE:
+        return True
     if depth == 16:
         return samples > 1 or kind == _WHITE_IS_ZERO
     return samples > 1 and directory.integer(data, _PLANES, 1) == 2 and kind != 6
@@ -200,8 +222,8 @@ def write(pixels: Array, mode: str, picture: Picture) -> bytes:
     values = {}
     if stored.polarity == _WHITE_IS_ZERO and mode in ("1", "L", "I;16"):
         pixels, values[_POLARITY] = ~pixels, _WHITE_IS_ZERO
-    if stored.extra == _ASSOCIATED and picture.has_alpha:
-        values[_EXTRA] = _ASSOCIATED
+    if picture.has_alpha:
+        values[_EXTRA] = stored.extra
     compression = _for_mode(stored.compression, mode)
     predicted = stored.predicted and mode != "1"
     if mode.endswith(";16"):

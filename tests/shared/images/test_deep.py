@@ -6,6 +6,7 @@ import io
 import sys
 from typing import Any
 
+import cv2
 import imagecodecs
 import numpy as np
 import pytest
@@ -108,6 +109,43 @@ def test_a_deep_file_that_ends_too_early_is_refused(compression: Any, share: flo
             decode(file[: int(len(file) * share)])
 
 
+@pytest.mark.parametrize("pixels", [CAT, CAT[..., 0], DEEP], ids=["colour", "grey", "deep"])
+@pytest.mark.parametrize("compression", ["jpeg2000", "png", "webp"])
+def test_a_compression_that_pillow_lacks_is_read(pixels: Pixels, compression: str) -> None:
+    if compression == "webp" and pixels is not CAT:
+        return
+    options = {"lossless": True} if compression == "webp" else None
+    file = tiff(pixels, compression=compression, compressionargs=options)
+    picture = decode(file)
+    assert np.array_equal(picture.pixels, pixels)
+    with pytest.raises(ImageError):
+        decode(file[: len(file) // 2])
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["as unspecified", "not at all"])
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_a_fourth_channel_without_a_name_is_alpha(depth: Any, *, named: bool) -> None:
+    pixels = np.dstack([CAT, HOLES >> 8]).astype(depth)
+    if named:
+        file = tiff(pixels, photometric="rgb", extrasamples=["unspecified"])
+    else:
+        file = cv2.imencode(".tif", pixels[..., [2, 1, 0, 3]])[1].tobytes()
+    picture = decode(file)
+    assert (picture.has_alpha, np.array_equal(picture.pixels, pixels)) == (True, True)
+    after = images.encode(painted(picture, [1, 2, 3], slice(5, 9)))
+    with tifffile.TiffFile(io.BytesIO(after)) as read:
+        assert read.pages[0].extrasamples == ((0,) if named else (2,))
+        assert np.array_equal(read.pages[0].asarray()[10:], pixels[10:])
+
+
+def test_the_first_of_two_descriptions_stays() -> None:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, CAT, photometric="rgb", description="of a cat")
+    after = images.encode(painted(decode(buffer.getvalue()), [1, 2, 3], slice(5, 9)))
+    with tifffile.TiffFile(io.BytesIO(after)) as read:
+        assert read.pages[0].description == "of a cat"
+
+
 def test_a_missing_strip_is_damage_not_black() -> None:
     file = bytearray(tiff(DEEP, rowsperstrip=10))
     lengths = read_directory(file).entries[279]
@@ -123,9 +161,14 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "2 extra channels",
     ),
     "an unnamed channel": (
-        tiff(MODES["RGBA;16"], photometric="rgb", extrasamples=["unspecified"]),
+        tiff(
+            MODES["LA;16"], photometric="minisblack", planarconfig="contig", extrasamples=[2]
+        ).replace(b"\x52\x01\x03\0", b"\x51\x01\x03\0"),
         "unnamed extra channel",
     ),
+    "signed bytes": (tiff(CAT.astype(np.int8), photometric="rgb"), "signed.* 8-bit"),
+    "L*a*b*": (tiff(CAT, photometric="icclab"), "colours of a rare kind"),
+    "a rare compression": (tiff(CAT, compression="jpegxl"), "compressed in a way"),
     "floats": (tiff(DEEP.astype(np.float32), photometric="rgb"), "32, 32, 32 bits"),
     "half floats": (tiff(DEEP.astype(np.float16), photometric="rgb"), "floats"),
     "signed numbers": (tiff(DEEP.astype(np.int16), photometric="rgb"), "signed"),
@@ -207,6 +250,13 @@ def test_a_transparency_that_the_palette_lacks_makes_it_rgba() -> None:
     assert after.mode == "RGBA"
     assert after.getpixel((6, 6)) == (1, 2, 3, 255)
     assert after.getpixel((0, 0)) == tuple(picture.pixels[0, 0].tolist())
+
+
+def test_a_full_palette_without_a_colour_that_is_near_makes_it_rgba() -> None:
+    picture = decode(indexed(256, transparency=bytes(range(256))))
+    after = opened(images.encode(painted(picture, [0, 255, 0], slice(5, 9))))
+    assert after.mode == "RGBA"
+    assert after.getpixel((6, 6)) == (0, 255, 0, int(picture.pixels[6, 6, 3]))
 
 
 def test_a_transparent_colour_stays_one_and_no_new_pixel_becomes_transparent() -> None:

@@ -187,6 +187,11 @@ def test_profile_resolution_and_xmp_are_kept(format: str) -> None:
         assert other.info["dpi"] == pytest.approx(one.info["dpi"])
 
 
+def test_a_bitmap_without_a_resolution_gets_none() -> None:
+    before = save(CAT, "BMP", dpi=(0, 0))
+    assert repainted(before)[38:46] == before[38:46]
+
+
 def test_png_text_and_private_safe_chunks_are_kept_bit_by_bit() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Author", "somebody")
