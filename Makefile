@@ -9,7 +9,7 @@ demo: $(VENV)/.demo  ## watermarks removed from real photographs, in demo/
 	$(BIN)/python -m tests.demo --folder demo
 
 test: $(VENV)/.test  ## the whole suite, on its own Redis, PostgreSQL and S3 server
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 MINUTES ?= 10
 SEED ?= $(shell date +%s)

@@ -196,7 +196,10 @@ class Site:
         wrong += self._left_behind({row.output for row in rows if row.state == "succeeded"})
         if len(rows) != len(self.expected):
             wrong.append(f"{len(rows)} jobs instead of {len(self.expected)}")
-        wrong += [line for line in self.fleet.log().splitlines() if _is_alarming(line)]
+        lines = self.fleet.log().splitlines()
+        for number, line in enumerate(lines):
+            if _is_alarming(line):
+                wrong.append("\n".join(lines[max(number - 3, 0) : number + 40]))
         return wrong
 
     def _wrong(self, row: Any, attempts: list[Any], error: str | None) -> list[str]:
