@@ -20,6 +20,7 @@ InpaintError
 ├── EngineError                the model or the device
 │   ├── EngineUnavailable      cannot be loaded; nothing was taken from the queue
 │   └── OutOfMemory
+├── PostprocessError           a plugin failed, which says nothing about the device
 ├── GateError                  a result that is not good enough to publish
 ├── OutputConflict             somebody else wrote the output meanwhile
 ├── FidelityError              a pixel outside the feather would have changed
@@ -114,6 +115,11 @@ class BrokerUnavailable(UnavailableError):
 
 class EngineError(InpaintError):
     code = "engine_error"
+    retryable = True
+
+
+class PostprocessError(InpaintError):
+    code = "postprocess_failed"
     retryable = True
 
 

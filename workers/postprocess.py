@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shared.errors import EngineError, InpaintError, InputError
+from shared.errors import InpaintError, InputError, PostprocessError
 from shared.images import Array, Picture, from_rgb
 from shared.masks import Mask
 from shared.params import Params
@@ -32,7 +32,10 @@ Plugin = Callable[[Pixels, Mask], Pixels]
 
 @cache
 def find(name: str) -> Plugin:
-    """Loads an installed plugin; raises InputError (code ``postprocess_missing``)."""
+    """Loads an installed plugin; raises InputError (code ``postprocess_missing``).
+
+    Raises PostprocessError where it cannot be imported.
+    """
     found = {one.name: one for one in entry_points(group=GROUP)}
     if name not in found:
         known = ", ".join(sorted(found)) or "none"
@@ -40,7 +43,10 @@ def find(name: str) -> Plugin:
             f"postprocess: no plugin {name!r} is installed on this worker (installed: {known})",
             code="postprocess_missing",
         )
-    plugin: Plugin = found[name].load()
+    try:
+        plugin: Plugin = found[name].load()
+    except Exception as error:
+        raise PostprocessError(_said(name, "cannot be imported", error)) from error
     return plugin
 
 
@@ -49,8 +55,8 @@ def finish(picture: Picture, repainted: Mask, params: Params) -> Picture:
 
     repainted: (H, W).
 
-    Raises InputError where there is no such plugin, and EngineError (code
-    ``postprocess_failed``) where it fails or returns something else.
+    Raises InputError where there is no such plugin, and PostprocessError where it fails or
+    returns something else.
     """
     name = params.postprocess
     result = _called(find(name), name, picture, repainted)
@@ -69,10 +75,7 @@ def _called(plugin: Plugin, name: str, picture: Picture, repainted: Mask) -> Pix
     except InpaintError:
         raise
     except Exception as error:
-        raise EngineError(
-            f"postprocess: {name} failed: {type(error).__name__}: {error}",
-            code="postprocess_failed",
-        ) from error
+        raise PostprocessError(_said(name, "failed", error)) from error
     if not isinstance(result, np.ndarray) or result.dtype != np.uint8:
         raise _wrong(name, type(result).__name__)
     if result.ndim != 3 or result.shape[2] != 3 or 0 in result.shape:
@@ -80,10 +83,14 @@ def _called(plugin: Plugin, name: str, picture: Picture, repainted: Mask) -> Pix
     return result
 
 
-def _wrong(name: str, got: str) -> EngineError:
-    return EngineError(
-        f"postprocess: {name} returned {got}; it must return (height, width, 3) uint8",
-        code="postprocess_failed",
+def _said(name: str, what: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"postprocess: {name} {what}: {type(error).__name__}: {text}"
+
+
+def _wrong(name: str, got: str) -> PostprocessError:
+    return PostprocessError(
+        f"postprocess: {name} returned {got}; it must return (height, width, 3) uint8"
     )
 
 

@@ -162,29 +162,32 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
 
 
 class Health:
-    """Counts how often in a row the engine failed, and says when the process has to end."""
+    """Counts the jobs in a row that the engine failed, and says when the process has to end.
+
+    A job that fails again and again counts once: it may be the job's own fault.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._failures = 0
+        self._failed: set[int] = set()
         self._succeeded = False
         self.status = EX_OK
 
-    def note(self, ended: InpaintError | None) -> bool:
+    def note(self, job: int, ended: InpaintError | None) -> bool:
         """True where this process can do no more work; ``status`` is then its exit status."""
         if ended is None:
-            self._failures, self._succeeded = 0, True
+            self._failed, self._succeeded = set(), True
         if not isinstance(ended, EngineError) or isinstance(ended, OutOfMemory) or self.status:
             return False
-        self._failures += 1
+        self._failed.add(job)
         if ended.code == "device_lost":
             # CUDA does not recover inside a process; the launcher starts a fresh one.
             self.status = EX_DEVICE_LOST_LATER if self._succeeded else EX_DEVICE_LOST
-        elif self._failures >= FAILURES_OF_A_DEVICE:
+        elif len(self._failed) >= FAILURES_OF_A_DEVICE:
             self.status = EX_UNAVAILABLE
             click.echo(
-                f"inpaint-worker: {self._failures} jobs in a row failed on {self._device}, which "
-                f"takes no more of them: {ended.code}: {ended}",
+                f"inpaint-worker: {len(self._failed)} jobs in a row failed on {self._device}, "
+                f"which takes no more of them: {ended.code}: {ended}",
                 err=True,
             )
         return bool(self.status)
@@ -220,7 +223,7 @@ def _register(app: Celery, bench: Bench, health: Health) -> None:
         with turns.turn(alone=alone, stop=lambda: bench.running.stopping) as came:
             if not came:
                 raise Reject("the worker is shutting down", requeue=True)
-            if health.note(_run(bench, job, attempt)):
+            if health.note(job, _run(bench, job, attempt)):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.errors import EngineError, InputError
+from shared.errors import InputError, PostprocessError
 from shared.images import Picture
 from shared.params import Params
 from workers import postprocess
@@ -35,7 +35,7 @@ def floats(image, repainted):
     return image / 255
 
 def fail(image, repainted):
-    raise RuntimeError("no weights")
+    raise RuntimeError("no weights\\n at all")
 """
 
 
@@ -51,6 +51,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     lines = [entry[1].replace('"', ""), *(f"{name} = inpaint_others:{name}" for name in names)]
     info = tmp_path / "inpaint_sharpen-1.0.dist-info"
     info.mkdir()
+    lines.append("heavy = inpaint_heavy:run")
+    (tmp_path / "inpaint_heavy.py").write_text("import a_model")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: inpaint-sharpen\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[inpaint.postprocess]\n" + "\n".join(lines))
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -123,10 +125,11 @@ def test_a_plugin_that_is_not_installed_names_those_that_are() -> None:
     [
         ("text", "text returned str; it must return (height, width, 3) uint8"),
         ("floats", "floats returned ndarray"),
-        ("fail", "fail failed: RuntimeError: no weights"),
+        ("fail", "fail failed: RuntimeError: no weights at all"),
+        ("heavy", "heavy cannot be imported: ModuleNotFoundError: No module named 'a_model'"),
     ],
 )
 def test_a_plugin_that_fails_is_an_error_with_its_name(name: str, message: str) -> None:
-    with pytest.raises(EngineError, match=re.escape(message)) as caught:
+    with pytest.raises(PostprocessError, match=re.escape(message)) as caught:
         finish(name)
     assert caught.value.code == "postprocess_failed"

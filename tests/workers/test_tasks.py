@@ -1,0 +1,30 @@
+"""When a worker process ends by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from shared.errors import EngineError, InpaintError, MaskError, PostprocessError
+from workers.tasks import FAILURES_OF_A_DEVICE, Health
+
+BROKEN = EngineError("the device does not answer")
+
+
+def ends(*outcomes: tuple[int, InpaintError | None]) -> bool:
+    health = Health("cpu")
+    return any(health.note(job, ended) for job, ended in outcomes)
+
+
+def test_a_device_that_fails_one_job_after_another_takes_no_more() -> None:
+    failures = [(job, BROKEN) for job in range(FAILURES_OF_A_DEVICE)]
+    assert ends(*failures)
+    assert not ends(*failures[1:], (99, None), failures[0])
+
+
+def test_one_job_that_fails_again_and_again_says_nothing_about_the_device() -> None:
+    assert not ends(*[(7, BROKEN)] * 20)
+
+
+@pytest.mark.parametrize("error", [PostprocessError("no weights"), MaskError("empty")])
+def test_nor_do_plugins_and_pictures(error: InpaintError) -> None:
+    assert not ends(*[(job, error) for job in range(20)])
