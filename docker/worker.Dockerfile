@@ -6,6 +6,9 @@
 # CUDA and TORCH together, for instance for a driver older than 580:
 #   --build-arg CUDA=12.8.1 --build-arg TORCH=2.10.0 \
 #   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# INPAINT_COMPILE, which is off by default, needs a C compiler and Python's headers where it runs,
+# some 200 MB that nothing else uses:
+#   --build-arg COMPILER="gcc libc6-dev python3.12-dev"
 ARG CUDA=13.0.3
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04 AS build
@@ -25,8 +28,9 @@ COPY migrations migrations
 RUN /opt/inpaint/bin/pip install --no-cache-dir ".[worker,xformers]" "torch==$TORCH"
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
+ARG COMPILER=""
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3.12 libfribidi0 \
+    && apt-get install -y --no-install-recommends python3.12 libfribidi0 $COMPILER \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home inpaint \
     && install -d -o inpaint -g inpaint /data /var/cache/huggingface

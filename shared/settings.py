@@ -190,7 +190,8 @@ class Settings(BaseSettings):
     compile: Compile = Field(
         default="off",
         description="`default` or `max-autotune`: run the UNet through `torch.compile`; "
-        "needs a C compiler, and minutes at the first start, kept under `INPAINT_HOME`.",
+        "needs a C compiler and Python's headers, and minutes at the first start, kept under "
+        "`INPAINT_HOME`.",
     )
     attention: Attention = Field(
         default="auto",

@@ -1,7 +1,9 @@
 """Runs every benchmark that needs no GPU and prints its table."""
 
 from tests.benchmarks import (
+    accelerations,
     batching,
+    catalog,
     compositing,
     fidelity,
     gates,
@@ -20,7 +22,9 @@ for benchmark in (
     job_cost,
     planning,
     batching,
+    accelerations,
     tile_loop,
+    catalog,
     submitting,
     fidelity,
     gates,

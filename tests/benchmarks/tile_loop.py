@@ -41,12 +41,12 @@ def main() -> None:
         model = build(Path(name) / "model")
         source, mask = _photograph(Path(name))
         engine = load_engine(f"diffusers:{model}", device="cpu")
-        pipeline = _pipeline(model)
+        theirs = pipeline(model)
         windows: list[int] = []
         tiles: list[int] = []
         pair = in_turns(
             lambda: seconds(lambda: windows.append(_ours(engine, source, mask))),
-            lambda: seconds(lambda: tiles.append(_loop(pipeline, source, mask))),
+            lambda: seconds(lambda: tiles.append(_loop(theirs, source, mask))),
             rounds=ROUNDS,
         )
         engine.close()
@@ -64,7 +64,7 @@ def _photograph(folder: Path) -> tuple[bytes, bytes]:
     return (folder / "in.png").read_bytes(), (folder / "mask.png").read_bytes()
 
 
-def _pipeline(model: Path) -> Any:
+def pipeline(model: Path) -> Any:
     from diffusers import StableDiffusionInpaintPipeline
 
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(model, safety_checker=None)
@@ -93,17 +93,23 @@ def _loop(pipeline: Any, source: bytes, mask_source: bytes) -> int:
     mask = Image.open(io.BytesIO(mask_source))
     result = image.copy()
     count = 0
-    for top in range(0, SIZE[1], TILE - OVERLAP):
-        for left in range(0, SIZE[0], TILE - OVERLAP):
-            box = (left, top, min(left + TILE, SIZE[0]), min(top + TILE, SIZE[1]))
-            painted = _tile(pipeline, image.crop(box), mask.crop(box))
-            result.paste(painted.resize((box[2] - box[0], box[3] - box[1])), box[:2])
-            count += 1
+    for box in tile_boxes(SIZE):
+        painted = paint_tile(pipeline, image.crop(box), mask.crop(box))
+        result.paste(painted.resize((box[2] - box[0], box[3] - box[1])), box[:2])
+        count += 1
     result.save(io.BytesIO(), format="PNG", compress_level=2)
     return count
 
 
-def _tile(pipeline: Any, image: Image.Image, mask: Image.Image) -> Image.Image:
+def tile_boxes(size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    return [
+        (left, top, min(left + TILE, size[0]), min(top + TILE, size[1]))
+        for top in range(0, size[1], TILE - OVERLAP)
+        for left in range(0, size[0], TILE - OVERLAP)
+    ]
+
+
+def paint_tile(pipeline: Any, image: Image.Image, mask: Image.Image) -> Image.Image:
     size = (TILE, TILE)
     painted: Image.Image = pipeline(
         prompt="",

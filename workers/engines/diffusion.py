@@ -6,6 +6,7 @@ scheduler share UNet forwards, and join and leave at step boundaries.
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -22,6 +23,9 @@ from workers.engines.memory import is_out_of_memory
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.sequence import Draft, Sequence, draw_up
+from workers.engines.usage import Usage
+
+log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 4  # forwards between two decodings while something is done
 
@@ -42,6 +46,7 @@ class DiffusionEngine:
         self._active: list[Sequence] = []
         self._finished: list[Sequence] = []
         self._forwards_since_decoding = 0
+        self._usage = Usage()
         self._delivery = Delivery()
         self._closing = threading.Event()
         self._submitting = threading.Lock()
@@ -109,6 +114,13 @@ class DiffusionEngine:
                 with telling(self._held()):
                     self._advance()
         self._delivery.close()
+        log.info(
+            "%s on %s: in use for %.2f s, idle in between for %.1f%% of them",
+            self._name,
+            self._components.device,
+            self._usage.seconds,
+            100 * self._usage.idle_share,
+        )
         with telling((*self._held(), *self._drained())):
             raise Released("the engine was closed before the region was done")
 
@@ -166,7 +178,7 @@ class DiffusionEngine:
         self._waiting = [draft for draft in self._waiting if draft not in joining]
         for size in dict.fromkeys(draft.window_size for draft in joining):
             drafts = [draft for draft in joining if draft.window_size == size]
-            with telling(drafts):
+            with telling(drafts), self._usage.running():
                 self._active.extend(self._denoiser.begin(drafts))
 
     def _forward(self) -> None:
@@ -175,7 +187,7 @@ class DiffusionEngine:
         if not rows:
             return
         predictions: list[Tensor] = []
-        with telling(row.sequence.draft for row in rows):
+        with telling(row.sequence.draft for row in rows), self._usage.running():
             predictions = self._denoiser.predict(rows)
         complete = [
             row.sequence
@@ -183,7 +195,7 @@ class DiffusionEngine:
             if row.sequence.absorb(row, prediction)
         ]
         for group in group_steps(complete):
-            with telling(one.draft for one in group):
+            with telling(one.draft for one in group), self._usage.running():
                 self._denoiser.step(group)
         self._active = move_back(self._active, rows)
         self._drop_answered()
@@ -210,7 +222,9 @@ class DiffusionEngine:
     def _decode(self, group: list[Sequence]) -> None:
         self._forwards_since_decoding = 0
         with telling(one.draft for one in group):
-            for one, picture in zip(group, self._denoiser.decode(group), strict=True):
+            with self._usage.running():
+                pictures = self._denoiser.decode(group)
+            for one, picture in zip(group, pictures, strict=True):
                 with telling((one.draft,)):
                     one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
                     self._delivery.send(one.draft, picture, self._denoiser.transfer)

@@ -1,0 +1,258 @@
+"""A catalog through a real worker process, from an S3 server and back to it.
+
+First photographs of 24 megapixels with a small mark, in images a minute, against the loop over
+every tile of ``tile_loop.py``, of which only some tiles are run. Then many small photographs on
+a simulated device, which sleeps for the time that a GPU would take and leaves the cores to the
+job threads: how long did it have to wait for them?
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import torch
+from PIL import Image
+
+from shared import jobs
+from shared.params import is_native
+from shared.queue import Queue
+from tests import servers
+from tests.benchmarks.side_by_side import row
+from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
+from tests.tiny_pipeline import build
+from tests.workers.bench import Workbench
+from workers.engines.registry import LOADERS
+
+Size = tuple[int, int]
+
+LARGE, LARGE_MARK = (6000, 4000), (5200, 3600, 5600, 3750)
+SMALL, SMALL_MARK = (1200, 900), (1100, 850, 1140, 870)
+SMALL_WINDOW = 64
+BUCKET = "catalog"
+POLL_SECONDS = 0.05
+IDLE = re.compile(r"in use for (\S+) s, idle in between for (\S+)%")
+
+
+def main() -> None:
+    asked = _arguments()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+        model = build(folder / "model")
+        shop = stack.enter_context(_open_shop(folder))
+        engine = asked.engine or f"diffusers:{model}"
+        _compare_loop(shop, engine, model, asked)
+        if not is_native(engine):
+            _watch_device(shop, engine, asked)
+
+
+def _arguments() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--photographs", type=int, default=6, help="of 24 megapixels")
+    parser.add_argument("--tiles", type=int, default=3, help="that the loop runs of its 126")
+    parser.add_argument("--jobs", type=int, default=100, help="on the simulated device")
+    parser.add_argument("--row-ms", type=float, default=2.1, help="of the simulated device")
+    parser.add_argument("--engine", help="such as opencv; the tiny pipeline by default")
+    parser.add_argument("--keep", type=Path, help="folder for a photograph and its mask")
+    return parser.parse_args()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shop:
+    """Servers, and the job table."""
+
+    folder: Path
+    bench: Workbench
+    queue: Queue
+    client: Any
+    environment: dict[str, str]
+
+
+@contextmanager
+def _open_shop(folder: Path) -> Iterator[Shop]:
+    with (
+        servers.redis_server(folder) as redis,
+        servers.s3_server(folder) as s3,
+        servers.postgres_server(folder) as cluster,
+    ):
+        os.environ.update(s3)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket=BUCKET)
+        url = servers.create_database(cluster.url)
+        bench, queue = Workbench(url, folder), Queue(redis.url)
+        environment = {
+            **os.environ,
+            "INPAINT_DATABASE_URL": url,
+            "INPAINT_BROKER_URL": redis.url,
+            "INPAINT_ROOTS": str(folder),
+            "INPAINT_HOME": str(folder / "home"),
+        }
+        yield Shop(folder=folder, bench=bench, queue=queue, client=client, environment=environment)
+        queue.close()
+        bench.close()
+
+
+def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
+    image, mask = _photograph(LARGE, LARGE_MARK)
+    if asked.keep:
+        (asked.keep / "photograph.jpg").write_bytes(image)
+        (asked.keep / "photograph.png").write_bytes(mask)
+    params = {**vars(PARAMS), "width": TILE, "height": TILE}
+    _submit(shop, engine, image, mask, count=asked.photographs, prefix="large", **params)
+    seconds, idle = _run(shop, engine)
+    ours = 60 * asked.photographs / seconds
+    row(f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each")
+    row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
+    if is_native(engine):
+        return
+    boxes = tile_boxes(LARGE)
+    theirs = 60 / _loop_seconds(image, mask, model, tiles=asked.tiles)
+    row(f"  tile loop ({asked.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
+    row("  ratio", f"{ours / theirs:.0f}x")
+    row("  the CPU as the device, idle", f"{idle:.1f}%")
+
+
+def _watch_device(shop: Shop, engine: str, asked: Any) -> None:
+    image, mask = _photograph(SMALL, SMALL_MARK)
+    params = {"mode": "full", "width": SMALL_WINDOW, "height": SMALL_WINDOW, "mask_feather": 2}
+    _submit(shop, engine, image, mask, count=asked.jobs, prefix="small", **params)
+    seconds, idle = _run(shop, engine, row_ms=asked.row_ms)
+    row(f"{asked.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
+    row(f"  device of {asked.row_ms} ms a row", f"{asked.jobs / seconds:.1f}", f"{idle:.1f}%")
+
+
+def _photograph(size: Size, mark: tuple[int, int, int, int]) -> tuple[bytes, bytes]:
+    """A JPEG of smooth colours with some grain, and its mask."""
+    random = np.random.default_rng(0)
+    coarse = random.integers(0, 256, (size[1] // 16, size[0] // 16, 3), np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+    grain = random.integers(-4, 5, (size[1], size[0], 1), np.int16)
+    grey = np.zeros((size[1], size[0]), np.uint8)
+    grey[mark[1] : mark[3], mark[0] : mark[2]] = 255
+    image, mask = io.BytesIO(), io.BytesIO()
+    pixels = np.clip(smooth + grain, 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(image, "JPEG", quality=92)
+    Image.fromarray(grey).save(mask, "PNG")
+    return image.getvalue(), mask.getvalue()
+
+
+def _submit(
+    shop: Shop, engine: str, image: bytes, mask: bytes, *, count: int, prefix: str, **params: Any
+) -> None:
+    shop.client.put_object(Bucket=BUCKET, Key=f"{prefix}/mask.png", Body=mask)
+    for number in range(count):
+        shop.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{number}.jpg", Body=image)
+        values = {**params, "seed": number, "gate": "off"}
+        shop.bench.add(
+            image=f"s3://{BUCKET}/{prefix}/{number}.jpg",
+            mask=f"s3://{BUCKET}/{prefix}/mask.png",
+            output=f"s3://{BUCKET}/{prefix}/out/{number}.jpg",
+            engine=engine,
+            **values,
+        )
+    jobs.dispatch(shop.bench.db, shop.queue, engine, bound=count)
+
+
+def _run(shop: Shop, engine: str, *, row_ms: float = 0) -> tuple[float, float]:
+    """Seconds from the first job's start to the last one's end, and % of idleness."""
+    before = _count(shop, "succeeded")
+    log = shop.folder / "worker.log"
+    with log.open("w") as file:
+        environment = {**shop.environment, "CATALOG_ENGINE": engine, "CATALOG_ROW_MS": str(row_ms)}
+        command = [sys.executable, "-m", "tests.benchmarks.catalog", "worker"]
+        process = subprocess.Popen(command, env=environment, stderr=file)
+        try:
+            _await(process, log, lambda: _count(shop, "running") > 0 or not _left(shop))
+            start = time.perf_counter()
+            _await(process, log, lambda: not _left(shop))
+            seconds = time.perf_counter() - start
+        finally:
+            process.terminate()
+            process.wait(20)
+    if failed := _count(shop, "failed"):
+        raise RuntimeError(f"{failed} jobs failed; the worker said:\n{log.read_text()[-2000:]}")
+    assert _count(shop, "succeeded") > before
+    found = IDLE.search(log.read_text())
+    return seconds, float(found[2]) if found else 0.0
+
+
+def _await(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
+    while not ready():
+        if process.poll() is not None:
+            raise RuntimeError(f"the worker ended; it said:\n{log.read_text()[-2000:]}")
+        time.sleep(POLL_SECONDS)
+
+
+def _left(shop: Shop) -> int:
+    return sum(_count(shop, state) for state in ("pending", "queued", "running"))
+
+
+def _count(shop: Shop, state: str) -> int:
+    with shop.bench.db.read() as connection:
+        found = connection.exec_driver_sql(f"SELECT count(*) FROM jobs WHERE state = '{state}'")
+        return int(found.scalar_one())
+
+
+def _loop_seconds(image: bytes, mask: bytes, model: Path, *, tiles: int) -> float:
+    """Of one photograph: decoding and encoding once, and every tile as slow as those run."""
+    pipe = pipeline(model)
+    torch.set_num_threads(os.cpu_count() or 1)
+    start = time.perf_counter()
+    source = Image.open(io.BytesIO(image)).convert("RGB")
+    marked = Image.open(io.BytesIO(mask))
+    source.save(io.BytesIO(), format="JPEG", quality=92)
+    files = time.perf_counter() - start
+    boxes = tile_boxes(LARGE)
+    result = source.copy()
+    paint_tile(pipe, source.crop(boxes[0]), marked.crop(boxes[0]))  # fills caches
+    start = time.perf_counter()
+    for box in boxes[:tiles]:
+        painted = paint_tile(pipe, source.crop(box), marked.crop(box))
+        result.paste(painted.resize((box[2] - box[0], box[3] - box[1])), box[:2])
+    return files + (time.perf_counter() - start) * len(boxes) / tiles
+
+
+def _work() -> None:
+    """The product's worker process; with a simulated device where one is asked for."""
+    from workers.tasks import main as worker
+
+    name, row_ms = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_ROW_MS"])
+    load = LOADERS["diffusers"]
+
+    def load_slow(name: str, options: Any) -> Any:
+        engine: Any = load(name, options)
+        engine._components.unet.register_forward_pre_hook(
+            lambda _, args: time.sleep(len(args[0]) * row_ms / 1000)
+        )
+        return engine
+
+    torch.set_num_threads(1 if row_ms else os.cpu_count() or 1)
+    if row_ms:
+        LOADERS["diffusers"] = load_slow  # type: ignore[index]
+    worker(
+        [
+            *("--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"),
+            *("--concurrency", "0", "--max-batch", "16", "--compile", "off"),
+            *("--megapixels-in-hand", "300"),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["worker"]:
+        _work()
+    else:
+        main()
