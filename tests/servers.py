@@ -257,7 +257,6 @@ def _postgres_command(programs: Path, folder: Path) -> list[str]:
         "unix_socket_directories": str(folder),
         "fsync": "off",
         "full_page_writes": "off",
-        "synchronous_commit": "off",
         "max_connections": "200",
     }
     flags = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
