@@ -174,15 +174,21 @@ class _Value:
 
 
 def with_tags(
-    file: bytes, source: bytes, *, but: frozenset[int], added: Mapping[int, tuple[int, bytes]]
+    file: bytes,
+    source: bytes,
+    *,
+    but: frozenset[int],
+    added: Mapping[int, tuple[int, bytes]],
+    dropped: frozenset[int] = frozenset(),
 ) -> bytes:
     """A little-endian TIFF file with the source's tags except ``but``, which stand before its own.
 
-    added: further tags, the type and the bytes of each. The new directory goes to the end and
-    nothing else moves. Raises DirectoryError where one of the two is no TIFF.
+    added: further tags, the type and the bytes of each. dropped: of the file's own. The new
+    directory goes to the end and nothing else moves. Raises DirectoryError where one of the two
+    is no TIFF.
     """
     ours, theirs = read_directory(file), read_directory(source)
-    values = {one.tag: one for one in _values(file, ours, but=frozenset())}
+    values = {one.tag: one for one in _values(file, ours, but=dropped)}
     values |= {one.tag: one for one in _values(source, theirs, but=but)}
     for tag, (kind, body) in added.items():
         values[tag] = _Value(tag=tag, type=kind, count=len(body) // TYPE_SIZES[kind], body=body)

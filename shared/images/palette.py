@@ -12,7 +12,7 @@ Indices = NDArray[np.uint8]  # (H, W), into the palette
 Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA
 
 _ALPHA_WEIGHT = 1 << 18  # a wrong transparency is worse than any wrong colour
-_FAR = 64  # levels of 255 between a colour and the entry that stands for it
+_FAR = 32  # levels of 255 between a colour and the entry that stands for it
 _MOST_WRONG = 0.1  # of the new pixels may be that far
 _CHUNK = 4096
 

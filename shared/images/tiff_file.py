@@ -192,7 +192,9 @@ def decode_deep(header: Header) -> tuple[Array, str]:
         pixels = np.iinfo(pixels.dtype).max - pixels
     mode = "CMYK" if kind == _INKS else DEEP[channels]
     native = pixels.dtype.newbyteorder("=")
-    return pixels.astype(native), mode if native.itemsize == 2 else mode.partition(";")[0]
+    if native.itemsize == 1:
+        mode = "L" if channels == 1 else mode.partition(";")[0]
+    return pixels.astype(native), mode
 
 
 def _check_pieces(header: Header, directory: Directory) -> None:
@@ -305,7 +307,10 @@ def _tagged(written: bytes, picture: Picture) -> bytes:
     added = {_XMP: (1, metadata.xmp)} if metadata.xmp else {}
     if picture.format == "TIFF" and picture.source:
         added |= _resources(picture.source)
-        return tags.with_tags(written, picture.source, but=_CHANGED, added=added)
+        dropped = {_EXTRA} - tags.read_directory(picture.source).entries.keys()
+        return tags.with_tags(
+            written, picture.source, but=_CHANGED, added=added, dropped=frozenset(dropped)
+        )
     if metadata.icc:
         added[_ICC] = (7, metadata.icc)
     if metadata.dpi:
