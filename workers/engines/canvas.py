@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -107,8 +106,14 @@ def blend(parts: Iterable[Tensor], size: tuple[int, int], windows: Sequence[Box]
     for box in windows:
         crop(total, box).add_(tent)
     whole = first.new_zeros(first.shape[0], *size)
-    for part, box in zip(chain([first], parts), windows, strict=True):
+
+    def add(part: Tensor, box: Box) -> None:
         crop(whole, box).add_(part * (tent / crop(total, box)))
+
+    add(first, windows[0])
+    del first  # with it, the whole pass that it came from would stay
+    for part, box in zip(parts, windows[1:], strict=True):
+        add(part, box)
     return whole
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from shared.regions import Box
 from tests.workers.engines.samples import components, engine, region
@@ -94,12 +94,12 @@ def test_a_blend_of_one_picture_cut_into_windows_is_that_picture() -> None:
 def test_a_large_region_never_has_all_its_windows_decoded_at_once(tiny_model: Path) -> None:
     parts = components(tiny_model)
     windows = tuple(Box(left, 0, left + 64, 64) for left in range(0, 9 * 40, 40))
-    decoded: list[weakref.ref[Tensor]] = []
+    decoded: list[StorageWeakRef] = []
     alive: list[int] = []
 
     def note(_module: Any, _args: Any, output: Tensor) -> None:
-        alive.append(sum(one() is not None for one in decoded))
-        decoded.append(weakref.ref(output))
+        alive.append(sum(not one.expired() for one in decoded))
+        decoded.append(StorageWeakRef(output.untyped_storage()))
 
     parts.vae.decoder.register_forward_hook(note)
     with engine(parts, vae_batch=2) as ours:
