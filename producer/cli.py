@@ -29,6 +29,7 @@ from shared.queue import Queue
 from shared.settings import Settings
 from shared.storage import Storage
 
+INTERRUPTED = "interrupted; the same command goes on where it stopped"
 POLL_SECONDS = 0.1
 NO_WORKER_SECONDS = 10.0
 
@@ -69,7 +70,7 @@ def submit(
 
     MANIFEST is a path or s3://bucket/key: CSV, TSV or JSONL, optionally gzipped.
     """
-    with friendly("inpaint-submit"), ExitStack() as stack:
+    with friendly("inpaint-submit", interrupted=INTERRUPTED), ExitStack() as stack:
         configured = settings.load()
         options = _options(configured, manifest, given)
         roots = _roots(configured, options, given)

@@ -21,11 +21,20 @@ from shared.settings import Settings
 ID = click.IntRange(1, 2**63 - 1)
 
 
+EXIT_INTERRUPTED = 130
+
+
 @contextmanager
-def friendly(command: str) -> Iterator[None]:
-    """A user's mistake, or a service that is down, is one line on stderr and exit 2."""
+def friendly(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
+    """A user's mistake, or a service that is down, is one line on stderr and exit 2.
+
+    Ctrl-C is the line ``interrupted`` and exit 130.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        click.echo(f"{command}: {interrupted}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
     except InpaintError as error:
         click.echo(f"{command}: {error}", err=True)
         sys.exit(2)

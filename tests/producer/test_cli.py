@@ -11,8 +11,8 @@ from threading import Thread
 import click
 import pytest
 
-from producer.cli import submit
-from producer.command import parse_sets
+from producer.cli import INTERRUPTED, submit
+from producer.command import friendly, parse_sets
 from producer.jobs_cli import jobs_command
 from shared import jobs
 from shared.errors import ImageError, ParameterError
@@ -113,6 +113,13 @@ def test_every_parameter_can_be_set(desk: Desk) -> None:
     }
     sets = [f"--set={name}={good.get(name, '1')}" for name in PARAMETERS]
     assert desk.submit(desk.catalog(1), *sets).status == 0
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
 
 
 # --- waiting ---------------------------------------------------------------------------------

@@ -126,10 +126,10 @@ def test_a_manifest_on_s3_is_streamed(s3: Bucket) -> None:
 @pytest.mark.parametrize(
     ("manifest", "expected"),
     [
-        ("/work/may.csv", "may"),
-        ("/work/may.jsonl.gz", "may"),
+        ("/data/may.csv", "may"),
+        ("/data/may.jsonl.gz", "may"),
         ("s3://bucket/deep/may.2026.tsv", "may.2026"),
-        ("/work/.csv", ".csv"),
+        ("/data/.csv", ".csv"),
     ],
 )
 def test_the_stem_is_the_name_without_its_endings(manifest: str, expected: str) -> None:

@@ -252,7 +252,7 @@ def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
         ("s3://Bucket_1/a.png", "'Bucket_1' is not a bucket name"),
     ],
 )
-@pytest.mark.parametrize("base", ["/work", "s3://bucket/jobs"])
+@pytest.mark.parametrize("base", ["/data", "s3://bucket/jobs"])
 def test_a_reference_that_is_no_place_is_refused(reference: str, reason: str, base: str) -> None:
     with pytest.raises(LocationError) as caught:
         absolute(reference, base=base)
@@ -264,16 +264,16 @@ def test_a_reference_that_is_no_place_is_refused(reference: str, reason: str, ba
 @pytest.mark.parametrize(
     ("reference", "base", "expected"),
     [
-        ("a.png", "/work", "/work/a.png"),
-        ("./in//a.png", "/work", "/work/in/a.png"),
-        ("/abs/a.png", "/work", "/abs/a.png"),
-        ("file:///abs/a.png", "/work", "/abs/a.png"),
-        ("a..b.png", "/work", "/work/a..b.png"),
+        ("a.png", "/data", "/data/a.png"),
+        ("./in//a.png", "/data", "/data/in/a.png"),
+        ("/abs/a.png", "/data", "/abs/a.png"),
+        ("file:///abs/a.png", "/data", "/abs/a.png"),
+        ("a..b.png", "/data", "/data/a..b.png"),
         ("a.png", "s3://bucket/jobs", "s3://bucket/jobs/a.png"),
         ("a.png", "s3://bucket", "s3://bucket/a.png"),
         ("/abs/a.png", "s3://bucket/jobs", "/abs/a.png"),
-        ("s3://other/a.png", "/work", "s3://other/a.png"),
-        ("s3://other/a:b@c.png", "/work", "s3://other/a:b@c.png"),
+        ("s3://other/a.png", "/data", "s3://other/a.png"),
+        ("s3://other/a:b@c.png", "/data", "s3://other/a:b@c.png"),
     ],
 )
 def test_a_reference_means_what_its_base_says(reference: str, base: str, expected: str) -> None:
