@@ -14,11 +14,12 @@ import click
 
 from producer import terminal
 from producer.audit import Progress, errors, progress
+from producer.checking import MANY_FOLDERS, Checked, check, check_owners
 from producer.command import broker_note, friendly, parse_sets
 from producer.local import LocalWorkers, require_engines, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.rows import Options
-from producer.submit import MANY_FOLDERS, Again, Checked, Summary, check, check_owners
+from producer.submit import Again, Summary
 from producer.submit import submit as submit_rows
 from shared import embedded, masks, schema, settings
 from shared.db import Database

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
+from producer.checking import Checked
 from producer.manifest import Problem
-from producer.submit import Checked
 from shared import images, masks, regions
 from shared.errors import ImageError, InpaintError, ObjectMissing
 from shared.params import Params, is_file, is_native

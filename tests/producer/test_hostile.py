@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from producer import submit
+from producer.checking import check
+from producer.rows import Options
 from shared.errors import ManifestError
 from shared.storage import Storage
 from tests.conftest import Bucket
@@ -52,8 +53,8 @@ class Meanwhile(Storage):
 
 
 def rows(store: Storage, manifest: str) -> int:
-    options = submit.Options(manifest=manifest, output="/out", engine="opencv")
-    checked = submit.check(options, store, report=lambda _problem: None)
+    options = Options(manifest=manifest, output="/out", engine="opencv")
+    checked = check(options, store, report=lambda _problem: None)
     checked.spool.close()
     return checked.rows
 

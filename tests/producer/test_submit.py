@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from producer.checking import CHUNK, Spool, check
 from producer.rows import Options
-from producer.submit import CHUNK, Spool, check
 from shared import jobs, submissions
 from shared.errors import ImageError
 from shared.jobs import AttemptRecord
