@@ -288,7 +288,7 @@ def _without_celery_s_traceback(record: logging.LogRecord) -> bool:
 
     And a message that goes back to the queue at shutdown is no news.
     """
-    if record.name.startswith("celery.worker"):
+    if record.name.startswith(("celery.worker", "celery.bootsteps")):
         record.exc_info = None
     return not (record.exc_info and record.exc_info[0] is Reject)
 

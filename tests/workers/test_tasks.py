@@ -1,10 +1,13 @@
-"""When a worker process ends by itself."""
+"""A worker process: when it ends by itself, and what it logs."""
 
 from __future__ import annotations
+
+import logging
 
 import pytest
 
 from shared.errors import EngineError, InpaintError, MaskError, PostprocessError
+from workers import tasks
 from workers.tasks import FAILURES_OF_A_DEVICE, Health
 
 BROKEN = EngineError("the device does not answer")
@@ -28,3 +31,17 @@ def test_one_job_that_fails_again_and_again_says_nothing_about_the_device() -> N
 @pytest.mark.parametrize("error", [PostprocessError("no weights"), MaskError("empty")])
 def test_nor_do_plugins_and_pictures(error: InpaintError) -> None:
     assert not ends(*[(job, error) for job in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("logger", "told"),
+    [("celery.worker.consumer", False), ("celery.bootsteps", False), ("workers.run", True)],
+)
+def test_a_broker_that_fails_is_a_line_and_our_own_defects_keep_their_traceback(
+    logger: str, told: bool
+) -> None:
+    error = ConnectionError("gone")
+    raised = (ConnectionError, error, None)
+    record = logging.LogRecord(logger, logging.ERROR, "", 1, "Error on stopping Hub", (), raised)
+    assert tasks._without_celery_s_traceback(record)
+    assert bool(record.exc_info) is told
