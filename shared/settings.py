@@ -90,7 +90,7 @@ def _check_broker(url: str) -> None:
 
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
-Compile = Literal["off", "default", "max-autotune"]
+Compile = Literal["off", "auto", "default", "max-autotune"]
 MemoryMode = Literal[
     "attention_slicing", "vae_slicing", "vae_tiling", "model_offload", "sequential_offload"
 ]
@@ -189,14 +189,14 @@ class Settings(BaseSettings):
     )
     compile: Compile = Field(
         default="off",
-        description="`default` or `max-autotune`: run the UNet through `torch.compile`; "
-        "needs a C compiler and Python's headers, and minutes at the first start, kept under "
-        "`INPAINT_HOME`.",
+        description="`default` or `max-autotune`: run the UNet through `torch.compile`; `auto`: "
+        "only where a worker measures at its start that this is faster. Needs a C compiler and "
+        "Python's headers, and minutes at the first start, kept under `INPAINT_HOME`.",
     )
     attention: Attention = Field(
         default="auto",
-        description="`auto` (torch chooses), `flash`, `cudnn`, `efficient`, `math`, `xformers` "
-        "or `sliced`.",
+        description="`flash`, `cudnn`, `efficient`, `math`, `xformers` or `sliced`. `auto`: on a "
+        "GPU the fastest of the first three for each window size, by measurement.",
     )
     memory: MemoryModes = Field(
         default=(),

@@ -48,6 +48,7 @@ class Denoiser:
             attention=options.attention,
             compile=options.compile,
             graphs=options.graphs,
+            deterministic=options.deterministic,
         )
         self._is_deterministic = options.deterministic
         is_single = components.device.type == "cpu" or options.deterministic
@@ -168,7 +169,7 @@ class Denoiser:
     def _warm_up(self) -> None:
         """Compiles, captures graphs and chooses kernels before any job waits for them."""
         size = self._own_size
-        for rows in self._sizes():
+        for rows in reversed(self._sizes()):  # the largest first: by it the way is chosen
             self._fits(rows, size)
         latents = torch.zeros(
             self._components.latent_channels, *size, device=self._components.device
@@ -178,15 +179,16 @@ class Denoiser:
     def _fits(self, rows: int, size: Size) -> bool:
         """Whether a forward of so many rows has room; its graph is kept."""
         device = self._components.device
-        inputs = torch.zeros(rows, 2 * self._components.latent_channels + 1, *size, device=device)
+        channels = 2 * self._components.latent_channels + 1
+        inputs = torch.randn(rows, channels, *size, generator=torch.Generator().manual_seed(0))
         words = self._embed("", size).expand(rows, -1, -1).contiguous()
         self._modes.use("unet")
 
         def run(inputs: Tensor) -> Tensor:
-            timesteps = torch.zeros(rows, device=device)
+            timesteps = torch.full((rows,), 500.0, device=device)
             return self._forward(inputs, timesteps, words, is_moving=self._modes.is_offloading)
 
-        found = attempt(run, inputs)
+        found = attempt(run, inputs.to(device))
         if found is None:
             self._forward.forget()
             release_memory()
@@ -245,7 +247,7 @@ class Denoiser:
         fixed = torch.stack([row.sequence.row_fixed(row) for row in rows])
         return self._forward(
             torch.cat([latents, fixed], dim=1),
-            table[:, COLUMNS.index("timestep")],
+            table[:, COLUMNS.index("timestep")].contiguous(),
             torch.cat([row.sequence.row_embedding(row) for row in rows]),
             is_moving=self._modes.is_offloading,
         )

@@ -1,11 +1,13 @@
-"""One UNet forward: compiled where asked, on CUDA replayed as a graph for each batch size."""
+"""One UNet forward: in the fastest way found, on CUDA replayed as a graph for each batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +15,28 @@ from torch import Tensor
 from shared.settings import Attention, Compile
 from workers.engines.attention import kernel
 from workers.engines.diffusers_loading import Components
+from workers.engines.memory import release_memory
 from workers.engines.transfer import new_stream
+from workers.engines.tuning import Stopwatch, fastest, stopwatch_for
+
+log = logging.getLogger(__name__)
 
 WARM_UPS = 3
-COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
+COMPILE_MODES = {"max-autotune": "max-autotune-no-cudagraphs"}
+TRIED: Mapping[str, tuple[Attention, ...]] = {"cuda": ("auto", "flash", "cudnn", "efficient")}
 
-Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+Run = Callable[..., Any]
+Given = tuple[Tensor, Tensor, Tensor]  # inputs, timesteps, embeddings
+
+
+class Way(NamedTuple):
+    """How a forward may be computed."""
+
+    attention: Attention
+    is_compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"attention {self.attention}{', compiled' if self.is_compiled else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,30 +44,44 @@ class Captured:
     """A graph, the tensors it reads and the one it writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
+    inputs: Given
     output: Tensor
+
+    def replay(self) -> Tensor:
+        self.graph.replay()
+        return self.output
 
 
 class Forward:
     """Predicts noise for a batch. For one thread, the one that made the first call."""
 
     def __init__(
-        self, components: Components, *, attention: Attention, compile: Compile, graphs: bool
+        self,
+        components: Components,
+        *,
+        attention: Attention,
+        compile: Compile,
+        graphs: bool,
+        deterministic: bool = False,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
+        """deterministic: nothing is chosen by measuring, which may choose otherwise next time."""
         self._components = components
-        self._attention = attention
-        self._unet: Run = components.unet
-        self._is_compiled = compile != "off"
-        if self._is_compiled:
-            self._unet = torch.compile(components.unet, mode=COMPILE_MODES[compile])
-        self._has_graphs = graphs and components.device.type == "cuda"
+        self._compile: Compile = "off" if deterministic and compile == "auto" else compile
+        device = components.device.type
+        self._attentions: tuple[Attention, ...] = (attention,)
+        if attention == "auto" and not deterministic:
+            self._attentions = TRIED.get(device, self._attentions)
+        self._stopwatch = stopwatch or stopwatch_for(components.device)
+        self._has_graphs = graphs and device == "cuda"
+        self._ways: dict[torch.Size, Way] = {}
         self._captured: dict[torch.Size, Captured] = {}
         self._pool: Any = None
 
     @property
     def wants_buckets(self) -> bool:
         """Whether a new batch size costs more than rows that are thrown away."""
-        return self._is_compiled or self._has_graphs
+        return self._compile != "off" or self._has_graphs
 
     def __call__(
         self, inputs: Tensor, timesteps: Tensor, embeddings: Tensor, *, is_moving: bool = False
@@ -59,13 +91,12 @@ class Forward:
         is_moving: the weights come and go, so that neither a graph nor compiled code holds.
         """
         given = (self._laid_out(inputs), timesteps, embeddings)
-        with kernel(self._attention):
-            if is_moving:
-                found = self._call(self._components.unet, *given)
-            elif self._has_graphs:
-                found = self._replay(given)
-            else:
-                found = self._call(self._unet, *given)
+        if is_moving:
+            found = self._call(Way(self._attentions[0]), given)
+        elif self._has_graphs:
+            found = self._replay(given)
+        else:
+            found = self._call(self._way(given), given)
         return found.to(torch.float32, copy=True)  # the next replay overwrites a graph's output
 
     def forget(self) -> None:
@@ -79,43 +110,83 @@ class Forward:
             return inputs.to(self._components.dtype, memory_format=torch.channels_last)
         return inputs.to(self._components.dtype)
 
-    def _call(self, run: Any, inputs: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        if self._is_compiled and len(inputs) > 1:
-            for tensor in (inputs, timesteps, embeddings):
-                torch._dynamo.mark_dynamic(tensor, 0)
-        found = run(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)
+    def _way(self, given: Given) -> Way:
+        """How forwards of this window size run: found at the first of them, then kept."""
+        size = given[0].shape[2:]
+        if size not in self._ways:
+            self._ways[size] = self._find_way(given)
+        return self._ways[size]
+
+    def _find_way(self, given: Given) -> Way:
+        """Attention first, on the plain model: compiled code keeps the kernel it was made with."""
+        way = self._fastest([Way(name) for name in self._attentions], given)
+        if self._compile == "off":
+            return way
+        compiled = Way(way.attention, is_compiled=True)
+        return self._fastest([way, compiled], given) if self._compile == "auto" else compiled
+
+    def _fastest(self, ways: Sequence[Way], given: Given) -> Way:
+        if len(ways) == 1:
+            return ways[0]
+        found = fastest(ways, partial(self._ready, given), self._stopwatch)
+        release_memory()  # of the graphs that were tried
+        log.info("%d rows of %s: %s", len(given[0]), tuple(given[0].shape[2:]), found)
+        return found
+
+    def _ready(self, given: Given, way: Way) -> Callable[[], Tensor]:
+        if self._has_graphs:
+            return self._capture(way, given).replay
+        return partial(self._call, way, given)
+
+    def _call(self, way: Way, given: Given) -> Tensor:
+        inputs, timesteps, embeddings = given
+        run: Run = self._components.unet
+        if way.is_compiled:
+            run = self._compiled
+            if len(inputs) > 1:
+                for tensor in given:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        with kernel(way.attention):
+            found = run(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)
         return found[0]  # type: ignore[no-any-return]
 
-    def _replay(self, given: tuple[Tensor, ...]) -> Tensor:
-        captured = self._captured.get(given[0].shape)
-        if captured is None:
-            captured = self._captured[given[0].shape] = self._capture(given)
+    @cached_property
+    def _compiled(self) -> Run:
+        mode = COMPILE_MODES.get(self._compile)
+        return torch.compile(self._components.unet, mode=mode)
+
+    def _replay(self, given: Given) -> Tensor:
+        shape = given[0].shape
+        if shape not in self._captured:
+            captured = self._capture(self._way(given), given)
+            self._captured[shape] = captured
+            self._pool = self._pool or captured.graph.pool()
+        captured = self._captured[shape]
         for place, tensor in zip(captured.inputs, given, strict=True):
             place.copy_(tensor)
-        captured.graph.replay()
-        return captured.output
+        return captured.replay()
 
-    def _capture(self, given: tuple[Tensor, ...]) -> Captured:
+    def _capture(self, way: Way, given: Given) -> Captured:
         """Warm-up runs on another stream first: they compile, and choose cuDNN's algorithms.
 
         All graphs share one pool of memory: never two of them are under way, and what one
         wrote is copied before the next.
         """
         device = self._components.device
-        inputs = tuple(tensor.clone() for tensor in given)
+        inputs, timesteps, embeddings = given
+        own = (inputs.clone(), timesteps.clone(), embeddings.clone())
         graph = torch.cuda.CUDAGraph()
         with _trying_convolutions():
             side = new_stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    self._call(self._unet, *inputs)
+                    self._call(way, own)
             torch.cuda.current_stream(device).wait_stream(side)
             # Other threads may allocate meanwhile, which only this error mode allows.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = self._call(self._unet, *inputs)
-        self._pool = self._pool or graph.pool()
-        return Captured(graph=graph, inputs=inputs, output=output)
+                output = self._call(way, own)
+        return Captured(graph=graph, inputs=own, output=output)
 
 
 @contextmanager

@@ -18,13 +18,15 @@ class EngineOptions:
     device: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
     max_batch: most rows of one UNet forward; a window with guidance takes two. None finds the
     largest that fits.
-    attention: the kernel; ``auto`` is torch's own choice, ``sliced`` trades speed for memory.
-    compile: whether the UNet goes through ``torch.compile``, and how long it may search.
+    attention: the kernel; ``auto`` is the fastest by measurement on CUDA, else torch's own
+    choice; ``sliced`` trades speed for memory.
+    compile: whether the UNet goes through ``torch.compile``, and how long it may search;
+    ``auto`` where it is faster by measurement.
     graphs: on CUDA, replay each batch size as one CUDA graph.
     memory: modes that are on from the start; others follow where memory runs out.
     vae_batch: most pictures of one VAE pass; None chooses.
     deterministic: every forward has ``max_batch`` rows (8 if None), so that a region's pixels
-    are the same to the last bit alone and beside any others.
+    are the same to the last bit alone and beside any others; nothing is chosen by measurement.
     """
 
     device: str = "auto"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 import traceback
 import warnings
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", default="default", choices=("off", "default", "max-autotune"))
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("workers").setLevel(logging.INFO)  # what was chosen by measurement
     end = time.monotonic() + 60 * chosen.minutes
     bench = _bench(chosen)
     peak = matrix_peak(bench.subject)

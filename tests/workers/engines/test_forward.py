@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from shared.errors import EngineError
 from tests.workers.engines.samples import components, engine, region
 from workers.engines import forward as module
 from workers.engines.diffusers_loading import Components
-from workers.engines.forward import Captured, Forward
+from workers.engines.forward import Captured, Forward, Way
 
 
 @pytest.fixture
@@ -96,15 +97,18 @@ class Recording:
         found = self.run(inputs, timesteps, encoder_hidden_states=embeddings).sample
         self.output.copy_(found)
 
+    def pool(self) -> tuple[int, int]:
+        return (0, 1)
+
 
 def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured: list[int] = []
 
-    def capture(self: Forward, given: tuple[Tensor, ...]) -> Captured:
+    def capture(self: Forward, way: Way, given: tuple[Tensor, Tensor, Tensor]) -> Captured:
         captured.append(len(given[0]))
-        inputs = tuple(tensor.clone() for tensor in given)
+        inputs = (given[0].clone(), given[1].clone(), given[2].clone())
         output = torch.zeros(len(given[0]), 4, 8, 8)
         graph: Any = Recording(parts.unet, inputs, output)
         return Captured(graph=graph, inputs=inputs, output=output)
@@ -122,6 +126,84 @@ def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
         run.forget()
         run(*batch(2))
         assert captured == [2, 4, 2]
+
+
+class Trials:
+    """Says how long each trial took, in turn; fails where there is one more."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.left = list(seconds)
+
+    def __call__(self, run: Callable[[], Tensor]) -> float:
+        return self.left.pop(0)
+
+
+def kernels(run: Forward, rows: int, side: int = 8) -> str:
+    inputs, timesteps, words = batch(rows)
+    with torch.inference_mode(), torch.profiler.profile() as profile:
+        run(inputs[..., :side, :side], timesteps, words)
+    return " ".join(event.key for event in profile.key_averages())
+
+
+def test_the_faster_kernel_is_used_and_measured_once_for_a_window_size(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "cudnn", "math")})  # no cudnn here
+    trials = Trials(2.0, 1.0)
+    run = Forward(parts, attention="auto", compile="off", graphs=False, stopwatch=trials)
+    kernels(run, 4)
+    assert not trials.left
+    found = kernels(run, 2)
+    assert MATH in found
+    assert FLASH not in found
+    trials.left = [1.0, 2.0]
+    kernels(run, 2, side=4)
+    assert not trials.left
+    assert FLASH in kernels(run, 3, side=4)
+
+
+def test_nothing_is_measured_where_a_kernel_is_named_or_the_engine_is_deterministic(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "math")})
+    named = Forward(parts, attention="math", compile="off", graphs=False, stopwatch=Trials())
+    assert MATH in kernels(named, 2)
+    fixed: dict[str, Any] = {"attention": "auto", "compile": "auto", "graphs": False}
+    run = Forward(parts, **fixed, deterministic=True, stopwatch=Trials())
+    assert FLASH in kernels(run, 2)
+    assert not run.wants_buckets
+
+
+@pytest.mark.parametrize(
+    ("seconds", "factor", "is_used"), [(1.0, 1.0, True), (2.0, 1.0, False), (1.0, 1.5, False)]
+)
+def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
+    parts: Components,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    seconds: float,
+    factor: float,
+    is_used: bool,
+) -> None:
+    calls: list[int] = []
+
+    def compile(unet: Any, mode: Any) -> Any:
+        def run(*given: Any, **named: Any) -> tuple[Tensor]:
+            calls.append(1)
+            return (factor * unet(*given, **named)[0],)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile)
+    trials = Trials(2.0, seconds)
+    run = Forward(parts, attention="auto", compile="auto", graphs=False, stopwatch=trials)
+    assert run.wants_buckets
+    with torch.inference_mode():
+        run(*batch(4))
+        calls.clear()
+        found = run(*batch(2))
+    assert bool(calls) == is_used
+    assert torch.equal(found, plain(parts, batch(2)))
 
 
 def test_convolutions_are_tried_out_only_while_a_graph_is_captured() -> None:

@@ -219,7 +219,7 @@ def test_every_batch_size_is_run_before_any_job_waits(
     monkeypatch.setattr(torch, "compile", lambda unet, mode: unet)
     watch = Watch(parts.unet)
     with engine(parts, compile="default", max_batch=12) as ours:
-        assert watch.rows == [1, 2, 4, 8, 12]
+        assert watch.rows == [12, 8, 4, 2, 1]
         watch.rows.clear()
         ours.submit(region(num_inference_steps=2)).result(60)
         assert set(watch.rows) == {2}
