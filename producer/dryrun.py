@@ -10,7 +10,7 @@ from itertools import islice
 
 from producer.checking import Checked
 from producer.manifest import Problem
-from shared import images, masks, regions
+from shared import images, masks, refinement, regions
 from shared.errors import ImageError, InpaintError, ObjectMissing
 from shared.params import Params, is_file, is_native
 from shared.settings import Settings
@@ -109,7 +109,9 @@ class _Stage:
             invert=params.mask_invert,
             fit=params.mask_fit,
         )
-        return regions.plan_for(repainted, params, native=is_native(job.engine))
+        plan = regions.plan_for(repainted, params, native=is_native(job.engine))
+        finer = refinement.steps(repainted, plan, params)
+        return plan + tuple(region for step in finer for region in step.regions)
 
     def _mask(self, job: NewJob, name: str) -> masks.Grey:
         if is_file(name):

@@ -62,8 +62,8 @@ class Params:
 
     Names and meanings are diffusers' where diffusers has them. ``width`` and ``height``
     are the engine's window in pixels; ``mask_*`` lengths are original-image pixels. Empty
-    text and a 0 stand for "not asked for" in ``scale``, ``text*``, ``postprocess``,
-    ``format`` and ``quality``. passes: the rounds after the first.
+    text and a 0 stand for "not asked for" in ``scale``, ``refine_strength``, ``text*``,
+    ``postprocess``, ``format`` and ``quality``. passes: the rounds after the first.
     """
 
     mode: Mode = "auto"
@@ -75,6 +75,7 @@ class Params:
     guidance_scale: float = 7.5
     guidance_end: float = 1.0
     strength: float = 0.8
+    refine_strength: float = 0.0
     eta: float = 0.0
     scheduler: Scheduler = "ddim"
     width: int = 512
@@ -132,6 +133,7 @@ _OPTIONAL: Mapping[str, Any] = {
         *(
             "scale",
             "guidance_end",
+            "refine_strength",
             "mask_invert",
             "mask_fit",
             "text",
@@ -269,6 +271,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _number("guidance_scale", 1, 20),
         _number("guidance_end", 0, 1),
         _number("strength", 0, 1, above=True),
+        _number("refine_strength", 0, 1),
         _number("eta", 0, 1),
         _choice("scheduler", get_args(Scheduler)),
         _integer("width", 512, 1024, multiple=64),
@@ -313,6 +316,7 @@ PASS_PARAMETERS = (
         "guidance_scale",
         "guidance_end",
         "strength",
+        "refine_strength",
     ),
     *("eta", "scheduler", "width", "height", "mask_threshold", "mask_dilation", "mask_feather"),
     *("mask_invert", "mask_fit", "colour_fit", "opencv_method", "opencv_radius"),
@@ -344,6 +348,11 @@ def changed(params: Params, values: Mapping[str, Any]) -> Params:
         raise ParameterError(
             f"eta: {found.eta:g} has no meaning for scheduler {found.scheduler!r}; "
             "use 0, or scheduler ddim"
+        )
+    if found.refine_strength and int(found.num_inference_steps * found.refine_strength) < 1:
+        raise ParameterError(
+            f"refine_strength: {found.refine_strength:g} of {found.num_inference_steps} "
+            "num_inference_steps leaves no step; raise one of them"
         )
     return found
 

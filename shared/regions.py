@@ -76,6 +76,11 @@ class Region:
     size: tuple[int, int]
     windows: tuple[Box, ...]
 
+    @property
+    def scale(self) -> float:
+        """Image pixels to an engine pixel."""
+        return self.box.width / self.size[0]
+
 
 def plan(
     mask: Mask,

@@ -93,8 +93,8 @@ def paste(
     box = region.box.clipped(picture.size)
     scaled = _resized(result, region.box.size, _SMOOTH)[: box.height, : box.width]
     known = as_rgb(picture.pixels[slices(box)], picture.mode, profile=picture.metadata.icc)
-    scale = max(region.box.width / region.size[0], 1.0)
-    fit = fit_colour(scaled, known, mask[slices(box)], method=colour_fit, scale=scale)
+    marked, scale = mask[slices(box)], max(region.scale, 1.0)
+    fit = fit_colour(scaled, known, marked, method=colour_fit, scale=scale)
     for tile in tiles(box):
         weight = _ramp(mask, tile, feather_px, within=box)
         if weight.any():

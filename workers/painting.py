@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shared import refinement
 from shared.errors import GateError
 from shared.images import Picture
 from shared.jobs import AttemptRecord
@@ -104,26 +105,28 @@ def _all_rounds(brush: Brush, picture: Picture, rounds: Sequence[Round], *, seed
     record.regions = record.windows = 0
     painted = _Painted(picture=picture, seed=seed)
     for one in rounds:
-        painted = _round(brush, painted, one, first_region=record.regions)
+        painted = _round(brush, painted, one)
     return painted
 
 
-def _round(brush: Brush, so_far: _Painted, one: Round, *, first_region: int) -> _Painted:
+def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
     """Adds a round; the scores become the worse ones, the finding the first."""
-    picture, record, stage = so_far.picture, brush.record, brush.stage
+    picture, stage = so_far.picture, brush.stage
     with stage("plan"):
         plan = plan_for(one.mask, one.params, native=is_native(brush.engine.name))
-        record.regions = first_region + len(plan)
-        record.windows = (record.windows or 0) + sum(len(region.windows) for region in plan)
+        steps = list(refinement.steps(one.mask, plan, one.params))
     if not plan:
         return so_far
-    with stage("inpaint"):
-        params = replace(one.params, seed=(so_far.seed + first_region) % (MAX_SEED + 1))
-        filled = _fill(brush, picture, one.mask, plan, params)
-    with stage("composite"):
-        result = composite.composite(
-            picture, one.mask, plan, filled, one.params, fill_alpha=one.is_alpha
-        )
+    filled = _fill(brush, picture, one, plan, seed=so_far.seed)
+    result = _composited(brush, picture, one, plan, filled)
+    again = replace(one.params, strength=one.params.refine_strength)
+    for step in steps:
+        finer = Round(mask=step.mask, params=again, is_alpha=one.is_alpha)
+        sharp = _fill(brush, result, finer, step.regions, seed=so_far.seed)
+        # Not onto the coarse result: a feather over a feather falls off twice as fast.
+        kept = [plan[n] for n in step.kept], [filled[n] for n in step.kept]
+        under = _composited(brush, picture, one, *kept)
+        result = _composited(brush, under, finer, step.regions, sharp)
     with stage("examine"):
         scores = gates.examine(
             picture, result, one.mask, plan, filled, feather_px=one.params.mask_feather
@@ -138,24 +141,40 @@ def _round(brush: Brush, so_far: _Painted, one: Round, *, first_region: int) -> 
 
 
 def _fill(
-    brush: Brush, picture: Picture, mask: Mask, plan: Sequence[Region], params: Params
+    brush: Brush, picture: Picture, one: Round, plan: Sequence[Region], *, seed: int
 ) -> list[Pixels]:
-    """Submits all regions before waiting for the first, so that they can share batches."""
-    rgb, report = picture.rgb(), Report()
-    futures = []
-    for index, region in enumerate(plan):
-        image, region_mask = composite.cut(rgb, mask, region)
-        work = RegionWork(
-            image=image,
-            mask=region_mask,
-            windows=region.windows,
-            params=params,
-            seed=(params.seed + index) % (MAX_SEED + 1),
-            priority=brush.priority,
-            interruption=brush.interruption,
-            report=report,
+    """Submits all regions before waiting for the first, so that they can share batches.
+
+    seed: the job's, which its regions count up from.
+    """
+    record, report = brush.record, Report()
+    first_region = record.regions or 0
+    record.regions = first_region + len(plan)
+    record.windows = (record.windows or 0) + sum(len(region.windows) for region in plan)
+    with brush.stage("inpaint"):
+        rgb, futures = picture.rgb(), []
+        for number, region in enumerate(plan, first_region):
+            image, region_mask = composite.cut(rgb, one.mask, region)
+            work = RegionWork(
+                image=image,
+                mask=region_mask,
+                windows=region.windows,
+                params=one.params,
+                seed=(seed + number) % (MAX_SEED + 1),
+                priority=brush.priority,
+                interruption=brush.interruption,
+                report=report,
+            )
+            futures.append(brush.engine.submit(work))
+        wait(futures)  # a region that fails leaves the others running; none may outlive its job
+        record.memory_mode = report.memory or record.memory_mode
+        return [np.asarray(future.result()) for future in futures]
+
+
+def _composited(
+    brush: Brush, picture: Picture, one: Round, plan: Sequence[Region], filled: Sequence[Pixels]
+) -> Picture:
+    with brush.stage("composite"):
+        return composite.composite(
+            picture, one.mask, plan, filled, one.params, fill_alpha=one.is_alpha
         )
-        futures.append(brush.engine.submit(work))
-    wait(futures)  # a region that fails leaves the others running; none may outlive its job
-    brush.record.memory_mode = report.memory or brush.record.memory_mode
-    return [np.asarray(future.result()) for future in futures]

@@ -1,43 +1,54 @@
 """What ``auto`` plans for usual masks at 24 megapixels, against a loop over every tile.
 
 The loop is the one that guides to SD2 print for large pictures: tiles of 512, 64 of them
-shared with the next.
+shared with the next. Again: the windows that ``refine_strength`` adds, step by step.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from shared import regions
+from shared import refinement, regions
+from shared.params import Params
 from tests.benchmarks.side_by_side import seconds
 
 PHOTO, WINDOW, OVERLAP = (6000, 4000), 512, 64
 ROUNDS = 3
+REFINED = Params(refine_strength=0.4)
 Mask = NDArray[np.bool_]
 
 
 def main() -> None:
-    line("auto at 24 megapixels", "regions", "scale", "windows", "tile loop", "saved", "ms")
+    line(
+        "auto at 24 megapixels", "regions", "scale", "windows", "again", "tile loop", "saved", "ms"
+    )
     for name, mask in masks().items():
         plan = regions.plan(mask, mode="auto", window=(WINDOW, WINDOW))
         took = min(
             seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
             for _ in range(ROUNDS)
         )
-        windows, tiles = sum(len(one.windows) for one in plan), loop_tiles(mask)
-        scales = {f"{one.box.width / one.size[0]:.4g}" for one in plan}
+        again = [step.regions for step in refinement.steps(mask, plan, REFINED)]
+        windows, tiles = windows_of(plan), loop_tiles(mask)
+        scales = {f"{one.scale:.4g}" for one in plan}
         line(
-            *(f"  {name}", len(plan), ", ".join(sorted(scales)), windows, tiles),
+            *(f"  {name}", len(plan), ", ".join(sorted(scales)), windows),
+            *(" + ".join(str(windows_of(one)) for one in again), tiles),
             *(f"{1 - windows / tiles:.0%}", f"{took * 1e3:.0f}"),
         )
 
 
 def line(name: str, *cells: object) -> None:
     print(f"{name:<44}" + "".join(f"{cell!s:>11}" for cell in cells))
+
+
+def windows_of(plan: Sequence[regions.Region]) -> int:
+    return sum(len(one.windows) for one in plan)
 
 
 def loop_tiles(mask: Mask) -> int:

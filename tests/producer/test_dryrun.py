@@ -60,6 +60,17 @@ def test_regions_and_windows_are_those_that_a_worker_would_plan(desk: Desk) -> N
     assert rehearsed(desk, empty)[0] == counts(1, 0, 0, 0, 1, 0)
 
 
+def test_what_is_painted_again_counts_as_well(desk: Desk) -> None:
+    size = (1400, 1400)
+    desk.picture("1.png", size=size)
+    desk.mask("hole.png", (100, 100, 1200, 1200), size=size)
+    manifest = desk.manifest([("1.png", "hole.png", "2.png")], columns=("image", "mask", "output"))
+    once = rehearsed(desk, manifest, "--engine", "sd2")[0]
+    assert once == counts(1, 0, 1, 1, 0, 0)
+    twice = rehearsed(desk, manifest, "--engine", "sd2", "--set", "refine_strength=0.4")[0]
+    assert twice == counts(1, 0, 2, 1 + 9, 0, 0)
+
+
 def test_dilation_and_threshold_count_as_they_will_in_the_run(desk: Desk) -> None:
     desk.picture("1.png")
     grey = Image.new("L", (64, 48), 40)

@@ -109,6 +109,8 @@ INSIDE: list[tuple[str, str, Any]] = [
     ("num_inference_steps", " 50.0 ", 50),
     ("strength", "1e-9", 1e-9),
     ("strength", "1", 1.0),
+    ("refine_strength", "0", 0.0),
+    ("refine_strength", "1", 1.0),
     ("eta", "0", 0.0),
     ("eta", "1", 1.0),
     ("seed", "0", 0),
@@ -240,6 +242,13 @@ def test_eta_goes_with_ddim_only(scheduler: str) -> None:
     )
 
 
+def test_painting_again_takes_at_least_one_step() -> None:
+    assert resolved(values={"refine_strength": "0.5", "num_inference_steps": "2"})
+    assert refusal(values={"refine_strength": "0.4", "num_inference_steps": "2"}) == (
+        "refine_strength: 0.4 of 2 num_inference_steps leaves no step; raise one of them"
+    )
+
+
 def test_changes_are_checked_against_what_is_there() -> None:
     with pytest.raises(ParameterError, match="eta"):
         changed(Params(scheduler="euler"), {"eta": 0.5})
@@ -302,6 +311,7 @@ def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
     assert '"text' not in text
     assert '"passes"' not in text
     assert '"mask_invert"' not in text
+    assert '"refine_strength"' not in text
     assert '"mask_invert":true' in Params(mask_invert=True).to_json()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shared.errors import GateError
+from shared.errors import Cancelled, GateError
 from shared.images import Picture
 from shared.jobs import AttemptRecord
 from shared.params import MAX_SEED, Params
@@ -17,19 +18,24 @@ from workers.engines.protocol import Interruption, Pixels, RegionWork
 from workers.holding import Stages
 from workers.painting import RESEED, Brush, Round, paint
 
+SIZE = (700, 600)
 GREY = 120
 MARK = 250
 
 
 @dataclass
 class Engine:
-    """Fills the mask with the grey that ``paints`` gives for a seed; None fails a gate at once."""
+    """Fills the mask with the grey that ``paints`` gives for a seed; None fails a gate at once.
+
+    everywhere: what lies outside the mask does not come back as it was either.
+    """
 
     paints: Callable[[int], int | None] = lambda _seed: GREY
     name: str = "sd2"
     revision: str = "1"
     device: str = "cpu"
     works: list[RegionWork] = field(default_factory=list)
+    everywhere: bool = False
 
     def submit(self, work: RegionWork) -> Future[Pixels]:
         self.works.append(work)
@@ -39,9 +45,10 @@ class Engine:
             future.set_exception(GateError("not a number", code="gate_not_finite"))
             return future
         painted = work.image.copy()
-        painted[work.mask > 0] = np.clip(
+        where = (work.mask > 0) | self.everywhere
+        painted[where] = np.clip(
             grey + np.random.default_rng(2).integers(-3, 4, (*work.mask.shape, 3)), 0, 255
-        )[work.mask > 0]
+        )[where]
         future.set_result(painted)
         return future
 
@@ -51,17 +58,19 @@ class Engine:
         return [work.seed for work in self.works]
 
 
-def picture(*boxes: tuple[int, int, int, int]) -> Picture:
+def picture(*boxes: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> Picture:
     """Grey with a little noise, and a bright mark in each box."""
-    noise = np.random.default_rng(1).integers(-3, 4, (600, 700, 3))
+    noise = np.random.default_rng(1).integers(-3, 4, (size[1], size[0], 3))
     pixels = (GREY + noise).astype(np.uint8)
     for left, top, right, bottom in boxes:
         pixels[top:bottom, left:right] = MARK
     return Picture(pixels=pixels, mode="RGB", format="PNG", source=b"the source")
 
 
-def one_round(params: Params, *boxes: tuple[int, int, int, int]) -> Round:
-    mask = np.zeros((600, 700), np.bool_)
+def one_round(
+    params: Params, *boxes: tuple[int, int, int, int], size: tuple[int, int] = SIZE
+) -> Round:
+    mask = np.zeros((size[1], size[0]), np.bool_)
     for left, top, right, bottom in boxes:
         mask[top:bottom, left:right] = True
     return Round(mask=mask, params=params)
@@ -70,13 +79,14 @@ def one_round(params: Params, *boxes: tuple[int, int, int, int]) -> Round:
 BOX, OTHER = (100, 100, 160, 150), (400, 300, 440, 340)
 
 
-def painted(engine: Engine, params: Params, *rounds: Round) -> tuple[Picture, AttemptRecord]:
+def painted(
+    engine: Engine, params: Params, *rounds: Round, before: Picture | None = None
+) -> tuple[Picture, AttemptRecord]:
     record, interruption = AttemptRecord(), Interruption()
     stage = Stages(record, interruption)
     brush = Brush(engine=engine, interruption=interruption, stage=stage, record=record)
-    return paint(brush, picture(BOX, OTHER), rounds or [one_round(params, BOX)], params=params), (
-        record
-    )
+    before, rounds = before or picture(BOX, OTHER), rounds or (one_round(params, BOX),)
+    return paint(brush, before, rounds, params=params), record
 
 
 def grey_in(result: Picture, box: tuple[int, int, int, int]) -> int:
@@ -185,3 +195,87 @@ def test_empty_masks_change_nothing_and_have_no_score() -> None:
     result, record = painted(engine, Params(), one_round(Params()))
     assert result.touched is None
     assert (record.score, record.regions, engine.works) == (None, 0, [])
+
+
+# --- a large hole, which is painted coarsely -----------------------------------------------------
+
+WIDE = (2600, 1300)
+HOLE, MARK_BESIDE = (100, 100, 1200, 1200), (2200, 300, 2240, 340)
+
+
+def with_a_hole(engine: Engine, **asked: Any) -> tuple[Picture, AttemptRecord]:
+    params = Params(seed=5, gate="off", **asked)
+    one = one_round(params, HOLE, MARK_BESIDE, size=WIDE)
+    return painted(engine, params, one, before=picture(HOLE, MARK_BESIDE, size=WIDE))
+
+
+def detail(result: Picture, box: tuple[int, int, int, int]) -> float:
+    """How far neighbours differ, in levels."""
+    left, top, right, bottom = box
+    inside = result.pixels[top:bottom, left:right].astype(np.int32)
+    return float(np.abs(np.diff(inside, axis=1)).mean())
+
+
+def test_a_hole_painted_coarsely_is_soft_until_it_is_painted_again() -> None:
+    soft, _ = with_a_hole(Engine())
+    sharp, record = with_a_hole(engine := Engine(), refine_strength=0.4)
+    real = detail(soft, MARK_BESIDE)
+    assert detail(soft, HOLE) < 0.7 * real
+    assert detail(sharp, HOLE) == pytest.approx(real, rel=0.1)
+    assert [work.params.strength for work in engine.works] == [0.8, 0.8, 0.4]
+    assert engine.seeds() == [5, 6, 7]
+    assert (record.regions, record.windows) == (3, 1 + 1 + 9)
+
+
+def test_the_finer_windows_see_the_coarse_result_and_its_surroundings() -> None:
+    soft, _ = with_a_hole(Engine())
+    with_a_hole(engine := Engine(), refine_strength=0.4)
+    again = engine.works[2]
+    left, top = (HOLE[side] - np.argwhere(again.mask)[0][1 - side] for side in (0, 1))
+    height, width = again.mask.shape
+    assert np.array_equal(again.image, soft.pixels[top : top + height, left : left + width])
+    assert np.count_nonzero(again.mask) == 1100 * 1100
+
+
+@pytest.mark.parametrize("feather", [0, 3])
+def test_only_what_was_coarse_is_painted_again(feather: int) -> None:
+    soft, _ = with_a_hole(Engine(), mask_feather=feather)
+    sharp, _ = with_a_hole(Engine(), mask_feather=feather, refine_strength=0.4)
+    left, top, right, bottom = HOLE
+    differs = (soft.pixels != sharp.pixels).any(axis=-1)
+    differs[top - feather : bottom + feather, left - feather : right + feather] = False
+    assert not differs.any()
+    assert sharp.touched is not None
+    changed = (sharp.pixels != picture(HOLE, MARK_BESIDE, size=WIDE).pixels).any(axis=-1)
+    assert np.array_equal(sharp.touched, changed)
+
+
+def test_gates_examine_the_last_result_and_another_seed_paints_all_of_it() -> None:
+    engine = Engine(lambda seed: GREY + 90 if seed == 7 else GREY)
+    params = Params(seed=5, refine_strength=0.4, colour_fit="off")
+    one = one_round(params, HOLE, MARK_BESIDE, size=WIDE)
+    _, record = painted(engine, params, one, before=picture(HOLE, MARK_BESIDE, size=WIDE))
+    assert engine.seeds() == [5, 6, 7, RESEED + 5, RESEED + 6, RESEED + 7]
+    assert (record.seed, record.reseeds, record.regions) == (RESEED + 5, 1, 3)
+
+
+def test_what_is_interrupted_is_not_painted_again() -> None:
+    def cancelled(_seed: int) -> int:
+        engine.works[-1].interruption.set(Cancelled("by a person"))
+        return GREY
+
+    engine = Engine(cancelled)
+    with pytest.raises(Cancelled):
+        with_a_hole(engine, refine_strength=0.4)
+    assert engine.seeds() == [5, 6]
+
+
+def test_a_feather_is_laid_once_however_often_a_hole_is_painted() -> None:
+    asked = {"mask_feather": 3, "colour_fit": "off"}
+    rim = (HOLE[0], HOLE[1] - 2, HOLE[2], HOLE[1] - 1)
+    soft, _ = with_a_hole(Engine(lambda _: GREY + 60, everywhere=True), **asked)
+    sharp, _ = with_a_hole(
+        Engine(lambda _: GREY + 60, everywhere=True), **asked, refine_strength=0.4
+    )
+    assert GREY + 20 < grey_in(soft, rim) < GREY + 40
+    assert grey_in(sharp, rim) == pytest.approx(grey_in(soft, rim), abs=1)

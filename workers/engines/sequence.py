@@ -96,7 +96,8 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
 
 def to_image(pixels: Pixels) -> Tensor:
     """(H, W, 3) uint8 to (1, 3, H, W) float32 in -1 to 1."""
-    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    ours = np.require(pixels, requirements=["C", "W"])  # torch warns of what is read-only
+    image = torch.from_numpy(ours).permute(2, 0, 1)[None]
     return 2.0 * (image.to(torch.float32) / 255.0) - 1.0
 
 
