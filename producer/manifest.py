@@ -95,13 +95,15 @@ def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
 def _rows(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str]
 ) -> Iterator[Row | Problem]:
-    extension = name(manifest).removesuffix(".gz").rpartition(".")[2].lower()
+    _, dot, ending = name(manifest).removesuffix(".gz").rpartition(".")
+    extension = ending.lower() if dot else ""
     if extension in ("jsonl", "ndjson"):
         return _jsonl(manifest, text, known)
     if extension in ("csv", "tsv", "txt"):
         return _csv(manifest, text, known, required, "\t" if extension == "tsv" else ",")
+    kind = f"a .{extension} file" if dot else "a file without an extension"
     raise ManifestError(
-        f"{manifest}: .{extension} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
+        f"{manifest}: {kind} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
     )
 
 

@@ -139,10 +139,22 @@ def test_the_stem_is_the_name_without_its_endings(manifest: str, expected: str) 
 # --- what spoils the whole file --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["m.xlsx", "m", "m.json", "m.gz"])
-def test_another_kind_of_file_is_refused_with_what_is_read(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("m.XLSX", "a .xlsx file"),
+        ("m.json", "a .json file"),
+        (".passwd", "a .passwd file"),
+        ("passwd", "a file without an extension"),
+        ("csv", "a file without an extension"),
+        ("m.gz", "a file without an extension"),
+    ],
+)
+def test_another_kind_of_file_is_refused_with_what_is_read(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     assert refusal(tmp_path, HEADER, name=name).endswith(
-        "is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
+        f"{name}: {kind} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
     )
 
 
