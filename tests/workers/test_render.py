@@ -28,11 +28,9 @@ def bench(tmp_path: Path) -> Iterator[Workbench]:
     bench.close()
 
 
-def ran(
-    bench: Workbench, *, name: str = "in.png", output: str = "out/r.png", **params: object
-) -> int:
+def ran(bench: Workbench, *, image: str = "", output: str = "out/r.png", **params: object) -> int:
     job = bench.add(
-        image=bench.picture("in.png"),
+        image=image or bench.picture("in.png"),
         mask=bench.mask("mask.png", SIZE, BOX),
         output=bench.path(output),
         **params,
@@ -162,16 +160,15 @@ def test_nothing_is_said_where_it_is_turned_off_or_nothing_was_done(
     assert xmp(bench.path("out/r.png")) == ""
 
 
-def test_a_result_that_fails_its_gate_is_not_published(bench: Workbench) -> None:
-    flat = Image.new("RGB", SIZE, (120, 120, 120))
-    flat.save(bench.path("flat.png"))
-    job = bench.add(
-        image=bench.path("flat.png"),
-        mask=bench.mask("mask.png", SIZE, BOX),
-        output=bench.path("out/r.png"),
-        gate="fail",
-    )
-    bench.run(job)
+@pytest.fixture
+def flat(bench: Workbench) -> str:
+    """A picture where whatever the engine paints shows at once."""
+    Image.new("RGB", SIZE, (120, 120, 120)).save(bench.path("flat.png"))
+    return bench.path("flat.png")
+
+
+def test_a_result_that_fails_its_gate_is_not_published(bench: Workbench, flat: str) -> None:
+    job = ran(bench, image=flat, gate="fail")
     row, (attempt,) = bench.job(job), bench.attempts(job)
     assert (row.state, row.error_code) in (("failed", "gate_seam"), ("failed", "gate_colour"))
     assert attempt.reseeds == 1
@@ -180,17 +177,9 @@ def test_a_result_that_fails_its_gate_is_not_published(bench: Workbench) -> None
 
 
 def test_a_result_for_review_is_published_and_found_until_it_is_run_again(
-    bench: Workbench,
+    bench: Workbench, flat: str
 ) -> None:
-    flat = Image.new("RGB", SIZE, (120, 120, 120))
-    flat.save(bench.path("flat.png"))
-    job = bench.add(
-        image=bench.path("flat.png"),
-        mask=bench.mask("mask.png", SIZE, BOX),
-        output=bench.path("out/r.png"),
-        gate="review",
-    )
-    bench.run(job)
+    job = ran(bench, image=flat, gate="review")
     row = bench.job(job)
     assert row.state == "succeeded"
     assert row.review in ("gate_seam", "gate_colour")
