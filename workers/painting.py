@@ -111,9 +111,9 @@ def _all_rounds(brush: Brush, picture: Picture, rounds: Sequence[Round], *, seed
 
 def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
     """Adds a round; the scores become the worse ones, the finding the first."""
-    picture, stage = so_far.picture, brush.stage
+    picture, stage, native = so_far.picture, brush.stage, is_native(brush.engine.name)
     with stage("plan"):
-        plan = plan_for(one.mask, one.params, native=is_native(brush.engine.name))
+        plan = plan_for(one.mask, one.params, native=native)
         steps = list(refinement.steps(one.mask, plan, one.params))
     if not plan:
         return so_far
@@ -136,7 +136,7 @@ def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
         so_far,
         picture=result,
         scores=scores if worse else so_far.scores,
-        finding=so_far.finding or gates.verdict(scores),
+        finding=so_far.finding or gates.verdict(scores, native=native),
     )
 
 

@@ -220,6 +220,13 @@ def test_a_verdict_names_the_figure_and_the_remedy() -> None:
     assert not error.retryable
 
 
+def test_without_seeds_the_remedy_is_the_method_or_the_mask() -> None:
+    assert str(gates.verdict(Scores(colour_jump=40.0), native=True)).endswith(
+        "; try another opencv_method or opencv_radius, a mask that covers all of the mark, "
+        "or gate=review to look at it"
+    )
+
+
 def test_the_first_gate_that_fails_is_told() -> None:
     everything = Scores(finite=False, black=1.0, change=0.0, seam=9.0, colour_jump=40.0)
     assert code(everything) == "gate_not_finite"

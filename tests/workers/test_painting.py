@@ -153,7 +153,7 @@ def test_a_result_without_numbers_fails_even_without_gates() -> None:
 
 def test_an_engine_without_seeds_is_asked_once() -> None:
     engine = Engine(paints=lambda _seed: GREY + 60, name="opencv")
-    with pytest.raises(GateError):
+    with pytest.raises(GateError, match="try another opencv_method"):
         painted(engine, Params())
     assert len(engine.works) == 1
 
