@@ -2,13 +2,14 @@
 
 First photographs of 24 megapixels with a small mark, in images a minute, against the loop over
 every tile of ``tile_loop.py``, of which only some tiles are run. Then many small photographs on
-a simulated device, which sleeps for the time that a GPU would take and leaves the cores to the
-job threads: how long did it have to wait for them?
+a simulated device, which takes the time of a GPU and leaves the cores to the job threads: how long
+did it have to wait for them?
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import io
 import os
 import re
@@ -32,6 +33,7 @@ from shared.params import is_native
 from shared.queue import Queue
 from tests import servers
 from tests.benchmarks.side_by_side import row
+from tests.benchmarks.simulated_device import Clock, simulate
 from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
 from tests.tiny_pipeline import build
 from tests.workers.bench import Workbench
@@ -41,10 +43,10 @@ Size = tuple[int, int]
 
 LARGE, LARGE_MARK = (6000, 4000), (5200, 3600, 5600, 3750)
 SMALL, SMALL_MARK = (1200, 900), (1100, 850, 1140, 870)
-SMALL_WINDOW = 64
 BUCKET = "catalog"
 POLL_SECONDS = 0.05
-IDLE = re.compile(r"in use for (\S+) s, idle in between for (\S+)%")
+IDLE = re.compile(r"idle in between for (\S+)%")
+SIMULATED = re.compile(r"simulated device: (\S+) s, idle (\S+)%, longest gaps (.*)")
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def _arguments() -> Any:
     parser.add_argument("--photographs", type=int, default=6, help="of 24 megapixels")
     parser.add_argument("--tiles", type=int, default=3, help="that the loop runs of its 126")
     parser.add_argument("--jobs", type=int, default=100, help="on the simulated device")
-    parser.add_argument("--row-ms", type=float, default=2.1, help="of the simulated device")
+    parser.add_argument("--tflops", type=float, default=50, help="of the simulated device")
     parser.add_argument("--engine", help="such as opencv; the tiny pipeline by default")
     parser.add_argument("--keep", type=Path, help="folder for a photograph and its mask")
     return parser.parse_args()
@@ -112,7 +114,7 @@ def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
         (asked.keep / "photograph.png").write_bytes(mask)
     params = {**vars(PARAMS), "width": TILE, "height": TILE}
     _submit(shop, engine, image, mask, count=asked.photographs, prefix="large", **params)
-    seconds, idle = _run(shop, engine)
+    seconds, said = _run(shop, engine)
     ours = 60 * asked.photographs / seconds
     row(f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each")
     row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
@@ -122,16 +124,19 @@ def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
     theirs = 60 / _loop_seconds(image, mask, model, tiles=asked.tiles)
     row(f"  tile loop ({asked.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
     row("  ratio", f"{ours / theirs:.0f}x")
-    row("  the CPU as the device, idle", f"{idle:.1f}%")
+    found = IDLE.search(said)
+    row("  the CPU as the device, idle", f"{found[1]}%" if found else "-")
 
 
 def _watch_device(shop: Shop, engine: str, asked: Any) -> None:
     image, mask = _photograph(SMALL, SMALL_MARK)
-    params = {"mode": "full", "width": SMALL_WINDOW, "height": SMALL_WINDOW, "mask_feather": 2}
-    _submit(shop, engine, image, mask, count=asked.jobs, prefix="small", **params)
-    seconds, idle = _run(shop, engine, row_ms=asked.row_ms)
+    _submit(shop, engine, image, mask, count=asked.jobs, prefix="small", strength=1.0)
+    seconds, said = _run(shop, engine, tflops=asked.tflops)
+    found = SIMULATED.search(said)
+    idle, gaps = (f"{found[2]}%", found[3]) if found else ("-", "-")
     row(f"{asked.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
-    row(f"  device of {asked.row_ms} ms a row", f"{asked.jobs / seconds:.1f}", f"{idle:.1f}%")
+    row(f"  a device of {asked.tflops:g} TFLOP/s", f"{asked.jobs / seconds:.2f}", idle)
+    row("  its longest gaps, ms", gaps)
 
 
 def _photograph(size: Size, mark: tuple[int, int, int, int]) -> tuple[bytes, bytes]:
@@ -166,12 +171,12 @@ def _submit(
     jobs.dispatch(shop.bench.db, shop.queue, engine, bound=count)
 
 
-def _run(shop: Shop, engine: str, *, row_ms: float = 0) -> tuple[float, float]:
-    """Seconds from the first job's start to the last one's end, and % of idleness."""
+def _run(shop: Shop, engine: str, *, tflops: float = 0) -> tuple[float, str]:
+    """Seconds from the first job's start to the last one's end, and what the worker said."""
     before = _count(shop, "succeeded")
     log = shop.folder / "worker.log"
     with log.open("w") as file:
-        environment = {**shop.environment, "CATALOG_ENGINE": engine, "CATALOG_ROW_MS": str(row_ms)}
+        environment = {**shop.environment, "CATALOG_ENGINE": engine, "CATALOG_TFLOPS": str(tflops)}
         command = [sys.executable, "-m", "tests.benchmarks.catalog", "worker"]
         process = subprocess.Popen(command, env=environment, stderr=file)
         try:
@@ -185,8 +190,7 @@ def _run(shop: Shop, engine: str, *, row_ms: float = 0) -> tuple[float, float]:
     if failed := _count(shop, "failed"):
         raise RuntimeError(f"{failed} jobs failed; the worker said:\n{log.read_text()[-2000:]}")
     assert _count(shop, "succeeded") > before
-    found = IDLE.search(log.read_text())
-    return seconds, float(found[2]) if found else 0.0
+    return seconds, log.read_text()
 
 
 def _await(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
@@ -229,26 +233,33 @@ def _work() -> None:
     """The product's worker process; with a simulated device where one is asked for."""
     from workers.tasks import main as worker
 
-    name, row_ms = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_ROW_MS"])
-    load = LOADERS["diffusers"]
+    name, tflops = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_TFLOPS"])
+    load, clocks = LOADERS["diffusers"], []
 
-    def load_slow(name: str, options: Any) -> Any:
-        engine: Any = load(name, options)
-        engine._components.unet.register_forward_pre_hook(
-            lambda _, args: time.sleep(len(args[0]) * row_ms / 1000)
-        )
+    def load_simulated(name: str, options: Any) -> Any:
+        engine = load(name, options)
+        clocks.append(simulate(engine, tflops=tflops))
         return engine
 
-    torch.set_num_threads(1 if row_ms else os.cpu_count() or 1)
-    if row_ms:
-        LOADERS["diffusers"] = load_slow  # type: ignore[index]
+    torch.set_num_threads(1 if tflops else os.cpu_count() or 1)
+    if tflops:
+        LOADERS["diffusers"] = load_simulated  # type: ignore[index]
+    atexit.register(_say, clocks)
     worker(
         [
             *("--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"),
-            *("--concurrency", "0", "--max-batch", "16", "--compile", "off"),
+            *("--concurrency", "0", "--max-batch", "32" if tflops else "16", "--compile", "off"),
             *("--megapixels-in-hand", "300"),
         ]
     )
+
+
+def _say(clocks: list[Clock]) -> None:
+    for clock in clocks:
+        seconds = clock.free_at - (clock.first or clock.free_at)
+        gaps = ", ".join(f"{1000 * gap:.0f}" for gap in sorted(clock.gaps)[:-6:-1])
+        said = f"{seconds:.1f} s, idle {100 * clock.idle_share:.1f}%, longest gaps {gaps}"
+        print(f"simulated device: {said}", file=sys.stderr)
 
 
 if __name__ == "__main__":
