@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from math import prod
 
 import torch
 from torch import Tensor
@@ -51,11 +52,12 @@ class Denoiser:
             deterministic=options.deterministic,
         )
         self._is_deterministic = options.deterministic
+        self._is_found = options.max_batch is None and not options.deterministic
         is_single = components.device.type == "cpu" or options.deterministic
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, Size], RowLimit] = {}
         is_on_cuda = components.device.type == "cuda"
-        if is_on_cuda and options.max_batch is None and not options.deterministic:
+        if is_on_cuda and self._is_found:
             self._find_largest()
         if is_on_cuda or self._forward.wants_buckets:
             self._warm_up()
@@ -162,19 +164,18 @@ class Denoiser:
         return side, side
 
     def _find_largest(self) -> None:
-        """Tries batches of the model's own window, the largest first, until one fits."""
+        """Tries batches of the model's own window, the largest first, until the VAE fits beside."""
+        size = self._own_size
         tried = reversed(buckets(self._largest))
-        self._largest = next((rows for rows in tried if self._fits(rows, self._own_size)), 1)
+        fitting = (rows for rows in tried if self._fits(rows, size) and self._can_decode(size))
+        self._largest = next(fitting, 1)
 
     def _warm_up(self) -> None:
         """Compiles, captures graphs and chooses kernels before any job waits for them."""
         size = self._own_size
         for rows in reversed(self._sizes()):  # the largest first: by it the way is chosen
             self._fits(rows, size)
-        latents = torch.zeros(
-            self._components.latent_channels, *size, device=self._components.device
-        )
-        attempt(self._decode, [latents] * self._limit("vae", size).rows)
+        self._can_decode(size)
 
     def _fits(self, rows: int, size: Size) -> bool:
         """Whether a forward of so many rows has room; its graph is kept."""
@@ -194,6 +195,19 @@ class Denoiser:
             release_memory()
         return found is not None
 
+    def _can_decode(self, size: Size) -> bool:
+        """Whether the VAE has room beside the last forward's graph; by what fits it is limited."""
+        components, limit = self._components, self._limit("vae", size)
+        latents = torch.zeros(components.latent_channels, *size, device=components.device)
+        while attempt(self._decode, [latents] * limit.rows) is None:
+            release_memory()
+            if limit.rows == 1:
+                del self._limits["vae", size]
+                self._forward.forget()
+                return False
+            limit.halve(limit.rows)
+        return True
+
     def _sizes(self) -> tuple[int, ...]:
         """The batch sizes that are run; none, where any will do."""
         if self._is_deterministic:
@@ -202,11 +216,21 @@ class Denoiser:
 
     def _limit(self, stage: Stage, size: Size) -> RowLimit:
         if (stage, size) not in self._limits:
-            most = self._largest if stage == "unet" else self._vae_batch
-            if stage == "vae" and self._components.device.type == "cuda":
-                most = max(1, min(most, VAE_LATENTS // (size[0] * size[1])))
+            most = self._most_rows(size) if stage == "unet" else self._most_pictures(size)
             self._limits[stage, size] = RowLimit(most, stage=NAMES[stage])
         return self._limits[stage, size]
+
+    def _most_rows(self, size: Size) -> int:
+        """Where it is not given: of larger windows as many as have the pixels of the own ones."""
+        if not self._is_found:
+            return self._largest
+        fitting = self._largest * prod(self._own_size) // prod(size)
+        return max((rows for rows in buckets(self._largest) if rows <= fitting), default=1)
+
+    def _most_pictures(self, size: Size) -> int:
+        if self._components.device.type != "cuda":
+            return self._vae_batch
+        return max(1, min(self._vae_batch, VAE_LATENTS // prod(size)))
 
     def _give_way(self, stage: Stage, size: Size, tried: int) -> None:
         """Makes the next try need less. Raises OutOfMemory where nothing is left to do."""

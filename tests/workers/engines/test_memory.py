@@ -213,6 +213,39 @@ def test_the_largest_batch_that_fits_is_found(parts: Components, room: int, foun
     assert denoiser.max_batch == found
 
 
+@pytest.mark.parametrize(
+    ("room", "found", "pictures"), [(99, 8, 8), (7, 4, 2), (6, 4, 2), (5, 4, 1)]
+)
+def test_the_largest_batch_leaves_room_for_the_vae(
+    parts: Components, room: int, found: int, pictures: int
+) -> None:
+    """As where a graph keeps the memory of its rows while the VAE decodes."""
+    watch, decoded = Watch(parts.unet), list[int]()
+
+    def decode(_: Any, given: tuple[Any, ...]) -> None:
+        raise_while(watch.rows[-1] + len(given[0]) > room)
+        decoded.append(len(given[0]))
+
+    parts.vae.decoder.register_forward_pre_hook(decode)
+    denoiser = Denoiser(parts, EngineOptions(max_batch=None, vae_batch=8))
+    with torch.inference_mode():
+        denoiser._find_largest()
+    assert denoiser.max_batch == found
+    assert decoded == [pictures]
+    assert denoiser.vae_rows((8, 8)) == pictures
+
+
+@pytest.mark.parametrize(
+    ("size", "rows"), [((8, 8), 8), ((8, 16), 4), ((16, 16), 2), ((64, 64), 1)]
+)
+def test_larger_windows_get_fewer_rows_unless_their_number_is_given(
+    parts: Components, size: tuple[int, int], rows: int
+) -> None:
+    assert parts.unet.config.sample_size == 8
+    assert Denoiser(parts, EngineOptions(max_batch=None)).max_rows(size) == rows
+    assert Denoiser(parts, EngineOptions(max_batch=8)).max_rows(size) == 8
+
+
 def test_every_batch_size_is_run_before_any_job_waits(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:

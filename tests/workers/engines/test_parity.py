@@ -126,8 +126,12 @@ def test_fifty_steps_of_the_default_parameters(pair: Pair) -> None:
     pair.assert_same(region(num_inference_steps=50, strength=0.8, seed=2**63 - 1))
 
 
-def test_a_window_that_is_not_square(pair: Pair) -> None:
-    pair.assert_same(region(windows=(Box(0, 0, 128, 64),), width=128, height=64))
+@pytest.mark.parametrize("size", [(128, 64), (1024, 576)], ids=str)
+def test_a_window_that_is_not_square(pair: Pair, size: tuple[int, int]) -> None:
+    width, height = size
+    windows = (Box(0, 0, width, height),)
+    sizes = {"width": width, "height": height}
+    pair.assert_same(region(windows=windows, num_inference_steps=1, strength=1.0, **sizes))
 
 
 def test_a_mask_of_the_whole_window_and_none_at_all(pair: Pair) -> None:
