@@ -130,26 +130,30 @@ class _Desk:
         return picture
 
     def _mask(self, job: RowMapping, picture: Picture, notes: list[str]) -> Mask | None:
-        """(H, W) what the job's first round repaints."""
-        params = Params.from_json(job["params"], seed=job["seed"])
-        try:
-            if is_file(job["mask"]):
-                grey = self._mask_file(job["mask"])
-            elif job["mask"] == "alpha":
-                grey = masks.alpha_mask(picture)
-            else:
-                grey = masks.box_mask(masks.parse_box(job["mask"]), picture.size)
-            return masks.repainted(
-                grey,
-                picture.size,
-                threshold=params.mask_threshold,
-                dilation=params.mask_dilation,
-                invert=params.mask_invert,
-                fit=params.mask_fit,
-            )
-        except InpaintError as error:
-            notes.append(f"no mask: {error}")
-            return None
+        """(H, W) what the job's rounds repaint, one or the other; None: not one could be read."""
+        found = []
+        for name, params in Params.from_json(job["params"], seed=job["seed"]).rounds():
+            try:
+                found.append(self._round(name or job["mask"], picture, params))
+            except InpaintError as error:
+                notes.append(f"no mask: {error}")
+        return np.logical_or.reduce(found) if found else None
+
+    def _round(self, name: str, picture: Picture, params: Params) -> Mask:
+        if is_file(name):
+            grey = self._mask_file(name)
+        elif name == "alpha":
+            grey = masks.alpha_mask(picture)
+        else:
+            grey = masks.box_mask(masks.parse_box(name), picture.size)
+        return masks.repainted(
+            grey,
+            picture.size,
+            threshold=params.mask_threshold,
+            dilation=params.mask_dilation,
+            invert=params.mask_invert,
+            fit=params.mask_fit,
+        )
 
     def _picture(self, uri: str) -> tuple[Picture, str]:
         """The picture and its object's version."""

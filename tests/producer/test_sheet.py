@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from producer import audit
@@ -20,7 +21,7 @@ from producer.sheet.cards import SIDE_PX, cards, close_up_place, usual_params
 from shared import jobs, settings
 from shared.errors import GateError, InpaintError, ObjectMissing
 from shared.jobs import AttemptRecord
-from shared.params import Params
+from shared.params import Params, Pass
 from shared.regions import Box
 from shared.storage import Object, Storage
 from tests.conftest import Bucket
@@ -58,6 +59,12 @@ class Page(HTMLParser):
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attrs for name, attrs in self.elements if name == tag]
+
+    def masks(self) -> list[NDArray[np.bool_]]:
+        """(h, w) what each mask tints."""
+        found = [str(attrs["src"]) for attrs in self.of("img") if attrs.get("class") == "mask"]
+        files = (io.BytesIO(b64decode(src.partition(",")[2])) for src in found)
+        return [np.asarray(Image.open(file)) > 0 for file in files]
 
     def pictures(self, kind: str = "") -> list[Image.Image]:
         """Those whose text begins so; masks have none."""
@@ -217,6 +224,16 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(shop: Shop) -> None:
     assert "no result: " in third
     assert len(page.pictures("before")) == 1 + 2
     assert len(page.pictures("after")) == 1 + 1
+
+
+def test_the_mask_is_what_all_rounds_repaint(shop: Shop) -> None:
+    eyes = Pass(mask="box:10,10,30,20")
+    shop.done(params=Params(passes=(eyes, Pass(mask="/elsewhere/nose.png"))))
+    page = shop.sheet()
+    expected = np.zeros((SIZE[1], SIZE[0]), np.bool_)
+    expected[10:20, 10:30] = expected[MARK[1] : MARK[3], MARK[0] : MARK[2]] = True
+    assert np.array_equal(page.masks()[0], expected)
+    assert "no mask: '/elsewhere/nose.png' is outside the allowed folders" in page.cards[0]
 
 
 def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(shop: Shop) -> None:
