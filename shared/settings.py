@@ -91,6 +91,7 @@ def _check_broker(url: str) -> None:
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
 Compile = Literal["off", "auto", "default", "max-autotune"]
+Quantization = Literal["off", "int8_weights", "int8", "fp8"]
 MemoryMode = Literal[
     "attention_slicing", "vae_slicing", "vae_tiling", "model_offload", "sequential_offload"
 ]
@@ -197,6 +198,13 @@ class Settings(BaseSettings):
         default="auto",
         description="`flash`, `cudnn`, `efficient`, `math`, `xformers` or `sliced`. `auto`: on a "
         "GPU the fastest of the first three for each window size, by measurement.",
+    )
+    quantization: Quantization = Field(
+        default="off",
+        description="8 bits for the weights of the UNet's attention blocks, with the extra "
+        "`quantization`: `int8_weights` (less memory), `int8` (activations too: on CUDA with "
+        "`INPAINT_COMPILE` and a named `INPAINT_ATTENTION`) or `fp8` (compute capability 8.9). "
+        "Recorded in `engine_revision`; pixels change a little.",
     )
     memory: MemoryModes = Field(
         default=(),

@@ -27,7 +27,7 @@ from shared.processes import (
     EX_UNAVAILABLE,
     SAME_SIGNAL_SECONDS,
 )
-from shared.settings import Compile, Settings
+from shared.settings import Compile, Quantization, Settings
 from workers.room import default_megapixels
 
 MIN_PAUSE_SECONDS = 0.5
@@ -42,6 +42,7 @@ MAX_DEVICE_LOSSES = 5
 @click.option("--max-batch", help="Rows per forward pass, or auto.")
 @click.option("--deterministic", is_flag=True, default=None, help="The same bits in any company.")
 @click.option("--compile", type=click.Choice(get_args(Compile)), help="torch.compile for the UNet.")
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), help="8-bit weights.")
 @click.option("--check", is_flag=True, help="Load the engine on each device, say so, exit.")
 def worker(
     engine: str | None,
@@ -50,13 +51,19 @@ def worker(
     max_batch: str | None,
     deterministic: bool | None,
     compile: Compile | None,
+    quantization: Quantization | None,
     check: bool,
 ) -> None:
     """Work on jobs until stopped: one process per device, one pipeline each.
 
     Run the same command on several machines and they form the fleet.
     """
-    given = {"max_batch": max_batch, "deterministic": deterministic, "compile": compile}
+    given = {
+        "max_batch": max_batch,
+        "deterministic": deterministic,
+        "compile": compile,
+        "quantization": quantization,
+    }
     try:
         configured = settings.load(**{k: v for k, v in given.items() if v is not None})
         chosen = engine_name(engine or configured.engine)
@@ -65,6 +72,7 @@ def worker(
             *("--engine", chosen),
             *("--concurrency", str(configured.concurrency if concurrency is None else concurrency)),
             *("--max-batch", str(configured.max_batch), "--compile", configured.compile),
+            *("--quantization", configured.quantization),
             *("--megapixels-in-hand", str(_megapixels_in_hand(configured, len(places)))),
             *(["--deterministic"] if configured.deterministic else []),
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import click
@@ -26,7 +26,7 @@ from shared.processes import EX_UNAVAILABLE
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
-from workers.engines.options import engine_options
+from workers.engines.options import engine_options, recorded_quantization
 from workers.engines.protocol import Interruption
 from workers.render import Kit, render
 
@@ -62,6 +62,7 @@ class Recorded:
 def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     """``same``, and what differs besides: inputs that have changed, another engine revision.
 
+    The engine is quantized as it was, whatever the settings say now.
     largest_difference: in levels, from what lies at the output, where that is still the
     recorded result; engines that are not deterministic may differ by one or two.
     Raises InputError where the job has no result, and whatever rendering raises.
@@ -72,7 +73,11 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
         recorded = _recorded(db, job)
     finally:
         db.close()
-    engine = load_engine(recorded.job.engine, engine_options(configured, device))
+    options = replace(
+        engine_options(configured, device),
+        quantization=recorded_quantization(recorded.engine_revision),
+    )
+    engine = load_engine(recorded.job.engine, options)
     kit = Kit(
         settings=configured,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),

@@ -70,6 +70,7 @@ SWITCH_SECONDS = 0.0005
 @click.option("--max-batch", required=True)
 @click.option("--megapixels-in-hand", type=int, required=True)
 @click.option("--compile", required=True)
+@click.option("--quantization", required=True)
 @click.option("--deterministic", is_flag=True)
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
 def main(

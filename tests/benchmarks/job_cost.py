@@ -138,6 +138,7 @@ def _run_ours() -> None:
             *("--engine", ENGINE, "--device", "cpu", "--name", "bench"),
             *("--worker", "bench-1"),
             *("--concurrency", str(THREADS), "--max-batch", "1", "--compile", "off"),
+            *("--quantization", "off"),
             *("--megapixels-in-hand", "1000"),
         ]
     )

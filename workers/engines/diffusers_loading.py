@@ -16,8 +16,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from shared.errors import EngineUnavailable
+from shared.settings import Quantization
 from workers.engines.model_files import ModelFiles, find_model, read_json
-from workers.engines.options import Dtype, EngineOptions
+from workers.engines.options import Dtype, EngineOptions, quantized_revision
+from workers.engines.quantization import check_quantization, quantize, unet_dtype
 
 NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
@@ -31,7 +33,8 @@ class Components:
     """A model and where it is to run; sizes are the model's own.
 
     vae_factor: image pixels to a latent's side. latent_channels: C. scaling_factor: of the
-    latents. scheduler_config: the model's, from which every scheduler is built.
+    latents. scheduler_config: the model's, from which every scheduler is built. dtype: of all
+    but a quantized UNet. quantization: of the UNet's weights, named in the revision too.
     """
 
     vae: Any
@@ -42,6 +45,11 @@ class Components:
     revision: str
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization = "off"
+
+    @property
+    def unet_dtype(self) -> torch.dtype:
+        return unet_dtype(self.dtype, self.quantization)
 
     @property
     def vae_factor(self) -> int:
@@ -63,9 +71,10 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
     """
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    check_quantization(options, device)
     files = find_model(model, revision)
     try:
-        return _read(files, device, dtype)
+        return _read(files, device, dtype, options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise EngineUnavailable(
             f"{model} cannot be loaded on {device}: {one_line(error)}; "
@@ -119,18 +128,26 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def _read(files: ModelFiles, device: torch.device, dtype: torch.dtype) -> Components:
+def _read(
+    files: ModelFiles, device: torch.device, dtype: torch.dtype, options: EngineOptions
+) -> Components:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     diffusers_logging.disable_progress_bar()
+    quantization = options.quantization
+    own_dtype = unet_dtype(dtype, quantization)
+    unet = _laid_out(_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
+    if quantization != "off":
+        quantize(unet, options, device)
     return Components(
         vae=_laid_out(_weights(AutoencoderKL, files, "vae", dtype), device),
-        unet=_laid_out(_weights(UNet2DConditionModel, files, "unet", dtype), device),
+        unet=unet,
         text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype),
         tokenizer=CLIPTokenizer.from_pretrained(files.path / "tokenizer"),
         scheduler_config=read_json(files.path / "scheduler" / "scheduler_config.json"),
-        revision=files.revision,
+        revision=quantized_revision(files.revision, quantization),
         device=device,
         dtype=dtype,
+        quantization=quantization,
     )
 
 

@@ -61,7 +61,7 @@ class DiffusionEngine:
 
     @property
     def revision(self) -> str:
-        """The hub's commit, or ``sha256:`` over the folder's content."""
+        """The hub's commit, or ``sha256:`` over the folder's content; ``+int8`` if quantized."""
         return self._components.revision
 
     @property
@@ -243,7 +243,7 @@ def as_unavailable(error: Exception, components: Components) -> InpaintError:
     else:
         found = EngineUnavailable(
             f"the model does not run on {device}: {type(error).__name__}: {one_line(error)}; "
-            "try attention auto and compile off"
+            "try attention auto, compile off and quantization off"
         )
     found.__cause__ = error
     return found

@@ -90,6 +90,7 @@ class Forward:
 
         is_moving: the weights come and go, so that neither a graph nor compiled code holds.
         """
+        embeddings = embeddings.to(self._components.unet_dtype)
         given = (self._laid_out(inputs), timesteps, embeddings)
         if is_moving:
             found = self._call(Way(self._attentions[0]), given)
@@ -105,10 +106,10 @@ class Forward:
         self._pool = None
 
     def _laid_out(self, inputs: Tensor) -> Tensor:
-        """In the model's dtype, and on CUDA in its weights' memory layout."""
+        """In the UNet's dtype, and on CUDA in its weights' memory layout."""
         if self._components.device.type == "cuda":
-            return inputs.to(self._components.dtype, memory_format=torch.channels_last)
-        return inputs.to(self._components.dtype)
+            return inputs.to(self._components.unet_dtype, memory_format=torch.channels_last)
+        return inputs.to(self._components.unet_dtype)
 
     def _way(self, given: Given) -> Way:
         """How forwards of this window size run: found at the first of them, then kept."""

@@ -27,6 +27,8 @@ LADDER: Mapping[Stage, tuple[MemoryMode, ...]] = {
     "vae": ("vae_slicing", "vae_tiling", "model_offload", "sequential_offload"),
     "text_encoder": ("model_offload", "sequential_offload"),
 }
+NOT_QUANTIZED: frozenset[MemoryMode] = frozenset({"sequential_offload"})
+"""accelerate cannot take apart weights that wrap several tensors."""
 LARGEST_TILE = 256  # pixels; half of SD2's window
 
 
@@ -60,12 +62,12 @@ class MemoryModes:
             return
         for name, part in self._parts().items():
             if name != stage:
-                part.to("cpu")
-        self._parts()[stage].to(self._components.device)
+                move(part, torch.device("cpu"))
+        move(self._parts()[stage], self._components.device)
 
     def relieve(self, stage: Stage) -> bool:
         """Turns on the next mode that makes a stage need less; False where none is left."""
-        left = [mode for mode in LADDER[stage] if mode not in self._undo]
+        left = [mode for mode in self._ladder(stage) if mode not in self._undo]
         if not left or "sequential_offload" in self._undo:
             return False
         self._turn_on(left[0])
@@ -90,6 +92,10 @@ class MemoryModes:
             self._taken.append(mode)
             return False
         return True
+
+    def _ladder(self, stage: Stage) -> list[MemoryMode]:
+        excluded = frozenset() if self._components.quantization == "off" else NOT_QUANTIZED
+        return [mode for mode in LADDER[stage] if mode not in excluded]
 
     def _turn_on(self, mode: MemoryMode) -> None:
         self._undo[mode] = getattr(self, f"_{mode}")()
@@ -138,5 +144,26 @@ class MemoryModes:
 
     def _place(self, device: torch.device) -> None:
         for part in self._parts().values():
-            part.to(device)
+            move(part, device)
         release_memory()
+
+
+def move(part: Any, device: torch.device) -> None:
+    """``part.to``, which cannot take along what quantized weights wrap.
+
+    It would exchange such a weight in place, and torch refuses that in inference mode and once
+    compiled code refers to it; so they leave their modules meanwhile.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        wrapping = [
+            (module, name, weight)
+            for module in part.modules()
+            for name, weight in module._parameters.items()
+            if hasattr(weight, "__tensor_flatten__")
+        ]
+        for module, name, _ in wrapping:
+            module._parameters[name] = None
+        part.to(device)
+        for module, name, weight in wrapping:
+            moved = weight.to(device)
+            module._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
-from shared.settings import Attention, Compile, MemoryMode, Settings
+from shared.settings import Attention, Compile, MemoryMode, Quantization, Settings
 
 Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
@@ -23,6 +23,8 @@ class EngineOptions:
     compile: whether the UNet goes through ``torch.compile``, and how long it may search;
     ``auto`` where it is faster by measurement.
     graphs: on CUDA, replay each batch size as one CUDA graph.
+    quantization: 8 bits for the weights of the UNet's attention blocks; ``int8`` and ``fp8``
+    compute their products with 8 bits too. Part of the engine's revision.
     memory: modes that are on from the start; others follow where memory runs out.
     vae_batch: most pictures of one VAE pass; None chooses.
     deterministic: every forward has ``max_batch`` rows (8 if None), so that a region's pixels
@@ -36,6 +38,7 @@ class EngineOptions:
     attention: Attention = "auto"
     compile: Compile = "off"
     graphs: bool = True
+    quantization: Quantization = "off"
     memory: tuple[MemoryMode, ...] = ()
     deterministic: bool = False
 
@@ -49,6 +52,18 @@ def engine_options(settings: Settings, device: str) -> EngineOptions:
         max_batch=None if settings.max_batch == "auto" else settings.max_batch,
         attention=settings.attention,
         compile=settings.compile,
+        quantization=settings.quantization,
         memory=settings.memory,
         deterministic=settings.deterministic,
     )
+
+
+def quantized_revision(revision: str, quantization: Quantization) -> str:
+    """``sha256:...+int8``: other weights, other pixels, another revision."""
+    return revision if quantization == "off" else f"{revision}+{quantization}"
+
+
+def recorded_quantization(revision: str) -> Quantization:
+    """What a recorded revision says; ``off`` where it says nothing."""
+    suffix = revision.rpartition("+")[2]
+    return cast(Quantization, suffix) if suffix in get_args(Quantization) else "off"

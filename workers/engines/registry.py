@@ -8,6 +8,7 @@ from typing import Any
 
 from shared.errors import EngineUnavailable
 from shared.params import did_you_mean
+from workers.engines.library_logs import expected_lines_at_debug
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Engine
 
@@ -69,9 +70,10 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 def _load_diffusion(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
     try:
-        from workers.engines.attention import choose_attention
-        from workers.engines.diffusers_loading import load_components
-        from workers.engines.diffusion import DiffusionEngine
+        with expected_lines_at_debug():
+            from workers.engines.attention import choose_attention
+            from workers.engines.diffusers_loading import load_components
+            from workers.engines.diffusion import DiffusionEngine
     except ImportError as error:
         raise _not_installed(error, extra="worker") from error
     components = load_components(model, revision, options)

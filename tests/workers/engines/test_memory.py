@@ -280,7 +280,9 @@ def test_a_model_that_does_not_compile_is_one_line_before_any_job(
         raise ValueError("no C compiler\nfound")
 
     monkeypatch.setattr(torch, "compile", lambda unet, mode: refuse)
-    message = "ValueError: no C compiler found; try attention auto and compile off"
+    message = (
+        "ValueError: no C compiler found; try attention auto, compile off and quantization off"
+    )
     with pytest.raises(EngineUnavailable, match=message), engine(parts, compile="default"):
         pass
 
