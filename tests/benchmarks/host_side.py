@@ -1,0 +1,53 @@
+"""Can the engine's host side feed a GPU? Jobs with 50 steps at 512x512 on a simulated device.
+
+The device takes the time that SD2 would take at so many TFLOP/s; tensors, queues, schedulers and
+threads are real. H200s reach some 400 TFLOP/s here, and 790 in plain matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import replace
+
+import torch
+
+from tests.benchmarks.gpu.cases import Bench
+from tests.benchmarks.gpu.measuring import Run, Work
+from tests.benchmarks.gpu.models import tiny
+from tests.benchmarks.side_by_side import row
+from tests.benchmarks.simulated_device import UNET_ROW, VAE_DECODING, VAE_ENCODING, simulate
+from workers.tasks import SWITCH_SECONDS
+
+WORK = Work(
+    unet_row=UNET_ROW * 1e12, vae_encode=VAE_ENCODING * 1e12, vae_decode=VAE_DECODING * 1e12
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="of each run")
+    parser.add_argument("--tflops", type=float, nargs="+", default=(400.0, 800.0))
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_SECONDS)
+    subject = replace(tiny(torch.device("cpu")), steps=50, side=512, max_batch=64)
+    bench = Bench(subject, WORK, seconds=asked.seconds, compile="off")
+    row("64 rows, 50 steps, 512x512", "images a second", "device idle", "longest gap, ms")
+    for tflops in asked.tflops:
+        _measure(bench, tflops)
+
+
+def _measure(bench: Bench, tflops: float) -> None:
+    for name, params in (("uniform", bench.uniform), ("mixed", bench.mixed)):
+        with bench.engine() as engine:
+            clock = simulate(engine, tflops=tflops)
+            run = bench._through(Run(name=name), engine, params)
+        cells = f"{run.images / run.seconds:.2f}", f"{clock.idle_share:.1%}"
+        row(f"  {tflops:g} TFLOP/s, {name} jobs", *cells, f"{1000 * max(clock.gaps):.0f}")
+
+
+if __name__ == "__main__":
+    main()
