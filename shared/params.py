@@ -74,6 +74,7 @@ class Params:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     guidance_end: float = 1.0
+    cache_interval: int = 1
     strength: float = 0.8
     refine_strength: float = 0.0
     eta: float = 0.0
@@ -133,6 +134,7 @@ _OPTIONAL: Mapping[str, Any] = {
         *(
             "scale",
             "guidance_end",
+            "cache_interval",
             "refine_strength",
             "mask_invert",
             "mask_fit",
@@ -270,6 +272,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _integer("num_inference_steps", 1, 200),
         _number("guidance_scale", 1, 20),
         _number("guidance_end", 0, 1),
+        _integer("cache_interval", 1, 10),
         _number("strength", 0, 1, above=True),
         _number("refine_strength", 0, 1),
         _number("eta", 0, 1),
@@ -315,6 +318,7 @@ PASS_PARAMETERS = (
         "num_inference_steps",
         "guidance_scale",
         "guidance_end",
+        "cache_interval",
         "strength",
         "refine_strength",
     ),

@@ -104,6 +104,8 @@ def test_an_unknown_preset_suggests_the_nearest(name: str, message: str) -> None
 INSIDE: list[tuple[str, str, Any]] = [
     ("guidance_scale", "1", 1.0),
     ("guidance_scale", "20", 20.0),
+    ("cache_interval", "1", 1),
+    ("cache_interval", "10", 10),
     ("num_inference_steps", "1", 1),
     ("num_inference_steps", "200", 200),
     ("num_inference_steps", " 50.0 ", 50),
@@ -149,6 +151,7 @@ INSIDE: list[tuple[str, str, Any]] = [
 OUTSIDE = [
     *(("guidance_scale", text) for text in ("0.999", "20.001", "nan", "inf", "-inf", "", "high")),
     *(("num_inference_steps", text) for text in ("0", "201", "1.5", "nan", "inf", "1e400")),
+    *(("cache_interval", text) for text in ("0", "11", "2.5")),
     *(("strength", text) for text in ("0", "-0.0", "1.0001", "nan")),
     *(("eta", text) for text in ("-0.001", "1.001", "nan")),
     *(("seed", text) for text in ("-1", str(MAX_SEED + 1), "0.5", "9" * 5000, "0x10")),
@@ -311,6 +314,8 @@ def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
     assert '"text' not in text
     assert '"passes"' not in text
     assert '"mask_invert"' not in text
+    assert '"cache_interval"' not in text
+    assert '"cache_interval":3' in Params(cache_interval=3).to_json()
     assert '"refine_strength"' not in text
     assert '"mask_invert":true' in Params(mask_invert=True).to_json()
 

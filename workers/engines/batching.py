@@ -46,7 +46,7 @@ def choose_joining(
 
 
 def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[Row]:
-    """Rows for one forward: of one window size, by priority, a window of each in turn.
+    """Rows for one forward: of one window size and kind, by priority, a window of each in turn.
 
     So a region of one window has its step in every forward of its size, whatever canvas is
     beside it, and the canvas takes the room that is left.
@@ -54,10 +54,10 @@ def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[
     ordered = sorted(active, key=lambda one: -one.draft.work.priority)
     if not ordered:
         return []
-    size = ordered[0].draft.window_size
+    size, kind = ordered[0].draft.window_size, ordered[0].kind
     room = limit(size)
     rows: list[Row] = []
-    same = [one for one in ordered if one.draft.window_size == size]
+    same = [one for one in ordered if (one.draft.window_size, one.kind) == (size, kind)]
     for _, equals in groupby(same, key=lambda one: one.draft.work.priority):
         rows += _in_turns(list(equals), room - len(rows))
     return rows
@@ -74,9 +74,14 @@ def _in_turns(active: list[Sequence], room: int) -> list[Row]:
 
 
 def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]:
-    """Those that had rows in a forward go behind those that had none, else in order."""
+    """Those that had rows in a forward go behind those that had none, else in order.
+
+    Not those that begin a step of kind reusing: they stay in front until their next whole one.
+    The others wait next to no time for them, and then have their whole steps in one forward
+    with them, instead of turns of half a batch each.
+    """
     served = {id(row.sequence) for row in rows}
-    return sorted(active, key=lambda one: id(one) in served)
+    return sorted(active, key=lambda one: id(one) in served and not one.goes_on)
 
 
 def group_steps(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:

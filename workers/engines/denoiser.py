@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 from math import prod
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -13,11 +14,12 @@ from shared.errors import OutOfMemory
 from workers.engines.batching import Size, buckets, pad
 from workers.engines.canvas import blend, crop
 from workers.engines.diffusers_loading import Components
-from workers.engines.forward import Forward
+from workers.engines.forward import Forward, Pool
 from workers.engines.memory import RowLimit, attempt, release_memory, run_in_chunks
 from workers.engines.memory_modes import MemoryModes, Stage
 from workers.engines.options import EngineOptions
 from workers.engines.prompts import PromptEncoder
+from workers.engines.reuse import Kind
 from workers.engines.sequence import Draft, Row, Sequence, begin
 from workers.engines.step_table import COLUMNS, advance, guide
 from workers.engines.transfer import Transfer
@@ -44,13 +46,19 @@ class Denoiser:
         guess = DETERMINISTIC_BATCH if options.deterministic else LARGEST[components.device.type]
         self._largest = options.max_batch or guess
         self._prompts = PromptEncoder(components, before=lambda: self._modes.use("text_encoder"))
-        self._forward = Forward(
-            components,
-            attention=options.attention,
-            compile=options.compile,
-            graphs=options.graphs,
-            deterministic=options.deterministic,
-        )
+        pool = Pool()
+        self._forwards = {
+            kind: Forward(
+                components,
+                attention=options.attention,
+                compile=options.compile,
+                graphs=options.graphs,
+                deterministic=options.deterministic,
+                kind=kind,
+                pool=pool,
+            )
+            for kind in get_args(Kind)
+        }
         self._is_deterministic = options.deterministic
         self._is_found = options.max_batch is None and not options.deterministic
         is_single = components.device.type == "cpu" or options.deterministic
@@ -59,7 +67,7 @@ class Denoiser:
         is_on_cuda = components.device.type == "cuda"
         if is_on_cuda and self._is_found:
             self._find_largest()
-        if is_on_cuda or self._forward.wants_buckets:
+        if is_on_cuda or self._forwards["whole"].wants_buckets:
             self._warm_up()
 
     @property
@@ -104,16 +112,17 @@ class Denoiser:
     def predict(self, rows: list[Row]) -> list[Tensor]:
         """One UNet forward: (C, h, w) float32 for each row, or none where memory ran out.
 
-        The next call then needs less. Raises OutOfMemory where nothing is left to try.
+        The rows are of one kind; a state that the forward keeps goes to their sequences. After
+        none the next call needs less. Raises OutOfMemory where nothing is left to try.
         """
         if self._modes.relax():
-            self._forward.forget()
+            self._forget()
         self.transfer.pace()
         predictions = attempt(self._predict, rows)
-        if predictions is not None:
-            return list(predictions[: len(rows)].unbind())
-        self._give_way("unet", rows[0].sequence.draft.window_size, len(rows))
-        return []
+        if predictions is None:
+            self._give_way("unet", rows[0].sequence.draft.window_size, len(rows))
+            return []
+        return list(predictions.unbind())
 
     def step(self, sequences: list[Sequence]) -> None:
         """Guidance and one scheduler step for all; they are of one group of ``group_steps``."""
@@ -187,11 +196,12 @@ class Denoiser:
 
         def run(inputs: Tensor) -> Tensor:
             timesteps = torch.full((rows,), 500.0, device=device)
-            return self._forward(inputs, timesteps, words, is_moving=self._modes.is_offloading)
+            whole = self._forwards["whole"]
+            return whole(inputs, timesteps, words, is_moving=self._modes.is_offloading)
 
         found = attempt(run, inputs.to(device))
         if found is None:
-            self._forward.forget()
+            self._forget()
             release_memory()
         return found is not None
 
@@ -203,7 +213,7 @@ class Denoiser:
             release_memory()
             if limit.rows == 1:
                 del self._limits["vae", size]
-                self._forward.forget()
+                self._forget()
                 return False
             limit.halve(limit.rows)
         return True
@@ -212,7 +222,7 @@ class Denoiser:
         """The batch sizes that are run; none, where any will do."""
         if self._is_deterministic:
             return (self._largest,)
-        return buckets(self._largest) if self._forward.wants_buckets else ()
+        return buckets(self._largest) if self._forwards["whole"].wants_buckets else ()
 
     def _limit(self, stage: Stage, size: Size) -> RowLimit:
         if (stage, size) not in self._limits:
@@ -234,7 +244,7 @@ class Denoiser:
 
     def _give_way(self, stage: Stage, size: Size, tried: int) -> None:
         """Makes the next try need less. Raises OutOfMemory where nothing is left to do."""
-        self._forward.forget()
+        self._forget()
         release_memory()
         if self._is_deterministic:
             raise OutOfMemory(
@@ -247,6 +257,10 @@ class Denoiser:
             raise OutOfMemory(
                 f"one window does not fit the device in {NAMES[stage]}; use a smaller one"
             )
+
+    def _forget(self) -> None:
+        for forward in self._forwards.values():
+            forward.forget()
 
     def _embed(self, text: str, size: Size) -> Tensor:
         while (found := attempt(self._prompts.encode, text)) is None:
@@ -262,19 +276,34 @@ class Denoiser:
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
     def _predict(self, rows: list[Row]) -> Tensor:
-        """(N, C, h, w) float32, N at least the rows given"""
+        """(N, C, h, w) float32 for N rows"""
+        kind = rows[0].sequence.kind
+        found = self._run(kind, pad(rows, self._sizes()))[: len(rows)]
+        return self._keep(rows, found) if kind == "keeping" else found
+
+    def _run(self, kind: Kind, rows: list[Row]) -> Tensor:
         self._modes.use("unet")
-        rows = pad(rows, self._sizes())
         table = torch.stack([row.sequence.coefficients for row in rows])
         divisor = table[:, COLUMNS.index("divisor"), None, None, None]
         latents = torch.stack([row.sequence.row_latents(row) for row in rows]) / divisor
         fixed = torch.stack([row.sequence.row_fixed(row) for row in rows])
-        return self._forward(
-            torch.cat([latents, fixed], dim=1),
+        inputs = torch.cat([latents, fixed], dim=1)
+        if kind == "reusing":
+            states = torch.stack([row.sequence.row_state(row) for row in rows])
+            inputs = torch.cat([inputs.to(states.dtype), states], dim=1)
+        return self._forwards[kind](
+            inputs,
             table[:, COLUMNS.index("timestep")].contiguous(),
             torch.cat([row.sequence.row_embedding(row) for row in rows]),
             is_moving=self._modes.is_offloading,
         )
+
+    def _keep(self, rows: list[Row], found: Tensor) -> Tensor:
+        """(N, C, h, w) of (N, C + state, h, w); copies, so that nothing holds the whole batch."""
+        channels = self._components.latent_channels
+        for row, state in zip(rows, found[:, channels:], strict=True):
+            row.sequence.keep(row, state.to(self._components.unet_dtype, copy=True))
+        return found[:, :channels].clone()
 
     def _decode(self, latents: list[Tensor]) -> Tensor:
         """N of (C, h, w) float32 to (N, 3, H, W) float32"""

@@ -16,6 +16,7 @@ from shared.settings import Attention, Compile
 from workers.engines.attention import kernel
 from workers.engines.diffusers_loading import Components
 from workers.engines.memory import release_memory
+from workers.engines.reuse import Kind, model_for
 from workers.engines.transfer import new_stream
 from workers.engines.tuning import Stopwatch, fastest, stopwatch_for
 
@@ -52,6 +53,13 @@ class Captured:
         return self.output
 
 
+@dataclass(kw_only=True)
+class Pool:
+    """The device memory that graphs share, once there is one of them."""
+
+    handle: Any = None
+
+
 class Forward:
     """Predicts noise for a batch. For one thread, the one that made the first call."""
 
@@ -63,10 +71,13 @@ class Forward:
         compile: Compile,
         graphs: bool,
         deterministic: bool = False,
+        kind: Kind = "whole",
+        pool: Pool | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """deterministic: nothing is chosen by measuring, which may choose otherwise next time."""
         self._components = components
+        self._model: Run = model_for(components.unet, kind)
         self._compile: Compile = "off" if deterministic and compile == "auto" else compile
         device = components.device.type
         self._attentions: tuple[Attention, ...] = (attention,)
@@ -76,7 +87,7 @@ class Forward:
         self._has_graphs = graphs and device == "cuda"
         self._ways: dict[torch.Size, Way] = {}
         self._captured: dict[torch.Size, Captured] = {}
-        self._pool: Any = None
+        self._pool = pool or Pool()
 
     @property
     def wants_buckets(self) -> bool:
@@ -88,7 +99,9 @@ class Forward:
     ) -> Tensor:
         """(N, C, h, w) float32 from (N, 2C + 1, h, w), (N,) and (N, tokens, embedding).
 
-        is_moving: the weights come and go, so that neither a graph nor compiled code holds.
+        The state follows as further channels: of the output where it is kept, of the inputs
+        where it is reused. is_moving: the weights come and go, so that neither a graph nor
+        compiled code holds.
         """
         embeddings = embeddings.to(self._components.unet_dtype)
         given = (self._laid_out(inputs), timesteps, embeddings)
@@ -103,7 +116,7 @@ class Forward:
     def forget(self) -> None:
         """Drops the graphs and hands back their memory."""
         self._captured.clear()
-        self._pool = None
+        self._pool.handle = None
 
     def _laid_out(self, inputs: Tensor) -> Tensor:
         """In the UNet's dtype, and on CUDA in its weights' memory layout."""
@@ -141,7 +154,7 @@ class Forward:
 
     def _call(self, way: Way, given: Given) -> Tensor:
         inputs, timesteps, embeddings = given
-        run: Run = self._components.unet
+        run = self._model
         if way.is_compiled:
             run = self._compiled
             if len(inputs) > 1:
@@ -154,14 +167,14 @@ class Forward:
     @cached_property
     def _compiled(self) -> Run:
         mode = COMPILE_MODES.get(self._compile)
-        return torch.compile(self._components.unet, mode=mode)
+        return torch.compile(self._model, mode=mode)
 
     def _replay(self, given: Given) -> Tensor:
         shape = given[0].shape
         if shape not in self._captured:
             captured = self._capture(self._way(given), given)
             self._captured[shape] = captured
-            self._pool = self._pool or captured.graph.pool()
+            self._pool.handle = self._pool.handle or captured.graph.pool()
         captured = self._captured[shape]
         for place, tensor in zip(captured.inputs, given, strict=True):
             place.copy_(tensor)
@@ -170,8 +183,8 @@ class Forward:
     def _capture(self, way: Way, given: Given) -> Captured:
         """Warm-up runs on another stream first: they compile, and choose cuDNN's algorithms.
 
-        All graphs share one pool of memory: never two of them are under way, and what one
-        wrote is copied before the next.
+        All graphs of every kind share one pool of memory: never two of them are under way, and
+        what one wrote is copied before the next.
         """
         device = self._components.device
         inputs, timesteps, embeddings = given
@@ -184,8 +197,8 @@ class Forward:
                 for _ in range(WARM_UPS):
                     self._call(way, own)
             torch.cuda.current_stream(device).wait_stream(side)
-            # Other threads may allocate meanwhile, which only this error mode allows.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            mode = "thread_local"  # other threads may allocate meanwhile, which no other allows
+            with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode=mode):
                 output = self._call(way, own)
         return Captured(graph=graph, inputs=own, output=output)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from workers.engines.canvas import Canvas, add_up, average, count_windows, crop, plan_canvas
 from workers.engines.diffusers_loading import Components
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.reuse import Kind, check_reuse, kind_of
 from workers.engines.schedulers import Sampler
 from workers.engines.transfer import Transfer, stage
 
@@ -70,6 +71,7 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
 
     Raises ParameterError, and ValueError where windows break their contract.
     """
+    check_reuse(components.unet, work.params.cache_interval)
     canvas = plan_canvas(work, components.vae_factor)
     generator = torch.Generator().manual_seed(work.seed)
     sampler = Sampler(components.scheduler_config, work.params, generator)
@@ -145,6 +147,7 @@ class Sequence:
         self._table = table.unbind()
         self._embeddings = embeddings
         self._fixed = fixed
+        self._kept: dict[tuple[int, int], Tensor] = {}
         self._counts = None
         if len(fixed) > 1:
             counts = count_windows(draft.canvas.size, draft.canvas.windows).clamp_(min=1)
@@ -155,6 +158,17 @@ class Sequence:
     def rows(self) -> int:
         """Rows that one window takes in a forward of this step."""
         return len(self._embeddings) - self._first_branch
+
+    @property
+    def kind(self) -> Kind:
+        """What this step's forwards are; only rows of one kind share a forward."""
+        return kind_of(self.step, self.draft.work.params.cache_interval)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the step is yet to begin and costs next to nothing."""
+        rows = len(self._fixed) * self.rows
+        return self.kind == "reusing" and len(self.pending) == rows
 
     @property
     def is_done(self) -> bool:
@@ -176,6 +190,14 @@ class Sequence:
     def row_embedding(self, row: Row) -> Tensor:
         """(1, tokens, embedding)"""
         return self._embeddings[row.branch]
+
+    def row_state(self, row: Row) -> Tensor:
+        """(state, h, w) in the model's dtype, as the last step of kind keeping left it."""
+        return self._kept[row.window, row.branch]
+
+    def keep(self, row: Row, state: Tensor) -> None:
+        """For the steps that reuse it: (state, h, w)."""
+        self._kept[row.window, row.branch] = state
 
     def absorb(self, row: Row, prediction: Tensor) -> bool:
         """Takes one row's (C, h, w) float32; True where it was the last of its step."""
@@ -202,6 +224,8 @@ class Sequence:
         self._first_branch = 0 if self.step < guided else len(self._embeddings) - 1
         self._parts: list[dict[int, Tensor]] = [{} for _ in self._embeddings]
         branches = range(self._first_branch, len(self._embeddings))
+        if self.is_done or self.kind == "keeping":
+            self._kept.clear()
         self.pending = [
             Row(sequence=self, window=window, branch=branch)
             for window in range(len(self._fixed))

@@ -25,6 +25,8 @@ ROUNDS = 3
 CHEAPER: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("ddim, all steps", 1.0, {}),
     ("ddim, guidance in the first half", 1.0, {"guidance_end": 0.5}),
+    ("ddim, whole every 3rd step", 1.0, {"cache_interval": 3}),
+    ("ddim, whole every 5th step", 1.0, {"cache_interval": 5}),
     ("dpmpp_2m, half the steps", 0.5, {"scheduler": "dpmpp_2m"}),
     ("unipc, half the steps", 0.5, {"scheduler": "unipc"}),
     ("dpmpp_2m, 0.4 of the steps", 0.4, {"scheduler": "dpmpp_2m"}),

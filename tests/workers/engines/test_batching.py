@@ -13,8 +13,9 @@ import pytest
 from shared.params import Scheduler
 from shared.regions import Box
 from tests.workers.engines.samples import DIFFUSERS_WARNS, Watch, components, engine, region
-from workers.engines.batching import buckets, choose_joining, pad, pick_rows
+from workers.engines.batching import buckets, choose_joining, move_back, pad, pick_rows
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.reuse import Kind
 
 pytestmark = DIFFUSERS_WARNS
 
@@ -26,11 +27,13 @@ def draft(priority: int = 0, rows: int = 2, size: tuple[int, int] = SMALL) -> An
     return SimpleNamespace(work=SimpleNamespace(priority=priority), rows=rows, window_size=size)
 
 
-def active(name: str, windows: int = 1, **values: Any) -> Any:
+def active(
+    name: str, windows: int = 1, *, kind: Kind = "whole", goes_on: bool = False, **values: Any
+) -> Any:
     """What batching asks of a region under way; its rows are named after it."""
     found = draft(**values)
     rows = [f"{name}{window}{'-+'[n]}" for window in range(windows) for n in range(found.rows)]
-    return SimpleNamespace(draft=found, rows=found.rows, pending=rows)
+    return SimpleNamespace(draft=found, rows=found.rows, pending=rows, kind=kind, goes_on=goes_on)
 
 
 def picked(sequences: list[Any], limit: int) -> str:
@@ -71,6 +74,21 @@ def test_rows_go_by_priority_and_share_a_window_size() -> None:
     assert picked(regions, 6) == "high0- high0+ high1- high1+ low0- low0+"
     assert picked(regions[1:2] + regions[:1], 6) == "wide0- wide0+"
     assert picked([], 6) == ""
+
+
+def test_rows_of_different_kinds_never_share_a_forward() -> None:
+    regions = [active("a"), active("keeps", kind="keeping"), active("b"), active("r", rows=1)]
+    assert picked(regions, 8) == "a0- a0+ b0- b0+ r0-"
+    assert picked(regions[1:], 8) == "keeps0- keeps0+"
+    urgent = active("urgent", kind="reusing", priority=1)
+    assert picked([*regions, urgent], 8) == "urgent0- urgent0+"
+
+
+def test_the_served_go_to_the_back_unless_a_cheap_step_is_next() -> None:
+    first, second, cheap = active("a"), active("b"), active("c", kind="reusing", goes_on=True)
+    rows: Any = [SimpleNamespace(sequence=one) for one in (first, cheap)]
+    assert move_back([first, cheap, second], rows) == [cheap, second, first]
+    assert move_back([first, cheap, second], rows[:1]) == [cheap, second, first]
 
 
 def test_joining_goes_by_priority_then_by_arrival_and_nobody_overtakes() -> None:

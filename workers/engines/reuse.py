@@ -1,0 +1,135 @@
+"""The UNet in two ways that share its deep part between steps: DeepCache (Ma et al. 2023).
+
+From one step to the next the deep features of a UNet hardly change. So a whole forward may keep
+the state that enters the last layer of the last up block, and the forwards after it run that
+layer alone, on the kept state and on fresh latents and timestep (the paper's first skip branch).
+
+The state travels as further channels behind the latents' own: a forward has one input and one
+output whatever it does. Run eagerly, each is what the UNet itself computes, to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import ParameterError
+
+# whole: the UNet itself. keeping: its state is an output, too. reusing: the last layer alone.
+Kind = Literal["whole", "keeping", "reusing"]
+
+LAST_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+# What SD2 has none of, and what is computed from more than latents, timestep and words.
+WITHOUT = (
+    *("center_input_sample", "class_embed_type", "num_class_embeds", "addition_embed_type"),
+    *("encoder_hid_dim_type", "encoder_hid_dim", "time_embedding_act_fn"),
+)
+
+
+def kind_of(step: int, cache_interval: int) -> Kind:
+    """What the forwards of a region's step are; its first step is 0."""
+    if cache_interval == 1:
+        return "whole"
+    return "reusing" if step % cache_interval else "keeping"
+
+
+def check_reuse(unet: Any, cache_interval: int) -> None:
+    """Raises ParameterError where steps are to share a state and the UNet is laid out otherwise."""
+    config = unet.config
+    names = [name for name in WITHOUT if config.get(name) not in (None, False)]
+    reasons = [f"has {name}" for name in names]
+    if (block := config.up_block_types[-1]) not in LAST_BLOCKS:
+        reasons.append(f"ends with {block}")
+    if cache_interval > 1 and reasons:
+        raise ParameterError(
+            f"cache_interval: {cache_interval} is not possible with this model, whose UNet "
+            f"{' and '.join(reasons)}; use 1"
+        )
+
+
+def model_for(unet: Any, kind: Kind) -> Any:
+    """What runs forwards of a kind, called as the UNet is; the weights are the UNet's own."""
+    if kind == "whole":
+        return unet
+    return Keeping(unet) if kind == "keeping" else Reusing(unet)
+
+
+class Keeping(nn.Module):
+    """The whole UNet: (N, in, h, w) to (N, out + state, h, w)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, **_: Any
+    ) -> tuple[Tensor]:
+        unet, words = self.unet, encoder_hidden_states
+        time = _embed_time(unet, sample, timestep)
+        hidden = unet.conv_in(sample)
+        skips = [hidden]
+        for block in unet.down_blocks:
+            hidden, further = block(hidden_states=hidden, temb=time, **_words(block, words))
+            skips += further
+        if unet.mid_block is not None:
+            hidden = unet.mid_block(hidden, time, **_words(unet.mid_block, words))
+        for block in unet.up_blocks[:-1]:
+            count = len(block.resnets)
+            skips, given = skips[:-count], skips[-count:]
+            hidden = block(
+                hidden_states=hidden,
+                temb=time,
+                res_hidden_states_tuple=tuple(given),
+                upsample_size=skips[-1].shape[2:],
+                **_words(block, words),
+            )
+        last = unet.up_blocks[-1]
+        for layer in range(len(last.resnets) - 1):
+            hidden = _up(last, layer, hidden, skips.pop(), time, words)
+        return (torch.cat([_end(unet, hidden, skips.pop(), time, words), hidden], dim=1),)
+
+
+class Reusing(nn.Module):
+    """The last layer alone: (N, in + state, h, w) to (N, out, h, w)."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, **_: Any
+    ) -> tuple[Tensor]:
+        unet = self.unet
+        sample, state = sample.tensor_split([unet.config.in_channels], dim=1)
+        time = _embed_time(unet, sample, timestep)
+        return (_end(unet, state, unet.conv_in(sample), time, encoder_hidden_states),)
+
+
+def _embed_time(unet: Any, sample: Tensor, timestep: Tensor) -> Tensor:
+    found: Tensor = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep))
+    return found
+
+
+def _words(block: Any, words: Tensor) -> dict[str, Tensor]:
+    """The prompt, for a block that reads it."""
+    return {"encoder_hidden_states": words} if getattr(block, "has_cross_attention", False) else {}
+
+
+def _end(unet: Any, state: Tensor, first: Tensor, time: Tensor, words: Tensor) -> Tensor:
+    """The last up layer and what follows. first: what ``conv_in`` made."""
+    hidden = _up(unet.up_blocks[-1], -1, state, first, time, words)
+    if unet.conv_norm_out:
+        hidden = unet.conv_act(unet.conv_norm_out(hidden))
+    found: Tensor = unet.conv_out(hidden)
+    return found
+
+
+def _up(
+    block: Any, layer: int, hidden: Tensor, skip: Tensor, time: Tensor, words: Tensor
+) -> Tensor:
+    hidden = block.resnets[layer](torch.cat([hidden, skip], dim=1), time)
+    if _words(block, words):
+        hidden = block.attentions[layer](hidden, encoder_hidden_states=words, return_dict=False)[0]
+    return hidden
