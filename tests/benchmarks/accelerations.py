@@ -8,15 +8,20 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import replace
+from typing import Any
 
+import diffusers
 import torch
 
 from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import count_work, print_table
-from tests.benchmarks.gpu.models import tiny
+from tests.benchmarks.gpu.measuring import count_work, flop, print_table
+from tests.benchmarks.gpu.models import UNET, tiny
 from tests.benchmarks.gpu.parts import accelerations
+from workers.engines.reuse import model_for
 
 STEPS, SIDE = 50, 128
+SIDES = (512, 768, 1024)  # pixels of SD2's windows
+INTERVALS = (3, 5)
 
 
 def main() -> None:
@@ -26,6 +31,32 @@ def main() -> None:
     bench = Bench(subject, count_work(subject), seconds=0, compile="off")
     head, *rows = accelerations(bench)
     print_table(f"Accelerations, {STEPS} steps, {SIDE}x{SIDE}", head, rows)
+    head, *rows = sd2_forwards()
+    print_table("TFLOP of a row in SD2's UNet, and its speed where steps reuse", head, rows)
+
+
+def sd2_forwards() -> list[list[str]]:
+    """Counted on shapes alone, so without weights: a whole forward, and one that reuses a state."""
+    with torch.device("meta"):
+        unet: Any = diffusers.UNet2DConditionModel(**UNET)  # type: ignore[arg-type]
+        found = [["window", "whole", "reusing", *(f"cache_interval={n}" for n in INTERVALS)]]
+        for side in SIDES:
+            state = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
+            whole = _flop(unet, UNET["in_channels"], side)
+            reusing = _flop(model_for(unet, "reusing"), UNET["in_channels"] + state, side)
+            speeds = (n * whole / (whole + (n - 1) * reusing) for n in INTERVALS)
+            found.append(
+                [str(side), f"{whole:.3f}", f"{reusing:.3f}", *(f"{one:.2f}x" for one in speeds)]
+            )
+    return found
+
+
+def _flop(model: Any, channels: int, side: int) -> float:
+    """In units of 10**12."""
+    inputs, words = torch.zeros(1, channels, side // 8, side // 8), torch.zeros(1, 77, 1024)
+    time = torch.zeros(1)
+    named = {"encoder_hidden_states": words, "return_dict": False}
+    return flop(lambda: model(inputs, time, **named)) / 1e12
 
 
 if __name__ == "__main__":

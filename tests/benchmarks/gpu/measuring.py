@@ -92,13 +92,13 @@ def count_work(subject: Subject) -> Work:
     )
     picture = torch.zeros(1, 3, subject.side, subject.side, device=device, dtype=parts.dtype)
     return Work(
-        unet_row=_flop(lambda: parts.unet(inputs, 1, encoder_hidden_states=words)),
-        vae_encode=_flop(lambda: parts.vae.encode(picture)),
-        vae_decode=_flop(lambda: parts.vae.decode(latents)),
+        unet_row=flop(lambda: parts.unet(inputs, 1, encoder_hidden_states=words)),
+        vae_encode=flop(lambda: parts.vae.encode(picture)),
+        vae_decode=flop(lambda: parts.vae.decode(latents)),
     )
 
 
-def _flop(call: Callable[[], object]) -> float:
+def flop(call: Callable[[], object]) -> float:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())

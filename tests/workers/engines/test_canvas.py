@@ -161,15 +161,19 @@ def test_a_canvas_equals_multidiffusion_written_plainly(
     work = region(windows=THREE, strength=strength, num_inference_steps=5)
     with engine(parts, max_batch=max_batch) as ours:
         found = ours.submit(work).result(60)
-    expected = multidiffusion(tiny_model, work)
+    expected = multidiffusion(pipeline(tiny_model), work)
     covered = count_windows((88, 144), THREE)[0, 0].numpy() > 0
     assert np.abs(found.astype(int) - expected)[covered].max() <= 1
 
 
-def multidiffusion(folder: Path, work: RegionWork) -> Pixels:
+def pipeline(folder: Path) -> Any:
+    library: Any = diffusers
+    return library.StableDiffusionInpaintPipeline.from_pretrained(folder)
+
+
+def multidiffusion(pipe: Any, work: RegionWork) -> Pixels:
     """The paper's loop over windows with diffusers' parts: DDIM, one window at a time."""
     library: Any = diffusers
-    pipe = library.StableDiffusionInpaintPipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(work.seed)
     image = pipe.image_processor.preprocess(work.image[None] / np.float32(255))
     mask = torch.from_numpy(work.mask)[None, None] / 255
