@@ -38,14 +38,14 @@ class Running:
         return self._stopping
 
     @contextmanager
-    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[Interruption]:
+    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[Held]:
         held = Held(job=job, record=record, interruption=Interruption())
         with self._lock:
             self._held[job.id, job.attempt] = held
             if self._stopping:
                 held.interruption.set(_released())
         try:
-            yield held.interruption
+            yield held
         finally:
             with self._lock:
                 del self._held[job.id, job.attempt]

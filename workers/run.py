@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from shared import jobs
 from shared.db import Database
@@ -23,16 +25,19 @@ from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.engines.protocol import Engine, Interruption
-from workers.holding import Running, Stages
-from workers.render import Kit, render
+from workers.engines.protocol import Engine
+from workers.holding import Held, Running, Stages
+from workers.render import Kit, Rendered, render
 from workers.room import Room
+from workers.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
 PUT_TRIES = 3
 MAX_PAUSE_SECONDS = 5.0
-REFUSED_PAUSE_SECONDS = 2.0
+REFUSED_PAUSE_SECONDS, MAX_REFUSED_PAUSE_SECONDS = 1.0, 15.0
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,38 +52,56 @@ class Bench:
     running: Running
     retry: RetryPolicy
     room: Room = field(default_factory=Room)
+    waiting: Waiting = field(default_factory=Waiting)
 
 
-def run_job(bench: Bench, *, job: int, seen_attempt: int) -> InpaintError | None:
+def run_job(
+    bench: Bench, *, job: int, seen_attempt: int, alone: bool = False
+) -> InpaintError | None:
     """Runs the job a message names, records what came of it, and returns what went wrong.
 
-    Nothing did where the message is stale. Raises DatabaseUnavailable where nothing
-    could be recorded: the lease is then given back, or runs out.
+    Nothing did where the message is stale, nor where the result is there and waits for its
+    output. alone: nothing else is to be in hand while it runs.
     """
-    with bench.running.taking(job):
-        return _run_leased(bench, job, seen_attempt)
-
-
-def _run_leased(bench: Bench, job: int, seen_attempt: int) -> InpaintError | None:
-    leased = _acquire(bench, job, seen_attempt)
-    if leased is None:
-        log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
-        return None
-    record = AttemptRecord()
-    with bench.running.holding(leased, record) as interruption:
-        output_version = ended = None
+    with ExitStack() as hands:
+        hands.enter_context(bench.running.taking(job))
         try:
-            output_version = _inpaint(bench, leased, record, interruption)
-        except InpaintError as error:
-            ended = error
-        except MemoryError:
-            ended = InpaintError("this machine is out of memory", code="host_out_of_memory")
-            ended.retryable = True
-        except Exception as error:
-            log.exception("job %s: unexpected error", job)
-            ended = InpaintError(f"{type(error).__name__}: {error}")
-        _conclude(bench, leased, record, ended, output_version)
-    return ended
+            leased = _acquire(bench, job, seen_attempt)
+        except DatabaseUnavailable as error:
+            log.warning("job %s: not taken: %s", job, error)
+            return error
+        if leased is None:
+            log.debug("job %s: the message for attempt %s is stale", job, seen_attempt)
+            return None
+        held = hands.enter_context(bench.running.holding(leased, AttemptRecord()))
+        return _run_held(bench, held, hands, alone=alone)
+
+
+def _run_held(bench: Bench, held: Held, hands: ExitStack, *, alone: bool) -> InpaintError | None:
+    version: str | None = None
+    rendered, ended = _attempted(held, lambda: _rendered(bench, held))
+    if rendered is not None:
+        version, ended = _attempted(held, lambda: _published(bench, held, rendered))
+        if isinstance(ended, OutputRefused):
+            return _keep(bench, held, hands, rendered, ended, alone=alone)
+    if ended is None:
+        bench.waiting.note_written()
+    return _conclude(bench, held, ended, version)
+
+
+def _attempted(held: Held, work: Callable[[], Made]) -> tuple[Made | None, InpaintError | None]:
+    """What the work made, or what went wrong."""
+    try:
+        return work(), None
+    except InpaintError as error:
+        return None, error
+    except MemoryError:
+        ended = InpaintError("this machine is out of memory", code="host_out_of_memory")
+        ended.retryable = True
+        return None, ended
+    except Exception as error:
+        log.exception("job %s: unexpected error", held.job.id)
+        return None, InpaintError(f"{type(error).__name__}: {error}")
 
 
 def _acquire(bench: Bench, job: int, seen_attempt: int) -> LeasedJob | None:
@@ -101,42 +124,90 @@ def _acquire(bench: Bench, job: int, seen_attempt: int) -> LeasedJob | None:
         pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
-def _inpaint(
-    bench: Bench, job: LeasedJob, record: AttemptRecord, interruption: Interruption
-) -> str:
-    """Everything between the lease and the result's publication; the output's new version."""
+def _rendered(bench: Bench, held: Held) -> Rendered:
     kit = Kit(settings=bench.settings, storage=bench.storage, engine=bench.engine, room=bench.room)
-    rendered = render(kit, job, record, interruption)
-    with Stages(record, interruption)("put"):
-        return _put_patiently(bench, job, rendered.data, rendered.replaces, interruption)
+    return render(kit, held.job, held.record, held.interruption)
 
 
-def _put_patiently(
-    bench: Bench, job: LeasedJob, data: bytes, seen: str | None, interruption: Interruption
+def _published(bench: Bench, held: Held, rendered: Rendered) -> str:
+    """The output's new version."""
+    with Stages(held.record, held.interruption)("put"):
+        return _put(bench, held.job, rendered.data, seen=rendered.replaces)
+
+
+def _keep(
+    bench: Bench,
+    held: Held,
+    hands: ExitStack,
+    rendered: Rendered,
+    refused: OutputRefused,
+    *,
+    alone: bool,
+) -> InpaintError | None:
+    """Waits with a result that its output refuses, and leaves this thread to other jobs.
+
+    Where many wait already, all outputs may refuse, and what more is painted could not be
+    kept: then this thread waits too, and with it the jobs that it would take. So it does with a
+    job that runs alone, lest that pays for another's crash.
+    """
+    wait = partial(_wait, bench, held, hands.pop_all(), rendered, refused)
+    if not alone and bench.waiting.begin(partial(wait, aside=True), size=len(rendered.data)):
+        return None
+    return wait(aside=False)
+
+
+def _wait(
+    bench: Bench,
+    held: Held,
+    hands: ExitStack,
+    rendered: Rendered,
+    refused: OutputRefused,
+    *,
+    aside: bool,
+) -> InpaintError | None:
+    """Ends the job when its output takes the result, or has refused it for too long.
+
+    aside: waiting keeps nobody from anything.
+    """
+    with hands:
+        version, ended = _attempted(
+            held, lambda: _published_in_time(bench, held, rendered, refused, aside=aside)
+        )
+        return _conclude(bench, held, ended, version)
+
+
+def _published_in_time(
+    bench: Bench, held: Held, rendered: Rendered, refused: OutputRefused, *, aside: bool
 ) -> str:
-    """Keeps the result while the output refuses it, which holds up this worker's other jobs.
+    """The output's new version. Raises OutputRefused after ``refused_seconds``.
 
-    They would be refused as well. Raises OutputRefused after ``refused_seconds``.
+    Where it keeps others waiting, which other outputs would serve, it raises that at once.
     """
     deadline = time.monotonic() + bench.settings.refused_seconds
-    waited = False
-    while True:
+    pause, said = REFUSED_PAUSE_SECONDS, False
+    while time.monotonic() + pause <= deadline and (
+        aside or not bench.waiting.others_are_written()
+    ):
+        if not said:
+            _say_that_it_waits(bench, held.job, refused)
+        said = True
+        held.interruption.wait(pause)
         try:
-            version = _put(bench, job, data, seen=seen)
+            version = _published(bench, held, rendered)
         except OutputRefused as error:
-            if time.monotonic() + REFUSED_PAUSE_SECONDS > deadline:
-                raise
-            if not waited:
-                log.warning("job %s: pausing until it can be written: %s", job.id, error)
-                # Only for whoever looks on; heartbeats say it where the database is away as well.
-                with suppress(DatabaseUnavailable):
-                    jobs.note(bench.db, job, error)
-            waited = True
+            refused = error
         else:
-            if waited:
-                log.info("job %s: written after all", job.id)
+            log.info("job %s: written after all", held.job.id)
             return version
-        interruption.wait(REFUSED_PAUSE_SECONDS)
+        pause = min(2 * pause, MAX_REFUSED_PAUSE_SECONDS)
+    raise refused
+
+
+def _say_that_it_waits(bench: Bench, job: LeasedJob, refused: OutputRefused) -> None:
+    log.warning("job %s: pausing until it can be written: %s", job.id, refused)
+    # Only for whoever looks on; heartbeats say it where the database is away as well.
+    with suppress(DatabaseUnavailable):
+        jobs.note(bench.db, job, refused)
 
 
 def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
@@ -162,19 +233,20 @@ def _put_once(bench: Bench, job: LeasedJob, data: bytes, seen: str | None) -> st
 
 
 def _conclude(
-    bench: Bench,
-    job: LeasedJob,
-    record: AttemptRecord,
-    ended: InpaintError | None,
-    output_version: str | None,
-) -> None:
+    bench: Bench, held: Held, ended: InpaintError | None, output_version: str | None
+) -> InpaintError | None:
+    """Records how the attempt ended; what went wrong, the recording included."""
     if isinstance(ended, LeaseLost):
         log.warning("%s", ended)
-        return
+        return ended
     try:
-        _persist(bench, lambda: _write_end(bench, job, record, ended, output_version))
+        _persist(bench, lambda: _write_end(bench, held.job, held.record, ended, output_version))
     except LeaseLost as error:
         log.warning("%s", error)
+    except DatabaseUnavailable as error:
+        log.warning("job %s: %s; it runs out of its lease or is given back", held.job.id, error)
+        return error
+    return ended
 
 
 def _write_end(

@@ -25,7 +25,6 @@ from celery.worker.state import maybe_shutdown
 from shared import embedded, schema, settings
 from shared.db import Database
 from shared.errors import (
-    DatabaseUnavailable,
     EngineError,
     EngineUnavailable,
     InpaintError,
@@ -156,6 +155,8 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
         worker.start()
     finally:
         bench.running.release_all()
+        if not bench.waiting.join(GRACE_SECONDS):
+            give_back(bench)
         bench.engine.close()
         upkeep.stop()
         bench.db.close()
@@ -224,16 +225,8 @@ def _register(app: Celery, bench: Bench, health: Health) -> None:
         with turns.turn(alone=alone, stop=lambda: bench.running.stopping) as came:
             if not came:
                 raise Reject("the worker is shutting down", requeue=True)
-            if health.note(job, _run(bench, job, attempt)):
+            if health.note(job, run_job(bench, job=job, seen_attempt=attempt, alone=alone)):
                 os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _run(bench: Bench, job: int, attempt: int) -> InpaintError | None:
-    try:
-        return run_job(bench, job=job, seen_attempt=attempt)
-    except DatabaseUnavailable as error:
-        log.warning("job %s: %s; it is given back or runs out of its lease", job, error)
-        return error
 
 
 def _install_signals(bench: Bench, health: Health) -> None:

@@ -7,24 +7,25 @@ from pathlib import Path
 from shared.models import Job
 from tests.faults.site import Site, pause
 from tests.workers.fleet import wait_for
+from workers.waiting import MOST
 
 
 def test_a_full_disk_pauses_the_worker_until_there_is_room(site: Site) -> None:
     switch = site.fleet.folder / "the disk is full"
     site.fleet.environment["FAULTS_FULL_DISK"] = str(switch)
-    site.add(60)
+    site.add(80)
     site.fleet.start("--concurrency", "2")
     site.await_some(5)
     switch.touch()
     wait_for(lambda: "No space left on device" in site.fleet.log())
-    wait_for(lambda: _paused(site) == 2)
+    wait_for(lambda: _paused(site) == MOST + 2)
     done = site.count("succeeded")
     pause(1)
-    assert site.count("succeeded") == done
+    assert (site.count("succeeded"), _paused(site)) == (done, MOST + 2)
     switch.unlink()
     site.finish()
     assert "written after all" in site.fleet.log()
-    assert [len(site.fleet.bench.attempts(job)) for job in site.expected] == [1] * 60
+    assert [len(site.fleet.bench.attempts(job)) for job in site.expected] == [1] * 80
     site.check()
 
 

@@ -12,6 +12,7 @@ from tests.conftest import Bucket
 from tests.faults.http_proxy import Answer, Fault, FaultProxy, Request
 from tests.faults.site import PICTURES, Catalog, Site, pause
 from tests.workers.fleet import Fleet, wait_for
+from workers.waiting import MOST
 
 
 @pytest.fixture
@@ -93,16 +94,42 @@ def test_what_s3_refuses_or_does_not_have_fails_at_once_with_its_code(
     s3_site.check(failed=failed)
 
 
+DENIED = Answer(status=403, code="AccessDenied")
+SAID = "pausing until it can be written"
+
+
 def test_a_bucket_that_refuses_results_pauses_the_worker(s3_site: Site, proxy: FaultProxy) -> None:
-    s3_site.add(30)
+    s3_site.add(60)
     s3_site.fleet.start("--concurrency", "2")
     s3_site.await_some(5)
-    proxy.set(lambda r: Answer(status=403, code="AccessDenied") if r.method == "PUT" else None)
-    wait_for(lambda: s3_site.fleet.log().count("pausing until it can be written") == 2)
+    proxy.set(lambda r: DENIED if r.method == "PUT" else None)
+    wait_for(lambda: s3_site.fleet.log().count(SAID) == MOST + 2)
     done = s3_site.count("succeeded")
     pause(1)
     assert s3_site.count("succeeded") == done
+    assert s3_site.fleet.log().count(SAID) == MOST + 2
     proxy.set(None)
     s3_site.finish()
     assert {len(s3_site.fleet.bench.attempts(job)) for job in s3_site.expected} == {1}
+    s3_site.check()
+
+
+def test_an_output_that_refuses_results_holds_up_no_other(s3_site: Site, proxy: FaultProxy) -> None:
+    """The jobs whose results wait are ours all the while; a worker that stops gives them back."""
+    denied = {f"/{s3_site.outputs.removeprefix('s3://')}/{line}.png" for line in range(1, 5)}
+    proxy.set(lambda r: DENIED if r.method == "PUT" and r.path in denied else None)
+    ids = s3_site.add(10)
+    s3_site.fleet.start("--concurrency", "2")
+    s3_site.await_some(6)
+    wait_for(lambda: s3_site.fleet.log().count(SAID) == 4)
+    pause(3)  # longer than a lease
+    assert [len(s3_site.fleet.bench.attempts(job)) for job in ids] == [1] * 10
+    assert s3_site.count("running") == 4
+    s3_site.fleet.stop()
+    assert s3_site.count("pending", "queued") == 4
+    proxy.set(None)
+    s3_site.fleet.start("--concurrency", "2")
+    s3_site.finish()
+    outcomes = [[one.outcome for one in s3_site.fleet.bench.attempts(job)] for job in ids]
+    assert outcomes == [["released", "succeeded"]] * 4 + [["succeeded"]] * 6
     s3_site.check()

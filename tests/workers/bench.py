@@ -28,6 +28,7 @@ from shared.submissions import NewJob
 from workers.engines.protocol import Pixels, RegionWork
 from workers.holding import Running
 from workers.run import Bench, run_job
+from workers.waiting import Waiting
 
 
 @dataclass
@@ -59,7 +60,15 @@ class Painter:
 class Workbench:
     """A bench, and short ways to put jobs on it and look at what became of them."""
 
-    def __init__(self, url: str, folder: Path, engine: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        folder: Path,
+        engine: Any = None,
+        *,
+        waiting: Waiting | None = None,
+        **settings: Any,
+    ) -> None:
         self.folder = folder
         self.db = Database(make_url(url))
         schema.upgrade(self.db)
@@ -72,6 +81,7 @@ class Workbench:
             holder=Holder(worker="test-1", device="cpu", engine_revision=engine.revision),
             running=Running(),
             retry=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
+            waiting=waiting or Waiting(),
         )
         self._lines = 0
 
