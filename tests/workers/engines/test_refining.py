@@ -17,8 +17,9 @@ def test_a_hole_is_painted_again_and_its_record_is_enough_to_do_it_once_more(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     url, name = f"sqlite:///{tmp_path / 'inpaint.db'}", f"diffusers:{tiny_model}"
+    engine = load_engine(name, device="cpu", deterministic=True)
     bench = Workbench(
-        *(url, tmp_path, load_engine(name, device="cpu")), database_url=url, roots=(tmp_path,)
+        *(url, tmp_path, engine), database_url=url, roots=(tmp_path,), deterministic=True
     )
     job = bench.add(
         image=bench.picture("in.png", SIZE),
@@ -38,5 +39,5 @@ def test_a_hole_is_painted_again_and_its_record_is_enough_to_do_it_once_more(
     assert changed[top:bottom, left:right].mean() > 0.9
     assert np.count_nonzero(changed) == np.count_nonzero(changed[top:bottom, left:right])
     assert replay(bench.bench.settings, job, device="cpu")["same"]
-    bench.bench.engine.close()
+    engine.close()
     bench.close()
