@@ -9,11 +9,14 @@
 # INPAINT_COMPILE, which is off by default, needs a C compiler and Python's headers where it runs,
 # some 200 MB that nothing else uses:
 #   --build-arg COMPILER="gcc libc6-dev python3.12-dev"
+# INPAINT_QUANTIZATION, also off, needs torchao, which wants the TORCH named below or a newer one:
+#   --build-arg EXTRAS=worker,xformers,quantization
 ARG CUDA=13.0.3
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04 AS build
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=https://pypi.org/simple
+ARG EXTRAS=worker,xformers
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3.12-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -25,7 +28,7 @@ COPY producer producer
 COPY workers workers
 COPY shared shared
 COPY migrations migrations
-RUN /opt/inpaint/bin/pip install --no-cache-dir ".[worker,xformers]" "torch==$TORCH"
+RUN /opt/inpaint/bin/pip install --no-cache-dir ".[$EXTRAS]" "torch==$TORCH"
 
 FROM nvidia/cuda:${CUDA}-base-ubuntu24.04
 ARG COMPILER=""

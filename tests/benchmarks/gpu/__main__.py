@@ -17,6 +17,7 @@ import torch
 from tests.benchmarks.gpu import models, parts
 from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import HEAD, Run, count_work, matrix_peak, print_table
+from tests.benchmarks.gpu.quantization import quantization
 
 # Ours before what takes longest to compile, should time run out.
 CASES: dict[str, Callable[[Bench], Run]] = {
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[Bench], list[list[str]]]] = {
     "Memory modes": parts.memory_modes,
     "Accelerations": parts.accelerations,
     "Determinism": parts.determinism,
+    "Quantization": quantization,
 }
 LEAST_SECONDS = 20.0
 

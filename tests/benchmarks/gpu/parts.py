@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from accelerate.hooks import remove_hook_from_module
+from torch import Tensor
 
 from shared.params import Params
 from shared.settings import MemoryMode
@@ -45,7 +46,7 @@ def forwards(bench: Bench) -> list[list[str]]:
     found = []
     for name, options in ways:
         forward = Forward(bench.subject.components, attention="auto", **options)
-        found.append([name, *(f"{_forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
+        found.append([name, *(f"{forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
         forward.forget()
     return [["rows", *map(str, rows)], *found]
 
@@ -57,7 +58,7 @@ def kernels(bench: Bench) -> list[list[str]]:
     found = []
     for name in names:
         forward = Forward(bench.subject.components, attention=name, compile="off", graphs=False)
-        found.append([name, f"{_forward_ms(bench.subject, forward, rows):.1f}"])
+        found.append([name, f"{forward_ms(bench.subject, forward, rows):.1f}"])
     return [["attention", f"ms, {rows} rows"], *found]
 
 
@@ -75,7 +76,7 @@ def memory_modes(bench: Bench) -> list[list[str]]:
             _small(bench, memory) as engine,
             measured(run, bench.subject.device),
         ):
-            _paint(bench, engine, [_few(bench, n) for n in range(4)])
+            paint(bench, engine, [_few(bench, n) for n in range(4)])
         found.append([run.name, f"{run.peak_bytes / GIB:.2f}", f"{4 / run.seconds:.2f}"])
     return found
 
@@ -85,12 +86,12 @@ def accelerations(bench: Bench) -> list[list[str]]:
     seconds: dict[str, list[float]] = {name: [] for name, *_ in CHEAPER}
     pictures: dict[str, list[Pixels]] = {}
     with bench.engine(compile="off") as engine:
-        _paint(bench, engine, [_few(bench, n) for n in range(8)])
+        paint(bench, engine, [_few(bench, n) for n in range(8)])
         for _ in range(ROUNDS):
             for name, share, values in CHEAPER:
                 jobs = [_cheaper(bench, n, share, values) for n in range(8)]
                 start = time.perf_counter()
-                pictures[name] = _paint(bench, engine, jobs)
+                pictures[name] = paint(bench, engine, jobs)
                 seconds[name].append(time.perf_counter() - start)
     found = [["way", "images/s", "speed", "mean change", "largest change"]]
     first = CHEAPER[0][0]
@@ -113,30 +114,37 @@ def determinism(bench: Bench) -> list[list[str]]:
         options = {"compile": "off", "max_batch": 8, "deterministic": is_deterministic}
         with bench.engine(**options) as engine:
             jobs = [bench.mixed(n) for n in range(8)]
-            alone = _paint(bench, engine, jobs[:1])[0]
-            beside = _paint(bench, engine, jobs)[0]
+            alone = paint(bench, engine, jobs[:1])[0]
+            beside = paint(bench, engine, jobs)[0]
         difference = int(abs(alone.astype(int) - beside).max())
         verdict = "the same bits" if difference == 0 else f"differ by up to {difference} of 255"
         found.append(["deterministic" if is_deterministic else "default", verdict])
     return found
 
 
-def _forward_ms(subject: Subject, forward: Forward, rows: int) -> float:
-    parts, device = subject.components, subject.device
-    side = subject.side // parts.vae_factor
-    inputs = torch.zeros(rows, 9, side, side, device=device)
-    timesteps = torch.full((rows,), 500.0, device=device)
-    words = torch.zeros(rows, 77, parts.unet.config.cross_attention_dim, device=device)
-    words = words.to(parts.dtype)
+def forward_ms(subject: Subject, forward: Forward, rows: int, *, repeats: int = REPEATS) -> float:
+    """The mean of some forwards, after two to warm up."""
+    given = forward_inputs(subject, rows)
     with torch.inference_mode():
         for _ in range(2):
-            forward(inputs, timesteps, words)
-        wait(device)
+            forward(*given)
+        wait(subject.device)
         start = time.perf_counter()
-        for _ in range(REPEATS):
-            forward(inputs, timesteps, words)
-        wait(device)
-    return (time.perf_counter() - start) / REPEATS * 1000
+        for _ in range(repeats):
+            forward(*given)
+        wait(subject.device)
+    return (time.perf_counter() - start) / repeats * 1000
+
+
+def forward_inputs(subject: Subject, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise for latents and for words, the same each time; the step in the middle."""
+    parts, device = subject.components, subject.device
+    side = subject.side // parts.vae_factor
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(rows, 9, side, side, generator=generator)
+    words = torch.randn(rows, 77, parts.unet.config.cross_attention_dim, generator=generator)
+    timesteps = torch.full((rows,), 500.0)
+    return inputs.to(device), timesteps.to(device), words.to(device, parts.dtype)
 
 
 def _few(bench: Bench, n: int) -> Params:
@@ -147,7 +155,7 @@ def _small(bench: Bench, memory: tuple[str, ...]) -> Any:
     return bench.engine(memory=memory, compile="off", graphs=False, max_batch=8)
 
 
-def _paint(bench: Bench, engine: Any, jobs: list[Params]) -> list[Pixels]:
+def paint(bench: Bench, engine: Any, jobs: list[Params]) -> list[Pixels]:
     futures = [engine.submit(bench.region(n, params)) for n, params in enumerate(jobs)]
     return [future.result() for future in futures]
 

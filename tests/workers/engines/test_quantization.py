@@ -50,9 +50,9 @@ def parts(folder: Path, kind: Quantization, *, like: Quantization | None = None)
     )
 
 
-def painted(found: Components, **options: Any) -> Pixels:
-    with engine(found, **options) as ours:
-        return ours.submit(region()).result(60)
+def painted(found: Components, **values: Any) -> Pixels:
+    with engine(found) as ours:
+        return ours.submit(region(**values)).result(60)
 
 
 def change(one: Pixels, other: Pixels) -> Any:
@@ -128,6 +128,12 @@ def test_other_choices_of_the_engine_go_with_it(
     found = ours.submit(region()).result(60)
     ours.close()
     assert change(found, expected).mean() <= MEAN_CHANGE[kind]
+
+
+def test_steps_that_reuse_deep_features_go_with_it(tiny_model: Path) -> None:
+    expected = painted(parts(tiny_model, "off"), cache_interval=2)
+    found = painted(parts(tiny_model, "int8"), cache_interval=2)
+    assert 0 < change(found, expected).mean() <= MEAN_CHANGE["int8"]
 
 
 def test_the_ladder_ends_where_weights_cannot_be_taken_apart(tiny_model: Path) -> None:
