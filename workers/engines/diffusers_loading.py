@@ -15,11 +15,13 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from shared.errors import EngineUnavailable
+from shared.errors import EngineUnavailable, ParameterError
+from shared.params import Params
 from shared.settings import Quantization
 from workers.engines.model_files import ModelFiles, find_model, read_json
 from workers.engines.options import Dtype, EngineOptions, quantized_revision
 from workers.engines.quantization import check_quantization, quantize, unet_dtype
+from workers.engines.schedulers import build_scheduler
 
 NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
@@ -138,12 +140,13 @@ def _read(
     unet = _laid_out(_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
     if quantization != "off":
         quantize(unet, options, device)
+    text_encoder = _weights(CLIPTextModel, files, "text_encoder", dtype)
     return Components(
         vae=_laid_out(_weights(AutoencoderKL, files, "vae", dtype), device),
         unet=unet,
-        text_encoder=_weights(CLIPTextModel, files, "text_encoder", dtype),
-        tokenizer=CLIPTokenizer.from_pretrained(files.path / "tokenizer"),
-        scheduler_config=read_json(files.path / "scheduler" / "scheduler_config.json"),
+        text_encoder=text_encoder,
+        tokenizer=_tokenizer(files, text_encoder),
+        scheduler_config=_scheduler_config(files),
         revision=quantized_revision(files.revision, quantization),
         device=device,
         dtype=dtype,
@@ -152,14 +155,44 @@ def _read(
 
 
 def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
-    model = kind.from_pretrained(
-        Path(files.path) / part,
+    """Raises EngineUnavailable where the files lack a weight: it would be left at random."""
+    folder = Path(files.path) / part
+    model, found = kind.from_pretrained(
+        folder,
         dtype=dtype,
         variant=files.variant,
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    if missing := sorted(found["missing_keys"]):
+        raise EngineUnavailable(
+            f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} for one; "
+            "fetch the model again"
+        )
     return model.eval().requires_grad_(False)
+
+
+def _tokenizer(files: ModelFiles, text_encoder: Any) -> Any:
+    """Raises EngineUnavailable where it has tokens that the text encoder does not know."""
+    tokenizer = CLIPTokenizer.from_pretrained(files.path / "tokenizer")
+    known = text_encoder.config.vocab_size
+    if len(tokenizer) > known:
+        raise EngineUnavailable(
+            f"{files.path}: the tokenizer has {len(tokenizer)} tokens and the text encoder "
+            f"{known}; they are not of one model"
+        )
+    return tokenizer
+
+
+def _scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
+    """Raises EngineUnavailable where no scheduler can be built from it."""
+    config = read_json(files.path / "scheduler" / "scheduler_config.json")
+    try:
+        build_scheduler(config, Params().scheduler)
+    except ParameterError as error:
+        raise EngineUnavailable(f"{files.path}: {error}") from error
+    return config
 
 
 def _laid_out(model: Any, device: torch.device) -> Any:

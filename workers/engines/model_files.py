@@ -169,6 +169,9 @@ def _check_shapes(folder: Path) -> None:
             f"{folder}: the text encoder writes {text.get('hidden_size')} numbers a token and the "
             f"UNet reads {unet.get('cross_attention_dim')}; they are not of one model"
         )
+    scale = vae.get("scaling_factor", 0.18215)
+    if not isinstance(scale, int | float) or scale <= 0:
+        raise EngineUnavailable(f"{folder}: the VAE's scaling_factor is {scale}; use an SD2 model")
     extra = [name for name in UNSUPPORTED if unet.get(name) is not None]
     if extra:
         raise EngineUnavailable(f"{folder}: the UNet needs {extra[0]}; use an SD2 inpainting model")
@@ -220,7 +223,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise EngineUnavailable(f"{path}: {error}; fetch the model again") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise EngineUnavailable(f"{path}: {why}; fetch the model again") from error
     if not isinstance(values, dict):
         raise EngineUnavailable(f"{path}: not a JSON object; fetch the model again")
     return values

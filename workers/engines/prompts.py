@@ -42,7 +42,8 @@ class PromptEncoder:
     def _encode(self, text: str) -> Tensor:
         self._before()
         tokenizer, encoder = self._components.tokenizer, self._components.text_encoder
-        longest = tokenizer.model_max_length
+        # A tokenizer without its tokenizer_config.json names no length, so to say 10**30.
+        longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(
             text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
         )

@@ -24,6 +24,7 @@ CLASSES: Mapping[Scheduler, str] = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
+PREDICTIONS = ("epsilon", "v_prediction")
 # What diffusers' pipelines force on old configurations; latents have no range to clip to.
 FORCED: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
 
@@ -80,10 +81,25 @@ class Sampler:
 
 
 def build_scheduler(config: Mapping[str, Any], name: Scheduler) -> Any:
-    """A new scheduler; keys of ``config`` that its class does not know are left out."""
+    """A new scheduler; keys of ``config`` that its class does not know are left out.
+
+    Raises ParameterError where the model's ``config`` does not suit it.
+    """
+    try:
+        return _build(config, name)
+    except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
+        raise ParameterError(
+            f"scheduler {name!r} cannot be built from the model's scheduler_config.json: "
+            f"{' '.join(str(error).split())[:160]}; mend that file, or use another scheduler"
+        ) from error
+
+
+def _build(config: Mapping[str, Any], name: Scheduler) -> Any:
     kind = getattr(diffusers, CLASSES[name])
     known = inspect.signature(kind.__init__).parameters
     values = {**config, **FORCED}
+    if values.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise ValueError(f"prediction_type {values['prediction_type']!r} is not known")
     return kind.from_config({key: values[key] for key in values if key in known})
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shared.errors import EngineUnavailable
-from tests.tiny_pipeline import build, change_config
+from tests.tiny_pipeline import build, change_config, tokenizer
 from tests.workers.engines.samples import region
 from workers.engines import load_engine
 from workers.engines.registry import split_revision
@@ -167,6 +168,62 @@ def test_parts_that_do_not_belong_together(copy: Path) -> None:
     assert "writes 32 numbers a token and the UNet reads 48" in text
     change_config(copy, "text_encoder/config.json", hidden_size=48)
     assert "cannot be loaded on cpu" in why_not(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "weight"),
+    [
+        ("text_encoder/model.safetensors", "token_embedding.weight"),
+        ("unet/diffusion_pytorch_model.safetensors", "conv_in.bias"),
+        ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
+    ],
+)
+def test_weights_that_are_missing_are_not_left_at_random(
+    copy: Path, file: str, weight: str
+) -> None:
+    weights = load_file(copy / file)
+    del weights[next(name for name in weights if name.endswith(weight))]
+    save_file(weights, copy / file, metadata={"format": "pt"})
+    assert "1 of the model's weights are missing" in (text := why_not(copy))
+    assert weight in text
+
+
+def test_a_vae_in_the_names_of_old_checkpoints_lacks_nothing(copy: Path) -> None:
+    path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for name in [name for name in weights if ".attentions." in name]:
+        for new_part, old_part in old.items():
+            if f".{new_part}." in name:
+                weights[name.replace(new_part, old_part)] = weights.pop(name)
+    assert any("proj_attn" in name for name in weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    load_engine(f"diffusers:{copy}", device="cpu").close()
+
+
+def test_a_configuration_that_no_job_could_use(copy: Path) -> None:
+    change_config(copy, "vae/config.json", scaling_factor=None)
+    assert "scaling_factor is None" in why_not(copy)
+    change_config(copy, "vae/config.json", scaling_factor=0.18215)
+    for key, value in (("beta_schedule", "odd"), ("prediction_type", "odd")):
+        change_config(copy, "scheduler/scheduler_config.json", **{key: value})
+        assert "cannot be built from the model's scheduler_config.json" in why_not(copy)
+
+
+def test_a_tokenizer_without_its_settings_cuts_prompts_at_what_the_encoder_takes(
+    copy: Path,
+) -> None:
+    (copy / "tokenizer" / "tokenizer_config.json").unlink()
+    engine = load_engine(f"diffusers:{copy}", device="cpu")
+    assert engine.submit(region(prompt="a cat " * 99)).result(60).shape == (64, 64, 3)
+    engine.close()
+
+
+def test_a_tokenizer_of_another_model(copy: Path) -> None:
+    larger = tokenizer()
+    larger.add_tokens(["zebra"])
+    larger.save_pretrained(copy / "tokenizer")
+    assert "114 tokens and the text encoder 113" in why_not(copy)
 
 
 def test_a_tokenizer_that_is_missing(copy: Path) -> None:
