@@ -12,7 +12,7 @@ from shared.regions import plan_for
 
 PHOTO = (6000, 4000)
 HOLE = (1500, 1000, 4500, 3000)
-SMALLER_HOLE = (200, 100, 1100, 800)
+SMALLER_HOLE, SQUARE_HOLE = (200, 100, 1100, 800), (100, 100, 1100, 1100)
 MARK = (5500, 3750, 5900, 3900)
 
 
@@ -47,6 +47,11 @@ CASES = {
         [SMALLER_HOLE, HOLE, MARK],
         {},
         [(2.125, 12, (0, 2), [HOLE]), (1.0, 41, (2,), [SMALLER_HOLE, HOLE])],
+    ),
+    "one that a single stride brings to 1:1 waits for the last": (
+        [SQUARE_HOLE, HOLE],
+        {},
+        [(2.125, 12, (0,), [HOLE]), (1.0, 44, (), [SQUARE_HOLE, HOLE])],
     ),
     "a scale that was asked for": (
         [MARK],
