@@ -27,7 +27,7 @@ from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
 from workers.engines.options import engine_options, recorded_quantization
-from workers.engines.protocol import Interruption
+from workers.engines.protocol import Engine, Interruption
 from workers.render import Kit, render
 
 
@@ -73,11 +73,7 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
         recorded = _recorded(db, job)
     finally:
         db.close()
-    options = replace(
-        engine_options(configured, device),
-        quantization=recorded_quantization(recorded.engine_revision),
-    )
-    engine = load_engine(recorded.job.engine, options)
+    engine = _engine(configured, recorded, device)
     kit = Kit(
         settings=configured,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
@@ -97,6 +93,20 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
         "recorded_sha256": recorded.result_sha256,
         "differs": list(_differences(recorded, now, engine.revision)),
     }
+
+
+def _engine(configured: Settings, recorded: Recorded, device: str) -> Engine:
+    chosen = recorded_quantization(recorded.engine_revision)
+    options = replace(engine_options(configured, device), quantization=chosen)
+    try:
+        return load_engine(recorded.job.engine, options)
+    except EngineUnavailable as error:
+        if chosen == "off":
+            raise
+        raise EngineUnavailable(
+            f"job {recorded.job.id} ran with quantization {chosen}, which cannot be repeated "
+            f"here: {error}"
+        ) from error
 
 
 def _recorded(db: Database, job: int) -> Recorded:

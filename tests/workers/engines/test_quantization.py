@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sqlalchemy import update
 from torch import Tensor, nn
 
 from shared.errors import EngineUnavailable, OutOfMemory
+from shared.models import Attempt
 from shared.settings import Quantization
 from tests.workers.bench import Workbench
 from tests.workers.engines.samples import Watch, engine, region
@@ -286,8 +288,13 @@ def test_a_replay_quantizes_as_the_record_says(tiny_model: Path, tmp_path: Path)
     ours.close()
     assert bench.attempts(job)[0].engine_revision.endswith("+int8")
     found = replay.replay(bench.bench.settings, job, device="cpu")
-    bench.close()
     assert (found["same"], found["differs"]) == (True, [])
+    with bench.db.write() as connection:
+        connection.execute(update(Attempt).values(engine_revision="sha256:ab+fp8"))
+    message = f"job {job} ran with quantization fp8, which cannot be repeated here: .* CUDA device"
+    with pytest.raises(EngineUnavailable, match=message):
+        replay.replay(bench.bench.settings, job, device="cpu")
+    bench.close()
 
 
 def worker(*options: str, home: Path) -> subprocess.CompletedProcess[str]:
