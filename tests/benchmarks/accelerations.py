@@ -17,6 +17,7 @@ from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import count_work, flop, print_table
 from tests.benchmarks.gpu.models import UNET, tiny
 from tests.benchmarks.gpu.parts import accelerations
+from tests.benchmarks.simulated_device import state_channels
 from workers.engines.reuse import model_for
 
 STEPS, SIDE = 50, 128
@@ -41,9 +42,10 @@ def sd2_forwards() -> list[list[str]]:
         unet: Any = diffusers.UNet2DConditionModel(**UNET)  # type: ignore[arg-type]
         found = [["window", "whole", "reusing", *(f"cache_interval={n}" for n in INTERVALS)]]
         for side in SIDES:
-            state = unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels
             whole = _flop(unet, UNET["in_channels"], side)
-            reusing = _flop(model_for(unet, "reusing"), UNET["in_channels"] + state, side)
+            reusing = _flop(
+                model_for(unet, "reusing"), UNET["in_channels"] + state_channels(unet), side
+            )
             speeds = (n * whole / (whole + (n - 1) * reusing) for n in INTERVALS)
             found.append(
                 [str(side), f"{whole:.3f}", f"{reusing:.3f}", *(f"{one:.2f}x" for one in speeds)]

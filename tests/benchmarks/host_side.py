@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from shared.params import Params
 from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import Run, Work
 from tests.benchmarks.gpu.models import tiny
@@ -41,12 +44,21 @@ def main() -> None:
 
 
 def _measure(bench: Bench, tflops: float) -> None:
-    for name, params in (("uniform", bench.uniform), ("mixed", bench.mixed)):
+    ways: list[tuple[str, Callable[[int], Params]]] = [
+        ("uniform jobs", bench.uniform),
+        ("mixed jobs", bench.mixed),
+        *((f"mixed jobs, cache_interval={n}", partial(_reusing, bench, n)) for n in (3, 5)),
+    ]
+    for name, params in ways:
         with bench.engine() as engine:
             clock = simulate(engine, tflops=tflops)
             run = bench._through(Run(name=name), engine, params)
         cells = f"{run.images / run.seconds:.2f}", f"{clock.idle_share:.1%}"
-        row(f"  {tflops:g} TFLOP/s, {name} jobs", *cells, f"{1000 * max(clock.gaps):.0f}")
+        row(f"  {tflops:g} TFLOP/s, {name}", *cells, f"{1000 * max(clock.gaps):.0f}")
+
+
+def _reusing(bench: Bench, cache_interval: int, n: int) -> Params:
+    return replace(bench.mixed(n), cache_interval=cache_interval)
 
 
 if __name__ == "__main__":

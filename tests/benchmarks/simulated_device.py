@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workers.engines.reuse import Kind
 from workers.engines.transfer import Download, Transfer
 
-# TFLOP of SD2's parts for a window of 512 px: a UNet row, an encoding, a decoding.
-UNET_ROW, VAE_ENCODING, VAE_DECODING = 0.804, 1.12, 2.52
+# TFLOP of SD2's parts for a window of 512 px: a UNet row, one that reuses, an encoding, a decoding.
+UNET_ROW, REUSING_ROW, VAE_ENCODING, VAE_DECODING = 0.804, 0.063, 1.12, 2.52
 
 
 @dataclass
@@ -77,9 +79,10 @@ def simulate(engine: Any, *, tflops: float) -> Clock:
     """The diffusion engine's model from now on computes nothing, and takes a device's time."""
     clock, parts = Clock(), engine._components
 
-    def unet(inputs: Tensor, *given: Any, **named: Any) -> tuple[Tensor]:
-        clock.enqueue(len(inputs) * UNET_ROW / tflops)
-        return (torch.zeros(len(inputs), parts.latent_channels, *inputs.shape[2:]),)
+    def unet(kind: Kind, inputs: Tensor, *given: Any, **named: Any) -> tuple[Tensor]:
+        clock.enqueue(len(inputs) * (REUSING_ROW if kind == "reusing" else UNET_ROW) / tflops)
+        channels = state_channels(parts.unet) if kind == "keeping" else 0
+        return (torch.zeros(len(inputs), parts.latent_channels + channels, *inputs.shape[2:]),)
 
     def encode(pictures: Tensor) -> Any:
         clock.enqueue(len(pictures) * VAE_ENCODING / tflops)
@@ -92,6 +95,13 @@ def simulate(engine: Any, *, tflops: float) -> Clock:
         sides = [side * parts.vae_factor for side in latents.shape[2:]]
         return (torch.zeros(len(latents), 3, *sides),)
 
-    parts.unet.forward, parts.vae.encode, parts.vae.decode = unet, encode, decode
+    for kind, forward in engine._denoiser._forwards.items():
+        forward._model.forward = partial(unet, kind)
+    parts.vae.encode, parts.vae.decode = encode, decode
     engine._denoiser.transfer = SimulatedTransfer(clock)
     return clock
+
+
+def state_channels(unet: Any) -> int:
+    """Of what a row keeps for the steps that reuse it."""
+    return int(unet.up_blocks[-1].resnets[-1].in_channels - unet.conv_in.out_channels)
