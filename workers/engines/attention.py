@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.errors import EngineUnavailable
-from shared.settings import Attention
+from shared.settings import Attention, Compile
 from workers.engines.diffusers_loading import Components, one_line
 
 KERNELS: Mapping[Attention, SDPBackend] = {
@@ -21,8 +21,12 @@ KERNELS: Mapping[Attention, SDPBackend] = {
 ON_CUDA_ONLY: frozenset[Attention] = frozenset({"cudnn", "efficient", "xformers"})
 
 
-def choose_attention(components: Components, attention: Attention) -> None:
+def choose_attention(components: Components, attention: Attention, compile: Compile) -> None:
     """Sets the UNet's processors. Raises EngineUnavailable where a kernel cannot run here."""
+    if attention == "sliced" and compile not in ("off", "auto"):
+        raise EngineUnavailable(
+            "attention sliced does not compile; use attention auto or compile off"
+        )
     if attention in ON_CUDA_ONLY and components.device.type != "cuda":
         raise EngineUnavailable(f"attention {attention} needs a CUDA device; use auto")
     if attention == "sliced":

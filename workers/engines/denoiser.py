@@ -197,7 +197,7 @@ class Denoiser:
         def run(inputs: Tensor) -> Tensor:
             timesteps = torch.full((rows,), 500.0, device=device)
             whole = self._forwards["whole"]
-            return whole(inputs, timesteps, words, is_moving=self._modes.is_offloading)
+            return whole(inputs, timesteps, words, **self._modes.for_forward)
 
         found = attempt(run, inputs.to(device))
         if found is None:
@@ -295,7 +295,7 @@ class Denoiser:
             inputs,
             table[:, COLUMNS.index("timestep")].contiguous(),
             torch.cat([row.sequence.row_embedding(row) for row in rows]),
-            is_moving=self._modes.is_offloading,
+            **self._modes.for_forward,
         )
 
     def _keep(self, rows: list[Row], found: Tensor) -> Tensor:

@@ -95,22 +95,27 @@ class Forward:
         return self._compile != "off" or self._has_graphs
 
     def __call__(
-        self, inputs: Tensor, timesteps: Tensor, embeddings: Tensor, *, is_moving: bool = False
+        self,
+        inputs: Tensor,
+        timesteps: Tensor,
+        embeddings: Tensor,
+        *,
+        is_moving: bool = False,
+        is_sliced: bool = False,
     ) -> Tensor:
         """(N, C, h, w) float32 from (N, 2C + 1, h, w), (N,) and (N, tokens, embedding).
 
         The state follows as further channels: of the output where it is kept, of the inputs
         where it is reused. is_moving: the weights come and go, so that neither a graph nor
-        compiled code holds.
+        compiled code holds. is_sliced: attention goes row by row, which does not compile.
         """
         embeddings = embeddings.to(self._components.unet_dtype)
         given = (self._laid_out(inputs), timesteps, embeddings)
-        if is_moving:
-            found = self._call(Way(self._attentions[0]), given)
-        elif self._has_graphs:
-            found = self._replay(given)
+        way = Way(self._attentions[0]) if is_moving or is_sliced else self._way(given)
+        if self._has_graphs and not is_moving:
+            found = self._replay(way, given)
         else:
-            found = self._call(self._way(given), given)
+            found = self._call(way, given)
         return found.to(torch.float32, copy=True)  # the next replay overwrites a graph's output
 
     def forget(self) -> None:
@@ -169,10 +174,10 @@ class Forward:
         mode = COMPILE_MODES.get(self._compile)
         return torch.compile(self._model, mode=mode)
 
-    def _replay(self, given: Given) -> Tensor:
+    def _replay(self, way: Way, given: Given) -> Tensor:
         shape = given[0].shape
         if shape not in self._captured:
-            captured = self._capture(self._way(given), given)
+            captured = self._capture(way, given)
             self._captured[shape] = captured
             self._pool.handle = self._pool.handle or captured.graph.pool()
         captured = self._captured[shape]

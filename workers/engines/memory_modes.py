@@ -56,6 +56,14 @@ class MemoryModes:
         """Whether weights move: graphs that were captured would read where they are no more."""
         return "model_offload" in self._undo or "sequential_offload" in self._undo
 
+    @property
+    def for_forward(self) -> dict[str, bool]:
+        """What a ``Forward`` must know of the modes that are on."""
+        return {
+            "is_moving": self.is_offloading,
+            "is_sliced": "attention_slicing" in self._undo,
+        }
+
     def use(self, stage: Stage) -> None:
         """Brings one part to the device, the others away, where whole models are offloaded."""
         if "model_offload" not in self._undo or "sequential_offload" in self._undo:

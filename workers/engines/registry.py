@@ -77,7 +77,7 @@ def _load_diffusion(name: str, model: str, revision: str | None, options: Engine
     except ImportError as error:
         raise _not_installed(error, extra="worker") from error
     components = load_components(model, revision, options)
-    choose_attention(components, options.attention)
+    choose_attention(components, options.attention, options.compile)
     return DiffusionEngine(name=name, components=components, options=options)
 
 

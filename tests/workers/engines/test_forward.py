@@ -122,6 +122,7 @@ def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
         assert torch.equal(second, plain(parts, batch(2, seed=2)))
         run(*batch(4))
         run(*batch(4), is_moving=True)
+        run(*batch(4), is_sliced=True)
         assert captured == [2, 4]
         run.forget()
         run(*batch(2))

@@ -258,6 +258,24 @@ def test_every_batch_size_is_run_before_any_job_waits(
         assert set(watch.rows) == {2}
 
 
+def test_a_compiled_unet_goes_on_as_it_is_where_its_attention_is_sliced(
+    parts: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code for any number of rows cannot be made of a loop over them."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda unet, mode: compile(unet, backend="eager"))
+    expected = run(parts, region())
+    with engine(parts, compile="default", max_batch=2) as ours:
+        tried = iter(range(3))
+        watch = Watch(parts.unet)
+        watch.before = lambda rows: raise_while(next(tried, None) is not None)
+        work = region()
+        found = ours.submit(work).result(60)
+    assert work.report.memory == "batch 1, attention_slicing, model_offload"
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    torch._dynamo.reset()
+
+
 def test_an_error_that_hides_the_lack_of_memory_is_seen_through() -> None:
     def fail(error: Exception) -> Exception:
         try:

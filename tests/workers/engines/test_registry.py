@@ -250,6 +250,8 @@ def test_devices_and_attention_that_cannot_be(tiny_model: Path) -> None:
     assert "device 'gpu' is not known" in why_not(tiny_model, device="gpu")
     assert "device 'mps' is not supported" in why_not(tiny_model, device="mps")
     assert "xformers needs a CUDA device" in why_not(tiny_model, attention="xformers")
+    sliced = why_not(tiny_model, attention="sliced", compile="default")
+    assert sliced == "attention sliced does not compile; use attention auto or compile off"
 
 
 def test_the_launcher_counts_devices_without_torch() -> None:
