@@ -9,6 +9,7 @@ from itertools import groupby, islice, zip_longest
 from workers.engines.sequence import Draft, Row, Sequence
 
 Size = tuple[int, int]  # (height, width) of a window in latents
+Group = tuple[Size, bool]  # and whether the region reuses features
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:
@@ -24,25 +25,31 @@ def pad(rows: list[Row], sizes: Iterable[int]) -> list[Row]:
 
 
 def choose_joining(
-    waiting: Iterable[Draft], active: Iterable[Sequence], max_rows: int
+    waiting: Iterable[Draft], active: Iterable[Sequence], limit: Callable[[Size], int]
 ) -> list[Draft]:
-    """By priority, then first come, first served, while one forward has room for all of a size.
+    """By priority, then first come, first served, while one forward has room for all of a group.
+
+    Groups never share a forward: by window size, and those that reuse features by themselves.
 
     A canvas counts as one window: it shares every forward with the others. Regions beyond
     one forward would finish no sooner together than one after another, so they wait.
     """
-    rows = Counter[Size]()
+    rows = Counter[Group]()
     for one in active:
-        rows[one.draft.window_size] += one.rows
-    joining, full = [], set[Size]()
+        rows[_group(one.draft)] += one.rows
+    joining, full = [], set[Group]()
     for draft in sorted(waiting, key=lambda one: -one.work.priority):
-        size = draft.window_size
-        if size in full or (rows[size] and rows[size] + draft.rows > max_rows):
-            full.add(size)
+        group, most = _group(draft), limit(draft.window_size)
+        if group in full or (rows[group] and rows[group] + draft.rows > most):
+            full.add(group)
             continue
-        rows[size] += draft.rows
+        rows[group] += draft.rows
         joining.append(draft)
     return joining
+
+
+def _group(draft: Draft) -> Group:
+    return draft.window_size, draft.work.params.cache_interval > 1
 
 
 def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[Row]:

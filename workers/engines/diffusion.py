@@ -174,7 +174,7 @@ class DiffusionEngine:
         self._finished = [one for one in self._finished if not one.draft.future.done()]
 
     def _admit(self) -> None:
-        joining = choose_joining(self._waiting, self._active, self._denoiser.max_batch)
+        joining = choose_joining(self._waiting, self._active, self._denoiser.max_rows)
         self._waiting = [draft for draft in self._waiting if draft not in joining]
         for size in dict.fromkeys(draft.window_size for draft in joining):
             drafts = [draft for draft in joining if draft.window_size == size]

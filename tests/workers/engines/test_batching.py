@@ -22,9 +22,17 @@ pytestmark = DIFFUSERS_WARNS
 SMALL, WIDE = (8, 8), (8, 16)
 
 
-def draft(priority: int = 0, rows: int = 2, size: tuple[int, int] = SMALL) -> Any:
+def draft(
+    priority: int = 0, rows: int = 2, size: tuple[int, int] = SMALL, cache_interval: int = 1
+) -> Any:
     """What batching asks of a region that waits."""
-    return SimpleNamespace(work=SimpleNamespace(priority=priority), rows=rows, window_size=size)
+    params = SimpleNamespace(cache_interval=cache_interval)
+    work = SimpleNamespace(priority=priority, params=params)
+    return SimpleNamespace(work=work, rows=rows, window_size=size)
+
+
+def joining(waiting: list[Any], sequences: list[Any], most: int) -> list[Any]:
+    return choose_joining(waiting, sequences, lambda size: most if size == SMALL else most // 2)
 
 
 def active(
@@ -94,14 +102,22 @@ def test_the_served_go_to_the_back_unless_a_cheap_step_is_next() -> None:
 def test_joining_goes_by_priority_then_by_arrival_and_nobody_overtakes() -> None:
     first, second, urgent, single = draft(), draft(), draft(priority=1), draft(rows=1)
     waiting = [first, second, single, urgent]
-    assert choose_joining(waiting, [], 4) == [urgent, first]
+    assert joining(waiting, [], 4) == [urgent, first]
     # The single row would fit, but then rows of one could keep the pair out for ever.
-    assert choose_joining([second, single], [active("a"), active("b", rows=1)], 4) == []
-    assert choose_joining([draft(size=WIDE)], [active("a")], 2) != []
+    assert joining([second, single], [active("a"), active("b", rows=1)], 4) == []
+    assert joining([draft(size=WIDE)], [active("a")], 2) != []
+    assert joining([draft(size=WIDE)], [active("a", size=WIDE)], 4) == []
+    assert joining([draft(size=WIDE)], [active("a", size=WIDE)], 8) != []
+
+
+def test_regions_that_reuse_features_take_no_room_from_the_others() -> None:
+    reusing, again = draft(cache_interval=3), draft(cache_interval=5)
+    assert joining([reusing], [active("a"), active("b")], 4) == [reusing]
+    assert joining([again], [active("a", cache_interval=3)], 2) == []
 
 
 def test_a_lone_canvas_larger_than_a_forward_is_let_in() -> None:
-    assert len(choose_joining([draft(rows=2)], [], 1)) == 1
+    assert len(joining([draft(rows=2)], [], 1)) == 1
 
 
 COMPANY: tuple[dict[str, Any], ...] = (
