@@ -353,6 +353,11 @@ def changed(params: Params, values: Mapping[str, Any]) -> Params:
             f"eta: {found.eta:g} has no meaning for scheduler {found.scheduler!r}; "
             "use 0, or scheduler ddim"
         )
+    if int(found.num_inference_steps * found.strength) < 1:
+        raise ParameterError(
+            f"strength: {found.strength:g} of {found.num_inference_steps} num_inference_steps "
+            "leaves no step; raise one of them"
+        )
     if found.refine_strength and int(found.num_inference_steps * found.refine_strength) < 1:
         raise ParameterError(
             f"refine_strength: {found.refine_strength:g} of {found.num_inference_steps} "

@@ -252,7 +252,7 @@ def load(**overrides: Any) -> Settings:
         problems = _unknown_variables()
         settings = Settings(**overrides)
     except ValidationError as error:
-        problems += [_describe(dict(one)) for one in error.errors()]
+        problems += _described(error)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings: {DOTENV} cannot be read: {error}") from error
     if problems:
@@ -267,9 +267,19 @@ def _unknown_variables() -> list[str]:
     return [f"{name} is not a setting{did_you_mean(name, known)}" for name in unknown]
 
 
-def _describe(problem: dict[str, Any]) -> str:
-    """Names the variable and the rule, never the value: it may hold a password."""
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if not problem["loc"]:
-        return message
-    return f"{PREFIX}{str(problem['loc'][0]).upper()}: {message}"
+def _described(error: ValidationError) -> list[str]:
+    """Names each variable and the rule, never the value: it may hold a password.
+
+    A variable of several types is refused once for each of them.
+    """
+    found: dict[str, list[str]] = {}
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        name = f"{PREFIX}{str(problem['loc'][0]).upper()}: " if problem["loc"] else ""
+        found.setdefault(name, []).append(message)
+    return [name + _alternatives(messages) for name, messages in found.items()]
+
+
+def _alternatives(messages: list[str]) -> str:
+    first, *others = messages
+    return " or ".join([first, *(one.removeprefix("Input should be ") for one in others)])

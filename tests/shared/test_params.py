@@ -245,6 +245,13 @@ def test_eta_goes_with_ddim_only(scheduler: str) -> None:
     )
 
 
+def test_a_strength_leaves_at_least_one_step() -> None:
+    assert resolved(values={"strength": "0.5", "num_inference_steps": "2"})
+    assert refusal(values={"strength": "0.01", "num_inference_steps": "50"}) == (
+        "strength: 0.01 of 50 num_inference_steps leaves no step; raise one of them"
+    )
+
+
 def test_painting_again_takes_at_least_one_step() -> None:
     assert resolved(values={"refine_strength": "0.5", "num_inference_steps": "2"})
     assert refusal(values={"refine_strength": "0.4", "num_inference_steps": "2"}) == (

@@ -224,3 +224,12 @@ def test_a_broker_that_no_client_could_reach_is_refused(url: str, words: str) ->
     with pytest.raises(SettingsError, match=words) as error:
         settings.load(broker_url=url)
     assert "secret" not in str(error.value)
+
+
+def test_a_variable_of_two_types_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_MAX_BATCH", "0")
+    with pytest.raises(SettingsError) as caught:
+        settings.load()
+    assert str(caught.value) == (
+        "settings: INPAINT_MAX_BATCH: Input should be greater than or equal to 1 or 'auto'"
+    )

@@ -135,6 +135,8 @@ def _read(
 ) -> Components:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     diffusers_logging.disable_progress_bar()
+    for logging in (transformers_logging, diffusers_logging):
+        logging.set_verbosity_error()  # what is amiss with the files, one line of ours says
     quantization = options.quantization
     own_dtype = unet_dtype(dtype, quantization)
     unet = _laid_out(_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
