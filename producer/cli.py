@@ -276,7 +276,7 @@ def _wait(
     """Until nothing is left; says once where no worker seems to be there, or why jobs wait."""
     console = terminal.err()
     started = time.monotonic()
-    said = workers is not None
+    said = False
     explained: set[tuple[str, bool]] = set()
     with terminal.job_progress(console) as bar:
         task = bar.add_task("inpainting", total=None, note="")
@@ -297,12 +297,16 @@ def _wait(
                 workers.check()
             idle = found.left == found.total and not found.counts["running"]
             if idle and not said and time.monotonic() - started > NO_WORKER_SECONDS:
-                engine = sorted(checked.engines)[0]
-                console.print(
-                    f"no worker has taken a job yet; start: inpaint-worker --engine {engine}"
-                )
+                console.print(terminal.escape(_nobody_yet(checked, workers)))
                 said = True
             time.sleep(pause)
+
+
+def _nobody_yet(checked: Checked, workers: LocalWorkers | None) -> str:
+    if workers is not None:
+        return f"the worker is getting ready; a model takes a while to load: see {workers.log}"
+    engine = sorted(checked.engines)[0]
+    return f"no worker has taken a job yet; start: inpaint-worker --engine {engine}"
 
 
 def _print_end(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
 
@@ -22,22 +25,46 @@ ID = click.IntRange(1, 2**63 - 1)
 
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what was started is stopped in order, as after Ctrl-C."""
 
 
 @contextmanager
 def friendly(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
     """A user's mistake, or a service that is down, is one line on stderr and exit 2.
 
-    Ctrl-C is the line ``interrupted`` and exit 130.
+    Ctrl-C is the line ``interrupted`` and exit 130, SIGTERM the same and exit 143.
     """
     try:
-        yield
-    except KeyboardInterrupt:
+        with _raising_terminated():
+            yield
+    except KeyboardInterrupt as error:
         click.echo(f"{command}: {interrupted}", err=True)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
     except InpaintError as error:
         click.echo(f"{command}: {error}", err=True)
         sys.exit(2)
+
+
+@contextmanager
+def _raising_terminated() -> Iterator[None]:
+    """On SIGTERM, once: a second one must not stop the stopping. Only the main thread may ask."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -169,4 +169,4 @@ def redeliver(bench: Bench, queue: Queue) -> None:
     found = jobs.redeliver(bench.db, queue, bench.engine.name, grace_seconds=grace)
     jobs.sweep(bench.db, queue, bench.engine.name)
     if found:
-        log.warning("queued %s jobs again whose messages Redis had lost", found)
+        log.warning("queued %s jobs again whose messages were lost", found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -122,6 +123,27 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
 
 
+def test_sigterm_stops_in_order_and_a_second_one_does_not_stop_that(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stopped: list[str] = []
+
+    def run() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            stopped.append("workers")
+
+    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+        run()
+    assert caught.value.code == 143
+    assert stopped == ["workers"]
+    assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 # --- waiting ---------------------------------------------------------------------------------
 
 
@@ -224,6 +246,15 @@ def test_wait_says_once_that_no_worker_is_there(
         ran.err.count("no worker has taken a job yet; start: inpaint-worker --engine opencv") == 1
     )
     assert "2 cancelled" in ran.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_local_says_once_that_its_worker_is_getting_ready(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.cli.NO_WORKER_SECONDS", 0.0)
+    ran = desk.submit(desk.catalog(1), "--local", "--engine", "opencv", "--devices", "cpu")
+    assert ran.err.count("the worker is getting ready; a model takes a while to load: see ") == 1
 
 
 # --- the real commands -----------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_jobs_whose_messages_redis_lost_are_published_again(
     fleet.start("--concurrency", "1")
     wait_for(lambda: set(fleet.states()) == {"succeeded"})
     assert len(jobs) == 5
-    assert "whose messages Redis had lost" in fleet.log()
+    assert "whose messages were lost" in fleet.log()
 
 
 def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: Fleet) -> None:

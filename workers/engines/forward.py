@@ -141,6 +141,7 @@ class Forward:
         way = self._fastest([Way(name) for name in self._attentions], given)
         if self._compile == "off":
             return way
+        log.info("compiling for windows of %s latents: minutes, the first time", _size(given))
         compiled = Way(way.attention, is_compiled=True)
         return self._fastest([way, compiled], given) if self._compile == "auto" else compiled
 
@@ -149,7 +150,7 @@ class Forward:
             return ways[0]
         found = fastest(ways, partial(self._ready, given), self._stopwatch)
         release_memory()  # of the graphs that were tried
-        log.info("%d rows of %s: %s", len(given[0]), tuple(given[0].shape[2:]), found)
+        log.info("windows of %s latents: %s", _size(given), found)
         return found
 
     def _ready(self, given: Given, way: Way) -> Callable[[], Tensor]:
@@ -206,6 +207,11 @@ class Forward:
             with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode=mode):
                 output = self._call(way, own)
         return Captured(graph=graph, inputs=own, output=output)
+
+
+def _size(given: Given) -> str:
+    height, width = given[0].shape[2:]
+    return f"{width}x{height}"
 
 
 @contextmanager
