@@ -24,6 +24,7 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+LFS_POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 SMALL_FILES = (
     "*.py",  # fetched so that custom code is seen and refused, never run
@@ -133,6 +134,17 @@ def check_pipeline(folder: Path) -> None:
     _check_shapes(folder)
     if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZER_FILES):
         raise EngineUnavailable(f"{folder}: no tokenizer; fetch the model again")
+    _check_fetched(folder)
+
+
+def _check_fetched(folder: Path) -> None:
+    """A clone without Git LFS has a line of text in place of each file of weights."""
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise EngineUnavailable(
+                    f"{path}: a Git LFS pointer, not the weights; run git lfs pull in {folder}"
+                )
 
 
 def _check_own_code(folder: Path) -> None:

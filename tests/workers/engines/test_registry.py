@@ -154,6 +154,15 @@ def test_custom_code_is_never_run(copy: Path) -> None:
     assert "custom pipeline code (unet/own.py) is never run" in why_not(copy)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_clone_without_its_weights_is_told_how_to_get_them(copy: Path, part: str) -> None:
+    weights = next((copy / part).glob("*.safetensors"))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert why_not(copy) == (
+        f"{weights}: a Git LFS pointer, not the weights; run git lfs pull in {copy}"
+    )
+
+
 def test_damaged_files_are_an_answer_too(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
