@@ -30,7 +30,7 @@ CASES: dict[str, Callable[[Bench], Run]] = {
     "b": Bench.xformers,
 }
 TABLES: dict[str, Callable[[Bench], list[list[str]]]] = {
-    "UNet forward, ms": parts.forwards,
+    "UNet forwards in ms": parts.forwards,
     "Attention": parts.kernels,
     "Memory modes": parts.memory_modes,
     "Accelerations": parts.accelerations,
