@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", default="default", choices=("off", "default", "max-autotune"))
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("workers").setLevel(logging.INFO)  # what was chosen by measurement
     end = time.monotonic() + 60 * chosen.minutes
     bench = _bench(chosen)
     peak = matrix_peak(bench.subject)
@@ -120,4 +118,6 @@ def _run(name: str, bench: Bench, end: float) -> Run:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("workers").setLevel(logging.INFO)  # what was chosen by measurement
     main()

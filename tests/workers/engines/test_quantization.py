@@ -320,7 +320,8 @@ def test_a_worker_takes_the_option_says_so_and_nothing_of_its_libraries(
 
 def test_only_the_lines_that_are_expected_go_to_debug(caplog: pytest.LogCaptureFixture) -> None:
     torchao = logging.getLogger("torchao")
-    with caplog.at_level("DEBUG"), expected_lines_at_debug():
+    ours = caplog.at_level("DEBUG", "workers.engines.library_logs")
+    with ours, expected_lines_at_debug():
         torchao.warning("Failed to load %s", "x.so")
         torchao.warning("something else")
     torchao.warning("Failed to load again")
