@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice, zip_longest
 
 from workers.engines.sequence import Draft, Row, Sequence
+from workers.engines.step_table import Formula
 
 Size = tuple[int, int]  # (height, width) of a window in latents
 Group = tuple[Size, bool]  # and whether the region reuses features
@@ -93,10 +94,11 @@ def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]
 
 def group_steps(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
     """Those whose steps can be taken together; a scheduler without a table goes alone."""
-    groups: dict[Size, list[Sequence]] = {}
+    groups: dict[tuple[Size, Formula], list[Sequence]] = {}
     for one in sequences:
-        if one.draft.sampler.table.is_whole:
-            groups.setdefault(one.draft.canvas.size, []).append(one)
-        else:
+        formula = one.draft.sampler.table.formula
+        if formula is None:
             yield [one]
+        else:
+            groups.setdefault((one.draft.canvas.size, formula), []).append(one)
     yield from groups.values()

@@ -21,7 +21,7 @@ from workers.engines.options import EngineOptions
 from workers.engines.prompts import PromptEncoder
 from workers.engines.reuse import Kind
 from workers.engines.sequence import Draft, Row, Sequence, begin
-from workers.engines.step_table import COLUMNS, advance, guide
+from workers.engines.step_table import HEAD, guide
 from workers.engines.transfer import Transfer
 
 LARGEST = {"cuda": 64, "cpu": 8}  # rows; more is no faster
@@ -132,16 +132,16 @@ class Denoiser:
         table = torch.stack([one.coefficients for one in sequences])
         noise = guide(table, without, prediction)
         latents = torch.cat([one.latents for one in sequences])
-        first = sequences[0]
-        if not first.draft.sampler.table.is_whole:
-            first.move_on(first.draft.sampler.step(noise, first.step, latents))
+        sampler = sequences[0].draft.sampler
+        if (formula := sampler.table.formula) is None:
+            sequences[0].move_on(sampler.step(noise, sequences[0].step, latents))
             return
-        last_image = torch.cat([one.last_image for one in sequences])
-        latents, image = advance(table, latents, last_image, noise)
-        for one, *found in zip(
-            sequences, torch.split(latents, 1), torch.split(image, 1), strict=True
-        ):
-            one.move_on(*found)
+        earlier = zip(*(one.history for one in sequences), strict=True)
+        history = tuple(torch.cat(each) for each in earlier)
+        latents, history = formula.advance(table[:, len(HEAD) :], latents, noise, history)
+        found = [torch.split(each, 1) for each in (latents, *history)]
+        for one, *own in zip(sequences, *found, strict=True):
+            one.move_on(*own)
 
     def decode(self, sequences: list[Sequence]) -> list[Tensor]:
         """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory.
@@ -283,8 +283,8 @@ class Denoiser:
 
     def _run(self, kind: Kind, rows: list[Row]) -> Tensor:
         self._modes.use("unet")
-        table = torch.stack([row.sequence.coefficients for row in rows])
-        divisor = table[:, COLUMNS.index("divisor"), None, None, None]
+        table = torch.stack([row.sequence.coefficients[: len(HEAD)] for row in rows])
+        divisor = table[:, HEAD.index("divisor"), None, None, None]
         latents = torch.stack([row.sequence.row_latents(row) for row in rows]) / divisor
         fixed = torch.stack([row.sequence.row_fixed(row) for row in rows])
         inputs = torch.cat([latents, fixed], dim=1)
@@ -293,7 +293,7 @@ class Denoiser:
             inputs = torch.cat([inputs.to(states.dtype), states], dim=1)
         return self._forwards[kind](
             inputs,
-            table[:, COLUMNS.index("timestep")].contiguous(),
+            table[:, HEAD.index("timestep")].contiguous(),
             torch.cat([row.sequence.row_embedding(row) for row in rows]),
             **self._modes.for_forward,
         )

@@ -126,7 +126,7 @@ class Row:
 class Sequence:
     """A region being denoised: its latents, and what its present step still lacks.
 
-    latents: (1, C, h, w) float32. last_image: the same shape, see ``step_table.advance``.
+    latents: (1, C, h, w) float32. history: the same shape each, see ``step_table.Formula``.
     table: (steps, columns) on the device. embeddings: one (1, tokens, embedding) for each
     branch, the negative prompt first. fixed: (1 + C, h, w) for each window, mask and masked
     image.
@@ -142,7 +142,9 @@ class Sequence:
         fixed: list[Tensor],
     ) -> None:
         self.draft = draft
-        self.latents = self.last_image = latents
+        formula = draft.sampler.table.formula
+        self.latents = latents
+        self.history = (latents,) * (formula.history if formula else 0)
         self.step = 0
         self._table = table.unbind()
         self._embeddings = embeddings
@@ -212,10 +214,10 @@ class Sequence:
         """
         return self._whole(self._first_branch), self._whole(-1)
 
-    def move_on(self, latents: Tensor, image: Tensor | None = None) -> None:
-        """To the next step, with its latents and the image they lead to."""
+    def move_on(self, latents: Tensor, *history: Tensor) -> None:
+        """To the next step, with its latents and what it needs to know of the steps before."""
         self.latents = latents
-        self.last_image = latents if image is None else image
+        self.history = history
         self.step += 1
         self._begin_step()
 

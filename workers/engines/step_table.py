@@ -1,14 +1,7 @@
 """The steps of a scheduler as numbers, so that regions with different ones advance together.
 
-ddim (Song et al. 2021, equation 12), euler (Karras et al. 2022, algorithm 1) and dpmpp_2m (Lu
-et al. 2022, algorithm 2) are one formula with different coefficients:
-
-    image = (latents - sigma * noise) / alpha
-    next = keep * latents + to_image * image + along * direction + bend * change
-
-``direction`` is the noise, or for euler (latents - image) / sigma; ``change`` is how far
-``image`` moved since the step before. The operations and their order are diffusers', so that
-on the CPU the results are the same to the last bit.
+The operations and their order are diffusers', so that on the CPU the results are the same to the
+last bit. What is in no table goes through diffusers' scheduler, region by region.
 """
 
 from __future__ import annotations
@@ -20,21 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = (
-    *("timestep", "divisor", "guidance"),
-    *("alpha", "sigma", "keep", "to_image", "along", "is_ray", "bend", "change"),
-)
+from workers.engines import multistep, unipc
+
+HEAD = ("timestep", "divisor", "guidance")
+
+Advance = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """One step of some schedulers, with a row of numbers for each region.
+
+    advance: rows without their head, latents, noise and history to the next latents and history.
+    history: how many tensors of the latents' shape a step leaves to the next one.
+    """
+
+    columns: tuple[str, ...]
+    advance: Advance
+    history: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTable:
-    """(steps, columns) float32. ``is_whole``: the step itself is in it, not only its input.
+    """(steps, columns) float32: the head, then the formula's columns where there is one.
 
     divisor: what the latents are divided by for the UNet. guidance: the guidance scale.
     """
 
     values: Tensor
-    is_whole: bool
+    formula: Formula | None
 
 
 def tabulate(scheduler: Any, name: str, *, skipped: int, eta: float, guidance: float) -> StepTable:
@@ -43,16 +50,14 @@ def tabulate(scheduler: Any, name: str, *, skipped: int, eta: float, guidance: f
     divisor = torch.ones(len(timesteps))
     if name in ("euler", "euler_a"):
         divisor = (scheduler.sigmas[skipped:-1] ** 2 + 1) ** 0.5
+    head = [timesteps.float(), divisor, torch.full((len(timesteps),), guidance)]
     known = _coefficients(scheduler, name, skipped) if eta == 0 else None
-    columns = {
-        "timestep": timesteps.float(),
-        "divisor": divisor,
-        "guidance": torch.full((len(timesteps),), guidance),
-        **(known or {}),
-    }
+    if known is None:
+        return StepTable(values=torch.stack(head, dim=1), formula=None)
+    formula, columns = known
     none = torch.zeros(len(timesteps))
-    values = torch.stack([columns.get(column, none) for column in COLUMNS], dim=1)
-    return StepTable(values=values, is_whole=known is not None)
+    body = [columns.get(column, none) for column in formula.columns]
+    return StepTable(values=torch.stack([*head, *body], dim=1), formula=formula)
 
 
 def guide(rows: Tensor, without: Tensor, prediction: Tensor) -> Tensor:
@@ -60,89 +65,28 @@ def guide(rows: Tensor, without: Tensor, prediction: Tensor) -> Tensor:
 
     rows: (N, columns), one of the table for each. The others: (N, C, H, W).
     """
-    scale = rows[:, COLUMNS.index("guidance"), None, None, None]
+    scale = rows[:, HEAD.index("guidance"), None, None, None]
     return without + scale * (prediction - without)
 
 
-def advance(
-    rows: Tensor, latents: Tensor, last_image: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The next latents and the image they lead to, both (N, C, H, W) float32.
-
-    rows: (N, columns). last_image: what the step before led to; any finite values before the
-    first. noise: predicted, with guidance.
-    """
-    of = dict(zip(COLUMNS, rows[..., None, None, None].unbind(1), strict=True))
-    image = (latents - of["sigma"] * noise) / of["alpha"]
-    direction = torch.where(of["is_ray"] > 0, (latents - image) / of["sigma"], noise)
-    moved = of["keep"] * latents + of["to_image"] * image + of["along"] * direction
-    return moved + of["bend"] * (of["change"] * (image - last_image)), image
-
-
-def _coefficients(scheduler: Any, name: str, skipped: int) -> Mapping[str, Tensor] | None:
+def _coefficients(
+    scheduler: Any, name: str, skipped: int
+) -> tuple[Formula, Mapping[str, Tensor]] | None:
     """None where the model's configuration asks for something else than the plain formula."""
     config = scheduler.config
     plain = config.prediction_type == "epsilon" and not getattr(config, "thresholding", False)
-    return FORMULAS[name](scheduler, skipped) if plain and name in FORMULAS else None
-
-
-def _ddim(scheduler: Any, skipped: int) -> Mapping[str, Tensor]:
-    timesteps = scheduler.timesteps[skipped:]
-    after = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alphas = scheduler.alphas_cumprod
-    alpha = alphas[timesteps]
-    next_alpha = torch.where(after >= 0, alphas[after.clamp(min=0)], scheduler.final_alpha_cumprod)
-    return {
-        "alpha": alpha**0.5,
-        "sigma": (1 - alpha) ** 0.5,
-        "to_image": next_alpha**0.5,
-        "along": (1 - next_alpha) ** 0.5,
-    }
-
-
-def _euler(scheduler: Any, skipped: int) -> Mapping[str, Tensor]:
-    sigmas = scheduler.sigmas[skipped:]
-    one = torch.ones(len(sigmas) - 1)
-    return {
-        "alpha": one,
-        "sigma": sigmas[:-1],
-        "keep": one,
-        "along": sigmas[1:] - sigmas[:-1],
-        "is_ray": one,
-    }
-
-
-def _dpmpp_2m(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
-    config = scheduler.config
-    kind = (config.algorithm_type, config.solver_order, config.solver_type)
-    if kind != ("dpmsolver++", 2, "midpoint"):
+    if not plain or name not in FORMULAS:
         return None
-    alphas, sigmas = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
-    logs = torch.log(alphas) - torch.log(sigmas)
-    widths = logs[1:] - logs[:-1]
-    shrink = alphas[1:] * (torch.exp(-widths) - 1.0)
-    earlier = torch.cat([widths[:1], widths[:-1]])
-    change = 1.0 / (earlier / widths)
-    first_order = torch.zeros(len(widths), dtype=torch.bool)
-    first_order[skipped] = True
-    first_order[-1] |= (
-        config.euler_at_final
-        or (config.lower_order_final and len(widths) < 15)
-        or config.final_sigmas_type == "zero"
-    )
-    columns = {
-        "alpha": alphas[:-1],
-        "sigma": sigmas[:-1],
-        "keep": sigmas[1:] / sigmas[:-1],
-        "to_image": -shrink,
-        "bend": torch.where(first_order, 0.0, -0.5 * shrink),
-        "change": torch.where(first_order, 0.0, change),
-    }
-    return {name: column[skipped:] for name, column in columns.items()}
+    formula, coefficients = FORMULAS[name]
+    columns = coefficients(scheduler, skipped)
+    return None if columns is None else (formula, columns)
 
 
-FORMULAS: Mapping[str, Callable[[Any, int], Mapping[str, Tensor] | None]] = {
-    "ddim": _ddim,
-    "euler": _euler,
-    "dpmpp_2m": _dpmpp_2m,
+MULTISTEP = Formula(columns=multistep.COLUMNS, advance=multistep.advance, history=multistep.HISTORY)
+UNIPC = Formula(columns=unipc.COLUMNS, advance=unipc.advance, history=unipc.HISTORY)
+FORMULAS: Mapping[str, tuple[Formula, Callable[[Any, int], Mapping[str, Tensor] | None]]] = {
+    "ddim": (MULTISTEP, multistep.ddim),
+    "euler": (MULTISTEP, multistep.euler),
+    "dpmpp_2m": (MULTISTEP, multistep.dpmpp_2m),
+    "unipc": (UNIPC, unipc.unipc),
 }

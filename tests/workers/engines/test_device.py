@@ -36,7 +36,7 @@ pytestmark = DIFFUSERS_WARNS
 DEVICE = torch.device("meta")
 CANVAS = (Box(0, 0, 64, 64), Box(40, 0, 104, 64))
 COPIES = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
-TABLED = ("ddim", "euler", "dpmpp_2m")
+TABLED = ("ddim", "euler", "dpmpp_2m", "unipc")
 
 
 class Watched(TorchDispatchMode):

@@ -13,7 +13,7 @@ from shared.errors import ParameterError
 from shared.params import Scheduler
 from tests.workers.engines.samples import DIFFUSERS_WARNS, params
 from workers.engines.schedulers import CLASSES, Sampler, build_scheduler
-from workers.engines.step_table import COLUMNS
+from workers.engines.step_table import FORMULAS, HEAD
 
 pytestmark = DIFFUSERS_WARNS
 
@@ -59,10 +59,48 @@ def test_any_number_of_steps_ends_in_finite_latents(
     )
     latents = sampler.start(sampler.draw((1, 4, 8, 8)), None)
     for step, row in enumerate(sampler.table.values):
-        scaled = latents / row[COLUMNS.index("divisor")]
+        scaled = latents / row[HEAD.index("divisor")]
         latents = sampler.step(0.1 * scaled, step, latents)
     assert torch.isfinite(latents).all()
     assert len(sampler.timesteps) == steps + (name == "pndm" and steps > 1)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [2, 3, 4, 20, 50])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
+    name: Scheduler, steps: int, strength: float, config: dict[str, object]
+) -> None:
+    chosen = params(scheduler=name, num_inference_steps=steps, strength=strength)
+    generator = torch.Generator().manual_seed(0)
+    sampler = Sampler(config, chosen, generator)
+    formula = sampler.table.formula
+    assert formula is not None
+    ours = theirs = sampler.draw((2, 4, 8, 8))
+    history = (ours,) * formula.history
+    for step, row in enumerate(sampler.table.values[:, len(HEAD) :]):
+        noise = sampler.draw((2, 4, 8, 8))
+        theirs = sampler.step(noise, step, theirs)
+        ours, history = formula.advance(row.expand(2, -1), ours, noise, history)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("unipc", {"solver_order": 3}),
+        ("unipc", {"solver_type": "bh1"}),
+        ("unipc", {"disable_corrector": [0]}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
+        ("ddim", {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_other_variants_of_a_scheduler_go_through_diffusers(
+    name: Scheduler, variant: dict[str, object], config: dict[str, object]
+) -> None:
+    chosen = params(scheduler=name, num_inference_steps=4)
+    assert Sampler(config, chosen, torch.Generator()).table.formula is not None
+    assert Sampler({**config, **variant}, chosen, torch.Generator()).table.formula is None
 
 
 def test_strength_leaves_out_the_first_steps(config: dict[str, object]) -> None:
