@@ -104,7 +104,11 @@ def find_taken(db: Database, digest: str, rows: Sequence[NewJob]) -> list[Taken]
 def _find_taken(
     connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new: bool
 ) -> list[Taken]:
-    """new: only rows that have no job yet; the others write nothing unless they are forced."""
+    """new: only rows that have no job yet; the others write nothing unless they are forced.
+
+    A changed job at the row's own line keeps the output, unless another job does what the row
+    asks for: forced, that one writes it.
+    """
     chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
         Job.output.in_({row.output for row in rows}), jobs.owns(Job)
     )
@@ -112,18 +116,20 @@ def _find_taken(
     for owner in connection.execute(chosen):
         owners.setdefault(owner.output, []).append(owner)
     suspects = [row for row in rows if row.output in owners]
-    known: set[bytes] = set()
-    if suspects and new:
-        keys = {row.content_key for row in suspects}
-        having = select(Job.content_key).where(Job.content_key.in_(keys))
-        known = set(connection.execute(having).scalars())
+    if not suspects:
+        return []
+    keys = {row.content_key for row in suspects}
+    having = select(Job.content_key).where(Job.content_key.in_(keys))
+    known = set(connection.execute(having).scalars())
     return [
         Taken(row=row, job=owner.id, submission=owner.submission_id)
         for row in suspects
-        if row.content_key not in known
+        if not (new and row.content_key in known)
         for owner in owners[row.output]
         if owner.content_key != row.content_key
-        and (owner.submission_id, owner.line) != (submission, row.line)
+        and (
+            (owner.submission_id, owner.line) != (submission, row.line) or row.content_key in known
+        )
     ]
 
 

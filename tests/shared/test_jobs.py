@@ -744,3 +744,23 @@ def test_of_several_jobs_for_one_output_only_the_newest_is_retried(table: JobTab
     assert [table.state(job) for job in (older, newer, alone)] == [
         *("cancelled", "pending", "pending")
     ]
+
+
+def test_forced_a_row_takes_its_output_from_the_changed_job_at_its_own_line(
+    table: JobTable,
+) -> None:
+    """Where another submission's job does what the row asks for, that one runs, and it alone."""
+    first, second = table.submission("first"), table.submission("second")
+    changed = table.one(submission=first)
+    row = new_job(table.job(changed).line)
+    table.cancel(changed)
+    assert table.retry(changed, seed=7).count == 1
+    table.cancel(changed)
+    assert submissions.record(table.db, second, [row]) == []
+    same = changed + 1
+    table.cancel(same)
+    assert table.retry(changed).count == 1
+    assert submissions.record(table.db, first, [row], replace=True) == [row]
+    assert jobs.rerun(table.db, {row.content_key: (first, row.line)}, replace=True) == 1
+    assert (table.state(changed), table.state(same)) == ("cancelled", "pending")
+    assert table.job(changed).error_code == "output_replaced"

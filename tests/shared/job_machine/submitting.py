@@ -83,11 +83,13 @@ class Submitting(Table):
 
     def _taken(self, submission: int, rows: list[NewJob], force: bool) -> Iterator[Expected]:
         """The jobs that write the rows' outputs and ask for something else."""
-        known = set() if force else {one.key for one in self.model.values()}
+        keys = {one.key for one in self.model.values()}
         for one in self.model.values():
             for row in rows:
-                own = one.key == row.content_key or one.place == (submission, row.line)
-                if one.owns(row.output) and not own and row.content_key not in known:
+                is_known = row.content_key in keys
+                is_changed = one.place == (submission, row.line) and not is_known
+                own = one.key == row.content_key or is_changed
+                if one.owns(row.output) and not own and (force or not is_known):
                     yield one
 
     def _add(self, submission: int, row: NewJob) -> bool:
