@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,6 +75,26 @@ def test_the_first_result_is_kept_while_the_next_way_overwrites_it() -> None:
         return lambda: shared.copy_(RESULT if way == "plain" else -RESULT)
 
     assert fastest(["plain", "wrong"], make, stopwatch=iter_of(2.0, 1.0)) == "plain"
+
+
+def test_a_way_is_gone_before_the_next_is_made() -> None:
+    """Two graphs of the largest batch would not fit beside each other."""
+    alive: list[weakref.ref[Any]] = []
+
+    class Graph:
+        def __call__(self) -> Tensor:
+            return RESULT
+
+    def make(way: str) -> Callable[[], Tensor]:
+        assert all(one() is None for one in alive)
+        graph = Graph()
+        alive.append(weakref.ref(graph))
+        if way == "broken":
+            raise RuntimeError("after it was made")
+        return graph
+
+    assert fastest(["plain", "broken", "flash"], make, iter_of(2.0, 1.0)) == "flash"
+    assert len(alive) == 3
 
 
 def iter_of(*seconds: float) -> Callable[[Any], float]:
