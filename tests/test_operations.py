@@ -106,7 +106,7 @@ def test_a_sqlite_file_is_copied_whole(tmp_path: Path, migrated_file: Path) -> N
 def test_the_queries_answer_on_both_databases(db: Database) -> None:
     (block,) = blocks("queries")
     queries = [query for query in block.split(";") if query.strip()]
-    assert len(queries) == 5
+    assert len(queries) == 6
     table = JobTable(db)
     table.run(table.one(), lease=-3600)
     for query in queries:
