@@ -196,8 +196,7 @@ class Denoiser:
 
         def run(inputs: Tensor) -> Tensor:
             timesteps = torch.full((rows,), 500.0, device=device)
-            whole = self._forwards["whole"]
-            return whole(inputs, timesteps, words, **self._modes.for_forward)
+            return self._predicted("whole", inputs, timesteps, words)
 
         found = attempt(run, inputs.to(device))
         if found is None:
@@ -291,11 +290,17 @@ class Denoiser:
         if kind == "reusing":
             states = torch.stack([row.sequence.row_state(row) for row in rows])
             inputs = torch.cat([inputs.to(states.dtype), states], dim=1)
+        timesteps = table[:, HEAD.index("timestep")].contiguous()
+        words = torch.cat([row.sequence.row_embedding(row) for row in rows])
+        return self._predicted(kind, inputs, timesteps, words)
+
+    def _predicted(self, kind: Kind, inputs: Tensor, timesteps: Tensor, words: Tensor) -> Tensor:
         return self._forwards[kind](
             inputs,
-            table[:, HEAD.index("timestep")].contiguous(),
-            torch.cat([row.sequence.row_embedding(row) for row in rows]),
-            **self._modes.for_forward,
+            timesteps,
+            words,
+            is_moving=self._modes.is_offloading,
+            is_sliced=self._modes.is_slicing,
         )
 
     def _keep(self, rows: list[Row], found: Tensor) -> Tensor:

@@ -75,7 +75,11 @@ class Forward:
         pool: Pool | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        """deterministic: nothing is chosen by measuring, which may choose otherwise next time."""
+        """kind: what a forward computes. pool: shared with the other kinds' graphs.
+
+        deterministic: nothing is chosen by measuring, which may choose otherwise next time.
+        stopwatch: the seconds of a call; None takes the device's own clock.
+        """
         self._components = components
         self._model: Run = model_for(components.unet, kind)
         self._compile: Compile = "off" if deterministic and compile == "auto" else compile

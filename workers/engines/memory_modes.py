@@ -27,8 +27,8 @@ LADDER: Mapping[Stage, tuple[MemoryMode, ...]] = {
     "vae": ("vae_slicing", "vae_tiling", "model_offload", "sequential_offload"),
     "text_encoder": ("model_offload", "sequential_offload"),
 }
+# accelerate cannot take apart weights that wrap several tensors.
 NOT_QUANTIZED: frozenset[MemoryMode] = frozenset({"sequential_offload"})
-"""accelerate cannot take apart weights that wrap several tensors."""
 LARGEST_TILE = 256  # pixels; half of SD2's window
 
 
@@ -57,12 +57,9 @@ class MemoryModes:
         return "model_offload" in self._undo or "sequential_offload" in self._undo
 
     @property
-    def for_forward(self) -> dict[str, bool]:
-        """What a ``Forward`` must know of the modes that are on."""
-        return {
-            "is_moving": self.is_offloading,
-            "is_sliced": "attention_slicing" in self._undo,
-        }
+    def is_slicing(self) -> bool:
+        """Whether attention goes row by row, for which no code can be compiled."""
+        return "attention_slicing" in self._undo
 
     def use(self, stage: Stage) -> None:
         """Brings one part to the device, the others away, where whole models are offloaded."""

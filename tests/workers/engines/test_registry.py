@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shared.errors import EngineUnavailable
+from shared.settings import Settings
 from tests.tiny_pipeline import build, change_config, tokenizer
 from tests.workers.engines.samples import region
 from workers.engines import load_engine
+from workers.engines.diffusers_loading import choose_kernels
+from workers.engines.options import engine_options
 from workers.engines.registry import split_revision
 
 
@@ -261,6 +266,43 @@ def test_devices_and_attention_that_cannot_be(tiny_model: Path) -> None:
     assert "xformers needs a CUDA device" in why_not(tiny_model, attention="xformers")
     sliced = why_not(tiny_model, attention="sliced", compile="default")
     assert sliced == "attention sliced does not compile; use attention auto or compile off"
+
+
+def test_compiled_code_is_kept_in_the_settings_home_unless_the_user_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set to be restored")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    engine_options(Settings(home=tmp_path), "cpu")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    engine_options(Settings(home=tmp_path / "other"), "cpu")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+
+
+@pytest.fixture
+def kernel_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "set to be restored")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.deterministic
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.deterministic = before[1]
+
+
+@pytest.mark.usefixtures("kernel_flags")
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_cuda_gets_tf32_and_kernels_that_do_not_vary_where_asked(*, is_deterministic: bool) -> None:
+    choose_kernels(torch.device("cuda"), is_deterministic=is_deterministic)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cudnn.deterministic is is_deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is is_deterministic
+
+
+@pytest.mark.usefixtures("kernel_flags")
+def test_the_cpu_keeps_its_precision() -> None:
+    choose_kernels(torch.device("cpu"), is_deterministic=True)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_the_launcher_counts_devices_without_torch() -> None:
