@@ -5,7 +5,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection, text
 
-from shared.models import Base
+from shared.db.models import Base
 
 _LOCK = 4_770_112_358  # any constant of our own, for the advisory lock
 

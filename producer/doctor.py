@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from shared import embedded, schema
-from shared.db import Database
+from shared import embedded_redis
+from shared.db import Database, schema
 from shared.errors import DatabaseUnavailable, InpaintError, UnavailableError
-from shared.queue import Queue
+from shared.jobs.queue import Queue
 from shared.settings import Settings
 
 CHECK_SECONDS = 600
@@ -66,7 +66,7 @@ def _reach(db: Database) -> None:
 
 
 def _broker(settings: Settings) -> Verdict:
-    queue = Queue(embedded.broker_url(settings))
+    queue = Queue(embedded_redis.broker_url(settings))
     try:
         return Verdict(what="broker", verdict="ok", text=f"{queue}, version {queue.ping()}")
     except UnavailableError as error:
@@ -79,7 +79,7 @@ def _broker(settings: Settings) -> Verdict:
 
 def _embedded_broker(settings: Settings) -> Verdict:
     def examined() -> str:
-        with embedded.EmbeddedRedis(settings):
+        with embedded_redis.EmbeddedRedis(settings):
             return "embedded, not running now; inpaint-worker and --local start it"
 
     return _verdict("broker", examined)
@@ -118,7 +118,7 @@ def _engine(engine: str, devices: str) -> Verdict:
         text = "no worker is installed here; fine for a producer"
         return Verdict(what="engine", verdict="note", text=text)
     command = [
-        *(sys.executable, "-P", "-m", "workers.launch", "--check"),
+        *(sys.executable, "-P", "-m", "workers.supervisor", "--check"),
         *("--engine", engine, "--devices", devices),
     ]
     try:

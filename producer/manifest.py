@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from shared.errors import ManifestError
-from shared.locations import name
 from shared.params import FLAGS, PARAMETERS, did_you_mean
 from shared.storage import Storage
+from shared.storage.locations import name
 
 FIELD_LIMIT = 64 * 1024
 LINE_LIMIT = 1024 * 1024

@@ -10,17 +10,18 @@ from dataclasses import asdict, dataclass, field
 
 from sqlalchemy import select
 
-from producer import audit
-from producer.checking import Checked
-from producer.rows import Options
-from shared import jobs, submissions
+from producer import reports
+from producer.resolve import Options
+from producer.validate import Checked
+from shared import jobs
 from shared.db import Database
+from shared.db.models import FINAL_STATES, Job
 from shared.errors import BrokerUnavailable
-from shared.models import FINAL_STATES, Job
+from shared.jobs import submissions
+from shared.jobs.queue import Queue
+from shared.jobs.submissions import NewJob, joined_versions
 from shared.params import further_inputs, is_file
-from shared.queue import Queue
 from shared.storage import Storage
-from shared.submissions import NewJob, joined_versions
 
 STAT_THREADS = 16
 
@@ -100,7 +101,7 @@ def submit(
         _dispatch(db, queue, checked.engines, bound, summary)
         progress(len(chunk))
     submissions.close_submission(db, opened.id)
-    summary.left = audit.progress(db, opened.id).left
+    summary.left = reports.progress(db, opened.id).left
     return summary
 
 

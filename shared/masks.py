@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from shared import drawings
 from shared.errors import ImageError, MaskError
+from shared.geometry.regions import Box
 from shared.images import Picture, decode
 from shared.params import MaskFit
-from shared.regions import Box
 
 Grey = NDArray[np.uint8]  # (H, W), 255 = repaint
 Mask = NDArray[np.bool_]  # (H, W), True = repaint

@@ -20,8 +20,7 @@ import redis
 from hypothesis import settings
 from sqlalchemy.engine import make_url
 
-from shared import schema
-from shared.db import Database
+from shared.db import Database, schema
 from tests import servers
 
 # ``pytest --hypothesis-profile=soak``: tests that look for it try for minutes.

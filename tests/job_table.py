@@ -9,14 +9,14 @@ from typing import Any
 
 from sqlalchemy import select, update
 
-from shared import jobs, submissions
+from shared import jobs
 from shared.db import Database
-from shared.jobs import AttemptRecord, Holder, LeasedJob, Selection
-from shared.models import Attempt, Job, Submission
+from shared.db.models import Attempt, Job, Submission
+from shared.jobs import AttemptRecord, Holder, LeasedJob, Selection, submissions
+from shared.jobs.queue import Message
+from shared.jobs.retry import RetryPolicy
+from shared.jobs.submissions import NewJob
 from shared.params import Params
-from shared.queue import Message
-from shared.retry import RetryPolicy
-from shared.submissions import NewJob
 
 ENGINE = "opencv"
 LEASE_SECONDS = 60.0

@@ -24,15 +24,15 @@ MAY_IMPORT = {
 # What each heavy library's walls are; a folder stands for all modules in it.
 LIVES_IN = {
     "boto3": ("shared/storage/s3.py",),
-    "botocore": ("shared/storage/s3.py", "shared/storage/failures.py"),
-    "celery": ("shared/queue.py", "workers/tasks.py"),
-    "kombu": ("shared/queue.py",),
+    "botocore": ("shared/storage/s3.py", "shared/storage/error_mapping.py"),
+    "celery": ("shared/jobs/queue.py", "workers/worker_process.py"),
+    "kombu": ("shared/jobs/queue.py",),
     "torch": ("workers/engines/",),
     "diffusers": ("workers/engines/",),
     "transformers": ("workers/engines/",),
     "cv2": ("workers/engines/",),
-    "lxml": ("shared/provenance.py",),
-    "alembic": ("shared/schema.py", "migrations/"),
+    "lxml": ("shared/images/provenance.py",),
+    "alembic": ("shared/db/schema.py", "migrations/"),
 }
 HEAVY = (
     *("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmarks.gpu.__main__ import CASES, TABLES, main
-from tests.workers.engines.samples import DIFFUSERS_WARNS
+from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS
 
 pytestmark = DIFFUSERS_WARNS
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import pytest
 from PIL import Image
+from producer.cli.submit import submit
 
 import shared.errors
-from producer.cli import submit
-from producer.jobs_cli import jobs_command
+from producer.cli.jobs import jobs_command
 from producer.manifest import COLUMNS
 from shared.params import PARAMETERS
 from shared.presets import presets
@@ -21,7 +21,7 @@ from shared.settings import Settings
 from tests import pictures
 from tests.conftest import Bucket
 from tests.test_end_to_end import Shell, upload
-from workers.launch import worker
+from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -47,7 +47,7 @@ COVERED = {
         "ranges, NaN, prompts": "test_a_value_past_its_range_is_refused_with_what_is_allowed",
         "unknown parameters": "test_an_unknown_parameter_suggests_the_nearest",
     },
-    "workers/test_run.py": {
+    "workers/test_job_runner.py": {
         "object missing, empty": "test_bad_input_fails_at_once_with_its_code",
         "over the byte cap": "test_an_object_over_the_cap_is_refused",
     },
@@ -67,7 +67,7 @@ COVERED = {
         "corrupt safetensors": "test_damaged_files_are_an_answer_too",
         "custom code": "test_custom_code_is_never_run",
     },
-    "producer/test_jobs_cli.py": {
+    "producer/cli/test_jobs.py": {
         "formulas": "test_a_spreadsheet_runs_nothing_from_a_csv_export",
     },
 }

@@ -14,20 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from producer.cli.submit import submit
 from sqlalchemy.engine import make_url
 
 import shared.errors
-from producer.cli import submit
 from shared.db import Database
-from shared.models import STATES
+from shared.db.models import STATES
 from tests import servers
 from tests.job_table import JobTable
 from tests.producer.desk import Desk
-from workers.launch import worker
+from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text()
-LOGGED = ("workers/run.py", "workers/upkeep.py")
+LOGGED = ("workers/job_runner.py", "workers/maintenance.py")
 
 
 def blocks(kind: str) -> list[str]:

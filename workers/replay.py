@@ -16,11 +16,11 @@ import click
 import numpy as np
 from sqlalchemy import select
 
-from shared import images, schema, settings
-from shared.db import Database
+from shared import images, settings
+from shared.db import Database, schema
+from shared.db.models import Attempt, Job
 from shared.errors import EngineUnavailable, InpaintError, InputError
 from shared.jobs import AttemptRecord, LeasedJob
-from shared.models import Attempt, Job
 from shared.params import Params
 from shared.processes import EX_UNAVAILABLE
 from shared.settings import Settings
@@ -28,7 +28,7 @@ from shared.storage import Storage
 from workers.engines import load_engine
 from workers.engines.options import engine_options, recorded_quantization
 from workers.engines.protocol import Engine, Interruption
-from workers.render import Kit, render
+from workers.pipeline.render import Kit, render
 
 
 @click.command()

@@ -2,7 +2,7 @@
 
 from shared.images.decoding import decode, probe
 from shared.images.encoding import check, encode
-from shared.images.picture import (
+from shared.images.image import (
     Array,
     Coding,
     Metadata,

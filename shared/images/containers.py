@@ -10,8 +10,8 @@ import re
 import struct
 
 from shared.errors import ImageError
-from shared.images import bmp_file, jpeg_file, png_file, tiff_file, webp_file
-from shared.images import exif as tags
+from shared.images import bmp_format, jpeg_format, png_format, tiff_format, webp_format
+from shared.images import tiff_ifd as tags
 from shared.images.header import FORMATS, Header, truncated
 
 ALLOWED = "use JPEG, PNG, WebP, TIFF or BMP"
@@ -75,9 +75,9 @@ _SIGNATURES: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
 
 
 _READERS = {
-    "JPEG": jpeg_file.read,
-    "PNG": png_file.read,
-    "WEBP": webp_file.read,
-    "TIFF": tiff_file.read,
-    "BMP": bmp_file.read,
+    "JPEG": jpeg_format.read,
+    "PNG": png_format.read,
+    "WEBP": webp_format.read,
+    "TIFF": tiff_format.read,
+    "BMP": bmp_format.read,
 }

@@ -22,11 +22,11 @@ from PIL import (
 )
 
 from shared.errors import ImageError, ObjectTooLarge
-from shared.images import exif, jpeg, palette, png_file, tiff_file
+from shared.images import jpeg_splice, palette, png_format, tiff_format, tiff_ifd
 from shared.images.containers import read_header
 from shared.images.header import DAMAGE, Header, one_line, truncated
+from shared.images.image import MODE_NAMES, Array, Coding, Metadata, Picture, turned
 from shared.images.palette import Colours, Indices
-from shared.images.picture import MODE_NAMES, Array, Coding, Metadata, Picture, turned
 
 _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
@@ -65,7 +65,7 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
         image, mode = _resolved(opened)
         pixels = _array(image)
     if header.key:
-        pixels, mode = png_file.keyed(pixels, mode, header.key)
+        pixels, mode = png_format.keyed(pixels, mode, header.key)
     pixels = turned(pixels, header.orientation)
     pixels.flags.writeable = False
     return Picture(
@@ -97,7 +97,7 @@ def _check(header: Header, max_pixels: int) -> None:
 def _deep(header: Header) -> tuple[Array, str]:
     """Pixels and mode of what Pillow would cut to eight bits."""
     _refuse(header)
-    decode_deep = {"PNG": png_file.decode_deep, "TIFF": tiff_file.decode_deep}[header.format]
+    decode_deep = {"PNG": png_format.decode_deep, "TIFF": tiff_format.decode_deep}[header.format]
     try:
         return decode_deep(header)
     except DAMAGE as error:
@@ -107,7 +107,7 @@ def _deep(header: Header) -> tuple[Array, str]:
 def _load(header: Header) -> ImageFile.ImageFile:
     _refuse(header)
     try:
-        if header.format == "JPEG" and jpeg.lacks_end(header.bare):
+        if header.format == "JPEG" and jpeg_splice.lacks_end(header.bare):
             return _without_end(header)
         return _opened(header, header.bare)
     except Image.DecompressionBombError as error:
@@ -135,8 +135,8 @@ def _opened(header: Header, data: bytes) -> ImageFile.ImageFile:
 def _without_end(header: Header) -> ImageFile.ImageFile:
     """A JPEG that lacks nothing but its end; raises ImageError where pixels are missing."""
     try:
-        image, other = (_opened(header, data) for data in jpeg.endings(header.bare))
-    except jpeg.CannotSplice as error:
+        image, other = (_opened(header, data) for data in jpeg_splice.endings(header.bare))
+    except jpeg_splice.CannotSplice as error:
         raise truncated(header.format) from error
     if image.tobytes() != other.tobytes():
         raise truncated(header.format)
@@ -208,6 +208,6 @@ def _metadata(header: Header) -> Metadata:
 
 def _exif_dpi(block: bytes) -> tuple[float, float] | None:
     try:
-        return tiff_file.resolution(block, exif.read_directory(block))
-    except exif.DirectoryError:
+        return tiff_format.resolution(block, tiff_ifd.read_directory(block))
+    except tiff_ifd.DirectoryError:
         return None

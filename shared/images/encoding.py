@@ -10,11 +10,19 @@ import numpy as np
 from PIL import Image
 
 from shared.errors import FidelityError, ImageError
-from shared.images import bmp_file, jpeg, jpeg_file, palette, png_file, tiff_file, webp_file
+from shared.images import (
+    bmp_format,
+    jpeg_format,
+    jpeg_splice,
+    palette,
+    png_format,
+    tiff_format,
+    webp_format,
+)
 from shared.images.containers import read_header
 from shared.images.decoding import decode, decode_indexed
 from shared.images.header import DAMAGE, FORMATS, one_line
-from shared.images.picture import MODE_NAMES, Array, Metadata, Picture, pillow_image, turned
+from shared.images.image import MODE_NAMES, Array, Metadata, Picture, pillow_image, turned
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def encode(
 
     format: one of ``FORMATS``, or the source's. quality: 1 to 100 for JPEG and WebP, of no
     effect on formats without loss; without it JPEG keeps the source's tables and every block
-    that nothing touched, as ``jpeg.splice`` says, and WebP loses nothing. xmp: a packet
+    that nothing touched, as ``jpeg_splice.splice`` says, and WebP loses nothing. xmp: a packet
     instead of the source's; BMP holds none. Raises ImageError where the format cannot hold
     the picture's depth or alpha, and FidelityError where a JPEG would decode otherwise
     outside what was touched.
@@ -57,7 +65,7 @@ def encode(
     if as_it_was and name == "JPEG":
         try:
             return _spliced(picture, metadata)
-        except jpeg.CannotSplice as error:
+        except jpeg_splice.CannotSplice as error:
             log.warning("a JPEG is encoded as a whole and changes a little everywhere: %s", error)
     if as_it_was and picture.coding.indexed:
         indexed = _indexed(picture, metadata)
@@ -69,7 +77,7 @@ def encode(
 def _with_xmp(picture: Picture, packet: bytes) -> Metadata:
     """The metadata with that packet, in the source format's framing too."""
     metadata = replace(picture.metadata, xmp=packet)
-    framing = {"JPEG": jpeg_file.with_xmp, "PNG": png_file.with_xmp}.get(picture.format)
+    framing = {"JPEG": jpeg_format.with_xmp, "PNG": png_format.with_xmp}.get(picture.format)
     return replace(metadata, segments=framing(metadata.segments, packet)) if framing else metadata
 
 
@@ -83,8 +91,8 @@ def _spliced(picture: Picture, metadata: Metadata) -> bytes:
     back = {6: 8, 8: 6}.get(header.orientation, header.orientation)
     segments = metadata.segments
     if header.orientation > 1:
-        segments = jpeg_file.with_orientation(segments, header.orientation)
-    spliced = jpeg.splice(
+        segments = jpeg_format.with_orientation(segments, header.orientation)
+    spliced = jpeg_splice.splice(
         picture.source,
         turned(picture.pixels, back),
         turned(touched, back),
@@ -110,10 +118,10 @@ def _indexed(picture: Picture, metadata: Metadata) -> bytes | None:
     image.putpalette(colours[:last, :3].tobytes(), "RGB")
     alphas = colours[:last, 3].tobytes() if picture.has_alpha else b""
     if picture.format == "PNG":
-        return png_file.write_indexed(image, alphas, metadata)
+        return png_format.write_indexed(image, alphas, metadata)
     if picture.format == "TIFF":
-        return tiff_file.write_indexed(image, replace(picture, metadata=metadata))
-    return bmp_file.write(image, metadata)
+        return tiff_format.write_indexed(image, replace(picture, metadata=metadata))
+    return bmp_format.write(image, metadata)
 
 
 def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
@@ -122,15 +130,15 @@ def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
     try:
         match name:
             case "JPEG":
-                return jpeg_file.write(pillow_image(pixels, mode), picture, quality)
+                return jpeg_format.write(pillow_image(pixels, mode), picture, quality)
             case "PNG":
-                return png_file.write(pixels, mode, picture)
+                return png_format.write(pixels, mode, picture)
             case "WEBP":
-                return webp_file.write(pillow_image(pixels, mode), picture, quality)
+                return webp_format.write(pillow_image(pixels, mode), picture, quality)
             case "TIFF":
-                return tiff_file.write(pixels, mode, picture)
+                return tiff_format.write(pixels, mode, picture)
             case _:
-                return bmp_file.write(pillow_image(pixels, mode), picture.metadata)
+                return bmp_format.write(pillow_image(pixels, mode), picture.metadata)
     except DAMAGE as error:
         raise ImageError(f"cannot write {picture.mode} as {name}: {one_line(error)}") from error
 

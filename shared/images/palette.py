@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.images.picture import Picture, Pixels
+from shared.images.image import Picture, Pixels
 
 Indices = NDArray[np.uint8]  # (H, W), into the palette
 Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA

@@ -4,7 +4,7 @@ SQL is the truth, a message in Redis only a hint that a job may be due: messages
 lost, doubled or reordered, and ``acquire`` sorts them out. The clock is the database's.
 """
 
-from shared.jobs.endings import (
+from shared.jobs.completion import (
     AttemptRecord,
     fail,
     finish_cancelled,
@@ -12,6 +12,18 @@ from shared.jobs.endings import (
     release_orphan,
     succeed,
 )
+from shared.jobs.control import (
+    Cancellation,
+    Reopened,
+    Selection,
+    cancel,
+    owns,
+    rerun,
+    restore,
+    retry,
+    supersede,
+)
+from shared.jobs.dispatcher import dispatch, redeliver, sweep
 from shared.jobs.identity import content_key, derived_seed
 from shared.jobs.leases import (
     LOSSES_BEFORE_QUARANTINE,
@@ -27,18 +39,6 @@ from shared.jobs.leases import (
     reap_worker,
 )
 from shared.jobs.pruning import Prunable, prunable, prune
-from shared.jobs.publishing import dispatch, redeliver, sweep
-from shared.jobs.requests import (
-    Cancellation,
-    Reopened,
-    Selection,
-    cancel,
-    owns,
-    rerun,
-    restore,
-    retry,
-    supersede,
-)
 
 __all__ = [
     "LOSSES_BEFORE_QUARANTINE",

@@ -23,8 +23,8 @@ from sqlalchemy import (
 )
 
 from shared.db import Database, clock
+from shared.db.models import Attempt, Job
 from shared.errors import InpaintError, LeaseLost, OutputReplaced
-from shared.models import Attempt, Job
 from shared.params import Params
 
 LOSSES_BEFORE_QUARANTINE = 2

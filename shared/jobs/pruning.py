@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, exists, func, select
 
 from shared.db import Database, clock
-from shared.models import FINAL_STATES, Attempt, Job, Submission
+from shared.db.models import FINAL_STATES, Attempt, Job, Submission
 
 _JOBS_PER_TRANSACTION = 2000
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from shared.errors import LocationError, ObjectMissing
-from shared.locations import is_s3, split_s3
 from shared.storage import files
-from shared.storage.failures import refusals, translated
+from shared.storage.error_mapping import refusals, translated
+from shared.storage.locations import is_s3, split_s3
 from shared.storage.objects import Object, Stat
 from shared.storage.s3 import S3
 

@@ -9,8 +9,8 @@ from http import HTTPStatus
 from typing import IO, Any
 
 from shared.errors import OutputConflict, SettingsError
-from shared.locations import split_s3
-from shared.storage.failures import status_of
+from shared.storage.error_mapping import status_of
+from shared.storage.locations import split_s3
 from shared.storage.objects import Object, Stat, check_size
 
 CONNECT_SECONDS = 5.0

@@ -18,7 +18,7 @@ from tests.benchmarks.gpu.measuring import count_work, flop, print_table
 from tests.benchmarks.gpu.models import UNET, tiny
 from tests.benchmarks.gpu.parts import accelerations
 from tests.benchmarks.simulated_device import state_channels
-from workers.engines.reuse import model_for
+from workers.engines.stable_diffusion.deepcache import model_for
 
 STEPS, SIDE = 50, 128
 SIDES = (512, 768, 1024)  # pixels of SD2's windows

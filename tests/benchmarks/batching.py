@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shared.geometry.regions import Box
 from shared.params import Params
-from shared.regions import Box
 from tests.benchmarks.side_by_side import in_turns, row, seconds
 from tests.tiny_pipeline import build
-from workers.engines.diffusers_loading import Components, load_components
-from workers.engines.diffusion import DiffusionEngine
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
-from workers.engines.schedulers import CLASSES
+from workers.engines.stable_diffusion.engine import DiffusionEngine
+from workers.engines.stable_diffusion.loading import Components, load_components
+from workers.engines.stable_diffusion.schedulers import CLASSES
 
 SIDE, JOBS, ROUNDS, MAX_BATCH = 128, 24, 3, 16
 PROMPTS = ("a red cat", "blue sky", "wooden table")

@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 
 from shared import jobs
+from shared.jobs.queue import Queue
 from shared.params import is_native
-from shared.queue import Queue
 from tests import servers
 from tests.benchmarks.side_by_side import row
 from tests.benchmarks.simulated_device import Clock, simulate
@@ -231,7 +231,7 @@ def _loop_seconds(image: bytes, mask: bytes, model: Path, *, tiles: int) -> floa
 
 def _work() -> None:
     """The product's worker process; with a simulated device where one is asked for."""
-    from workers.tasks import main as worker
+    from workers.worker_process import main as worker
 
     name, tflops = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_TFLOPS"])
     load, clocks = LOADERS["diffusers"], []

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from shared.geometry.regions import Box, Region
 from shared.images import decode
 from shared.masks import binary, dilate
 from shared.params import Params
-from shared.regions import Box, Region
 from tests.benchmarks.marked_photographs import (
     PHOTOGRAPHS,
     Case,
@@ -33,7 +33,7 @@ from tests.benchmarks.marked_photographs import (
     grey,
     photograph,
 )
-from workers.composite import composite
+from workers.pipeline.compositing import composite
 
 Method = Callable[[Pixels, Grey, Pixels], Pixels]
 """From the marked picture, the mask and the engine's whole result to the finished picture."""

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from shared import regions
+from shared.geometry import regions
 from shared.images import Picture
 from shared.masks import Mask, dilate
 from tests import pictures
 from tests.benchmarks.side_by_side import row
-from workers import gates
+from workers.pipeline import quality_gates
 
 Rgb = NDArray[np.uint8]  # (h, w, 3)
 Random = np.random.Generator
@@ -81,8 +81,8 @@ def _code(case: Case, after: Rgb) -> str:
     )
     size = (WINDOW_PX, WINDOW_PX)
     plan = regions.plan(case.mask, mode="auto", window=size, native=True)
-    scores = gates.examine(before, result, case.mask, plan, (), feather_px=case.feather_px)
-    error = gates.verdict(scores)
+    scores = quality_gates.examine(before, result, case.mask, plan, (), feather_px=case.feather_px)
+    error = quality_gates.verdict(scores)
     return error.code if error else ""
 
 
@@ -262,7 +262,7 @@ def _time() -> None:
         spent = []
         for _ in range(5):
             start = time.perf_counter()
-            gates.examine(one, other, mask, plan, ())
+            quality_gates.examine(one, other, mask, plan, ())
             spent.append(time.perf_counter() - start)
         row(f"24 megapixels, {name}", f"{min(spent) * 1000:.1f} ms")
 

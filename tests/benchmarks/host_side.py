@@ -21,7 +21,7 @@ from tests.benchmarks.gpu.measuring import Run, Work
 from tests.benchmarks.gpu.models import tiny
 from tests.benchmarks.side_by_side import row
 from tests.benchmarks.simulated_device import UNET_ROW, VAE_DECODING, VAE_ENCODING, simulate
-from workers.tasks import SWITCH_SECONDS
+from workers.worker_process import SWITCH_SECONDS
 
 WORK = Work(
     unet_row=UNET_ROW * 1e12, vae_encode=VAE_ENCODING * 1e12, vae_decode=VAE_DECODING * 1e12

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 
 from shared import jobs
-from shared.queue import TASK, Message, Queue, celery_app, queue_name
+from shared.jobs.queue import TASK, Message, Queue, celery_app, queue_name
 from tests import servers
 from tests.benchmarks.side_by_side import in_turns, row
 from tests.workers.bench import Workbench
@@ -130,7 +130,7 @@ def _worker(kind: str, environment: dict[str, str]) -> Iterator[None]:
 
 
 def _run_ours() -> None:
-    from workers.tasks import main as worker
+    from workers.worker_process import main as worker
 
     LOADERS[ENGINE] = lambda _name, _options: Nothing()
     worker(

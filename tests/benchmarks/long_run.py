@@ -19,8 +19,8 @@ import click
 import psutil
 from sqlalchemy import func, select
 
-from shared import submissions
-from shared.models import Job
+from shared.db.models import Job
+from shared.jobs import submissions
 from tests import servers
 from tests.benchmarks.side_by_side import machine, row
 from tests.job_table import new_job
@@ -99,7 +99,7 @@ def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
         "INPAINT_ROOTS": str(folder),
         "INPAINT_LOG_LEVEL": "WARNING",
     }
-    command = [sys.executable, "-m", "workers.launch", "--engine", ENGINE, "--concurrency", "2"]
+    command = [sys.executable, "-m", "workers.supervisor", "--engine", ENGINE, "--concurrency", "2"]
     launcher = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + READY_SECONDS

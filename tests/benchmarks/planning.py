@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from shared import refinement, regions
+from shared.geometry import coarse_to_fine, regions
 from shared.params import Params
 from tests.benchmarks.side_by_side import seconds
 
@@ -33,7 +33,7 @@ def main() -> None:
             seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
             for _ in range(ROUNDS)
         )
-        again = [step.regions for step in refinement.steps(mask, plan, REFINED)]
+        again = [step.regions for step in coarse_to_fine.steps(mask, plan, REFINED)]
         windows, tiles = windows_of(plan), loop_tiles(mask)
         scales = {f"{one.scale:.4g}" for one in plan}
         line(

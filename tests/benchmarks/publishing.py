@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from shared.queue import TASK, Message, Queue, celery_app, queue_name
+from shared.jobs.queue import TASK, Message, Queue, celery_app, queue_name
 from tests import servers
 from tests.benchmarks.side_by_side import in_turns, row, seconds
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engines.reuse import Kind
-from workers.engines.transfer import Download, Transfer
+from workers.engines.stable_diffusion.deepcache import Kind
+from workers.engines.stable_diffusion.host_device_copy import Download, Transfer
 
 # TFLOP of SD2's parts for a window of 512 px: a UNet row, one that reuses, an encoding, a decoding.
 UNET_ROW, REUSING_ROW, VAE_ENCODING, VAE_DECODING = 0.804, 0.063, 1.12, 2.52

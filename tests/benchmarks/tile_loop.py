@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared import masks, regions
+from shared import masks
+from shared.geometry import regions
 from shared.images import decode, encode
 from shared.params import Params
 from tests.benchmarks.side_by_side import in_turns, row, seconds
 from tests.tiny_pipeline import build
-from workers import composite
 from workers.engines import load_engine
 from workers.engines.protocol import RegionWork
+from workers.pipeline import compositing
 
 SIZE, TILE, OVERLAP = (3000, 2000), 512, 64
 MARK = (2400, 1700, 2600, 1760)
@@ -78,11 +79,11 @@ def _ours(engine: Any, source: bytes, mask_source: bytes) -> int:
     plan = regions.plan(mask, mode="auto", window=(TILE, TILE))
     futures = []
     for region in plan:
-        image, cut_mask = composite.cut(picture.rgb(), mask, region)
+        image, cut_mask = compositing.cut(picture.rgb(), mask, region)
         work = RegionWork(image=image, mask=cut_mask, windows=region.windows, params=PARAMS, seed=1)
         futures.append(engine.submit(work))
     results = [future.result() for future in futures]
-    encode(composite.composite(picture, mask, plan, results, PARAMS))
+    encode(compositing.composite(picture, mask, plan, results, PARAMS))
     return sum(len(region.windows) for region in plan)
 
 

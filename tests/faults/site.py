@@ -20,11 +20,12 @@ from typing import Any
 import boto3
 from sqlalchemy import func, select
 
-from shared import jobs, submissions
-from shared.models import FINAL_STATES, Attempt, Job
+from shared import jobs
+from shared.db.models import FINAL_STATES, Attempt, Job
+from shared.jobs import submissions
+from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.storage import Storage
-from shared.submissions import NewJob
 from tests.workers.bench import Workbench
 from tests.workers.fleet import Fleet, wait_for
 from workers.engines.opencv import OpenCVEngine

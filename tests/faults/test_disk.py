@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.models import Job
+from shared.db.models import Job
 from tests.faults.site import Site, pause
 from tests.workers.fleet import wait_for
-from workers.waiting import MOST
+from workers.pending_writes import MOST
 
 
 def test_a_full_disk_pauses_the_worker_until_there_is_room(site: Site) -> None:

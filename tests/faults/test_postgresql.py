@@ -11,15 +11,15 @@ import psycopg
 import pytest
 import sqlalchemy
 
+from shared.db.models import FINAL_STATES
 from shared.errors import DatabaseUnavailable
-from shared.models import FINAL_STATES
 from tests import servers
 from tests.faults.postgres_proxy import PostgresProxy
 from tests.faults.site import Catalog, Site, pause
 from tests.workers.bench import Workbench
 from tests.workers.fleet import Fleet, wait_for
-from workers import upkeep
-from workers.run import run_job
+from workers import maintenance
+from workers.job_runner import run_job
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def _run_with_a_cut(
     proxy.cut_at(number, when)  # type: ignore[arg-type]
     for _ in range(10):
         run_job(worker.bench, job=job, seen_attempt=seen)
-        upkeep.beat(worker.bench)
+        maintenance.beat(worker.bench)
         if bench.job(job).state in FINAL_STATES:
             break
         wait_for(lambda: bool(messages := bench.queue()) or bool(messages))

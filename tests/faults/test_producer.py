@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import func, select
 
-from shared.models import Job, Submission
+from shared.db.models import Job, Submission
 from tests.faults.site import Site, pause
 from tests.workers.fleet import wait_for
 

@@ -12,7 +12,7 @@ from tests.conftest import Bucket
 from tests.faults.http_proxy import Answer, Fault, FaultProxy, Request
 from tests.faults.site import PICTURES, Catalog, Site, pause
 from tests.workers.fleet import Fleet, wait_for
-from workers.waiting import MOST
+from workers.pending_writes import MOST
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import psutil
 from sqlalchemy import update
 
 from shared import jobs
-from shared.models import Job
+from shared.db.models import Job
 from shared.params import Params
 from shared.processes import EX_DEVICE_LOST
 from tests.faults.site import PLAIN, Site, pause
@@ -112,7 +112,7 @@ def test_a_device_that_fails_five_jobs_in_a_row_takes_no_more(site: Site) -> Non
 
 
 def test_a_lost_device_ends_the_process_and_is_a_failure_of_one_job_only(site: Site) -> None:
-    """What the launcher does after five such ends: tests/workers/test_launch.py."""
+    """What the launcher does after five such ends: tests/workers/test_supervisor.py."""
     lost = site.add(1, prompt="lost")
     site.add(30)
     site.fleet.start("--concurrency", "2")

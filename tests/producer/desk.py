@@ -12,11 +12,11 @@ from typing import Any
 import click
 from click.testing import CliRunner
 from PIL import Image
+from producer.cli.submit import submit
 
-from producer.cli import submit
-from producer.jobs_cli import jobs_command
-from shared import schema, settings
-from shared.db import Database
+from producer.cli.jobs import jobs_command
+from shared import settings
+from shared.db import Database, schema
 from tests.job_table import JobTable
 
 SIZE = (64, 48)

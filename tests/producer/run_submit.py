@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 
-from producer.cli import submit
+from producer.cli.submit import submit
 
 if __name__ == "__main__":
     peak = "--peak" in sys.argv

@@ -9,7 +9,8 @@ import pytest
 
 from producer import doctor
 from producer.doctor import Verdict
-from shared import embedded, schema
+from shared import embedded_redis
+from shared.db import schema
 from shared.settings import load
 from tests.conftest import Bucket
 from tests.producer.desk import Desk
@@ -98,7 +99,7 @@ def test_the_embedded_redis_is_tried_and_stopped_again(
     found = verdict_on("broker")
     assert found.verdict == "ok", found
     assert "embedded, not running now" in found.text
-    assert not embedded._answers(load().home)
+    assert not embedded_redis._answers(load().home)
 
 
 def test_no_redis_at_all_names_every_remedy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from producer.checking import check
-from producer.rows import Options
+from producer.resolve import Options
+from producer.validate import check
 from shared.errors import ManifestError
 from shared.storage import Storage
 from tests.conftest import Bucket

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from threading import Barrier
 
-from shared import submissions
 from shared.db import Database
 from shared.errors import InputError
-from shared.submissions import NewJob
+from shared.jobs import submissions
+from shared.jobs.submissions import NewJob
 from tests.job_table import JobTable, new_job
 from tests.producer.desk import Desk
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from producer.checking import CHUNK, Spool, check
-from producer.rows import Options
-from shared import jobs, submissions
+from producer.resolve import Options
+from producer.validate import CHUNK, Spool, check
+from shared import jobs
 from shared.errors import ImageError
-from shared.jobs import AttemptRecord
+from shared.jobs import AttemptRecord, submissions
+from shared.jobs.queue import Queue
+from shared.jobs.retry import RetryPolicy
 from shared.params import Params
-from shared.queue import Queue
-from shared.retry import RetryPolicy
 from shared.storage import Storage
 from tests.conftest import Bucket
 from tests.job_table import JobTable

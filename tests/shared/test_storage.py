@@ -20,8 +20,8 @@ from shared.errors import (
     SettingsError,
     StorageUnavailable,
 )
-from shared.locations import absolute, is_s3, redacted, split_s3
-from shared.storage import Stat, Storage, failures, files
+from shared.storage import Stat, Storage, error_mapping, files
+from shared.storage.locations import absolute, is_s3, redacted, split_s3
 from tests.conftest import Bucket
 
 MEGABYTE = 2**20
@@ -429,7 +429,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
     from botocore.exceptions import ClientError
 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(expected), failures.translated("s3://bucket/a.png"):
+    with pytest.raises(expected), error_mapping.translated("s3://bucket/a.png"):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
 
@@ -447,7 +447,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
 def test_what_a_disk_answers_becomes_an_error_of_ours(
     number: int, expected: type[InpaintError]
 ) -> None:
-    with pytest.raises(expected, match=r"'/a\.png'"), failures.translated("/a.png"):
+    with pytest.raises(expected, match=r"'/a\.png'"), error_mapping.translated("/a.png"):
         raise OSError(number, os.strerror(number))
 
 
@@ -472,8 +472,8 @@ def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with (
         pytest.raises(OutputRefused, match=code),
-        failures.refusals(),
-        failures.translated("s3://b"),
+        error_mapping.refusals(),
+        error_mapping.translated("s3://b"),
     ):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 

@@ -14,21 +14,21 @@ from PIL import Image
 from sqlalchemy import insert, select
 from sqlalchemy.engine import make_url
 
-from shared import jobs, schema, submissions
-from shared.db import Database, clock
+from shared import jobs
+from shared.db import Database, clock, schema
+from shared.db.models import Attempt, Job, Submission
 from shared.errors import InpaintError
-from shared.jobs import Holder, Selection
-from shared.models import Attempt, Job, Submission
+from shared.jobs import Holder, Selection, submissions
+from shared.jobs.queue import Message
+from shared.jobs.retry import RetryPolicy
+from shared.jobs.submissions import NewJob
 from shared.params import Params
-from shared.queue import Message
-from shared.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
-from shared.submissions import NewJob
+from workers.active_jobs import Running
 from workers.engines.protocol import Pixels, RegionWork
-from workers.holding import Running
-from workers.run import Bench, run_job
-from workers.waiting import Waiting
+from workers.job_runner import Bench, run_job
+from workers.pending_writes import Waiting
 
 
 @dataclass

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.queue import Queue
+from shared.jobs.queue import Queue
 from tests.workers.bench import Workbench
 
 WAIT_SECONDS = 60
@@ -44,7 +44,7 @@ class Fleet:
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         log = self.folder / f"worker-{len(self.processes)}.log"
-        command = [sys.executable, "-m", "workers.launch", "--engine", "opencv", *options]
+        command = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv", *options]
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=file, stderr=file, cwd=self.folder

@@ -129,7 +129,7 @@ def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
     (job,) = fleet.add(1)
     fleet.bench.queue("opencv")
     cpu = [] if "--devices" in options else ["--devices", "cpu"]
-    command = [sys.executable, "-m", "workers.launch", *options, *cpu]
+    command = [sys.executable, "-m", "workers.supervisor", *options, *cpu]
     environment = {**fleet.environment, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=90, check=False
@@ -143,7 +143,7 @@ def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
 
 
 def test_check_says_what_would_run_where(sqlite_fleet: Fleet) -> None:
-    command = [sys.executable, "-m", "workers.launch", "--engine", "opencv", "--check"]
+    command = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv", "--check"]
     ended = subprocess.run(
         command, env=sqlite_fleet.environment, capture_output=True, text=True, check=False
     )
@@ -156,7 +156,7 @@ def test_the_embedded_redis_lives_as_long_as_the_worker(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("INPAINT_")
     }
-    submit = [sys.executable, "-m", "workers.launch", "--engine", "opencv"]
+    submit = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv"]
     log = tmp_path / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(submit, env=environment, cwd=tmp_path, stdout=file, stderr=file)

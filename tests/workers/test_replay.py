@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from producer.jobs_cli import jobs_command
+from producer.cli.jobs import jobs_command
 from producer.replay import replay
 from shared import jobs
 from shared.errors import InpaintError

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import Interrupted
+from shared.geometry.regions import Box
 from shared.params import Params
-from shared.regions import Box
 
 Pixels = NDArray[np.uint8]
 

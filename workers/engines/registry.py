@@ -8,9 +8,9 @@ from typing import Any
 
 from shared.errors import EngineUnavailable
 from shared.params import did_you_mean
-from workers.engines.library_logs import expected_lines_at_debug
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Engine
+from workers.engines.stable_diffusion.library_logs import expected_lines_at_debug
 
 SD2_ID = "sd2-community/stable-diffusion-2-inpainting"
 SD2_REVISION = "main"  # a branch until somebody with the hub at hand writes the commit here
@@ -71,9 +71,9 @@ def split_revision(text: str) -> tuple[str, str | None]:
 def _load_diffusion(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
     try:
         with expected_lines_at_debug():
-            from workers.engines.attention import choose_attention
-            from workers.engines.diffusers_loading import load_components
-            from workers.engines.diffusion import DiffusionEngine
+            from workers.engines.stable_diffusion.attention import choose_attention
+            from workers.engines.stable_diffusion.engine import DiffusionEngine
+            from workers.engines.stable_diffusion.loading import load_components
     except ImportError as error:
         raise _not_installed(error, extra="worker") from error
     components = load_components(model, revision, options)

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from shared.geometry.regions import Box
 from shared.params import Params
-from shared.regions import Box
 from tests.benchmarks.gpu.measuring import Run, Work, measured
 from tests.benchmarks.gpu.models import Subject
-from workers.engines.diffusion import DiffusionEngine
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import RegionWork
-from workers.engines.schedulers import build_scheduler
+from workers.engines.stable_diffusion.engine import DiffusionEngine
+from workers.engines.stable_diffusion.schedulers import build_scheduler
 
 PROMPTS = ("a red cat", "blue sky", "wooden table", "a clean background")
 # (share of the full number of steps, guidance, strength, scheduler): what presets ask for.

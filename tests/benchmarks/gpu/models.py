@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny_pipeline
 from tests.tiny_pipeline import build
-from workers.engines.diffusers_loading import Components
+from workers.engines.stable_diffusion.loading import Components
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -125,8 +125,8 @@ def tiny(device: torch.device) -> Subject:
     import tempfile
     from pathlib import Path
 
-    from workers.engines.diffusers_loading import load_components
     from workers.engines.options import EngineOptions
+    from workers.engines.stable_diffusion.loading import load_components
 
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name) / "model")

@@ -17,8 +17,8 @@ from shared.settings import MemoryMode
 from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import GIB, Run, measured, wait
 from tests.benchmarks.gpu.models import Subject
-from workers.engines.forward import Forward
 from workers.engines.protocol import Pixels
+from workers.engines.stable_diffusion.unet_runner import Forward
 
 ROWS = (2, 8, 16, 32, 64)
 REPEATS = 5

@@ -16,9 +16,9 @@ from shared.settings import Quantization
 from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.models import Subject
 from tests.benchmarks.gpu.parts import REPEATS, ROUNDS, forward_inputs, forward_ms, paint
-from workers.engines.forward import Forward
 from workers.engines.options import EngineOptions
-from workers.engines.quantization import check_quantization, quantize, unet_dtype
+from workers.engines.stable_diffusion.quantization import check_quantization, quantize, unet_dtype
+from workers.engines.stable_diffusion.unet_runner import Forward
 
 IMAGES = 8
 

@@ -2,5 +2,5 @@
 
 import sys
 
-if "workers.tasks" in sys.orig_argv:
+if "workers.worker_process" in sys.orig_argv:
     import tests.faults.inside  # noqa: F401

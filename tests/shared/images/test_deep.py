@@ -17,7 +17,7 @@ from skimage import data
 
 from shared import images, masks
 from shared.errors import EngineUnavailable, ImageError
-from shared.images.exif import read_directory
+from shared.images.tiff_ifd import read_directory
 
 Pixels = NDArray[Any]
 

@@ -16,8 +16,8 @@ from skimage import data
 
 from shared import images
 from shared.errors import ImageError, ObjectTooLarge
-from shared.images.exif import read_directory, with_tags
-from shared.images.png_file import png_chunk
+from shared.images.png_format import png_chunk
+from shared.images.tiff_ifd import read_directory, with_tags
 
 LIMIT = 10_000_000
 CAT = Image.fromarray(data.chelsea()).resize((150, 100))

@@ -23,7 +23,7 @@ from skimage import data
 
 from shared import images
 from shared.errors import EngineUnavailable, FidelityError, ImageError, StorageUnavailable
-from shared.images import jpeg, jpeg_file
+from shared.images import jpeg_format, jpeg_splice
 
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -195,7 +195,7 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
 )
 def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
     picture = repainted(FILES[name], boxed((171, 203), BOX))
-    spliced, whole = images.encode(picture), jpeg_file.write(*as_whole(picture))
+    spliced, whole = images.encode(picture), jpeg_format.write(*as_whole(picture))
     assert picture.touched is not None
     ours, theirs = (
         error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
@@ -227,7 +227,7 @@ def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_a
     beside = allowed(FILES[name], picture.touched) & ~picture.touched
     before = by_pillow(FILES[name])
     ours = error(by_pillow(images.encode(picture)), before, beside)
-    assert ours < error(by_pillow(jpeg_file.write(*as_whole(picture))), before, beside)
+    assert ours < error(by_pillow(jpeg_format.write(*as_whole(picture))), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
@@ -247,7 +247,7 @@ def test_blocks_are_copied_and_the_file_keeps_its_size(name: str) -> None:
     before = FILES[name]
     touched = boxed(by_pillow(before).shape, BOX)
     picture = repainted(before, touched)
-    spliced = jpeg.splice(before, picture.pixels, touched, metadata=b"")
+    spliced = jpeg_splice.splice(before, picture.pixels, touched, metadata=b"")
     blocks = touched.size / 64
     assert 1 - spliced.copied < 100 / blocks
     assert len(spliced.data) < len(before) * 1.05
@@ -413,15 +413,15 @@ def test_arithmetic_coding_is_not_spliced(tmp_path: Path) -> None:
         image.load()
         image.write_dct(str(path), flags=["ARITH_CODE"])
     pixels = np.zeros((171, 203), np.uint8)
-    with pytest.raises(jpeg.CannotSplice, match="arithmetic"):
-        jpeg.splice(path.read_bytes(), pixels, pixels == 0, metadata=b"")
+    with pytest.raises(jpeg_splice.CannotSplice, match="arithmetic"):
+        jpeg_splice.splice(path.read_bytes(), pixels, pixels == 0, metadata=b"")
 
 
 def test_more_blocks_than_a_scan_can_hold_never_reach_the_c_library() -> None:
     file = with_byte(FILES["4:4:4, progressive"], b"\xff\xc2", 14, 0x44)
     pixels = np.zeros((171, 203, 3), np.uint8)
-    with pytest.raises(jpeg.CannotSplice, match="too finely"):
-        jpeg.splice(file, pixels, pixels[..., 0] == 0, metadata=b"")
+    with pytest.raises(jpeg_splice.CannotSplice, match="too finely"):
+        jpeg_splice.splice(file, pixels, pixels[..., 0] == 0, metadata=b"")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
@@ -443,7 +443,9 @@ def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: 
 def test_a_file_that_would_decode_otherwise_is_not_handed_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jpeg, "_reach", lambda image, rewritten, shape: np.zeros(shape, np.bool_))
+    monkeypatch.setattr(
+        jpeg_splice, "_reach", lambda image, rewritten, shape: np.zeros(shape, np.bool_)
+    )
     picture = repainted(FILES["grey"], boxed((171, 203), BOX))
     with pytest.raises(FidelityError, match="outside the mask would have changed"):
         images.encode(picture)

@@ -14,9 +14,9 @@ from skimage import data
 
 from shared import images
 from shared.images import xmp
-from shared.images.jpeg_file import jpeg_segment
-from shared.images.png_file import png_chunk
-from shared.provenance import Provenance, mark
+from shared.images.jpeg_format import jpeg_segment
+from shared.images.png_format import png_chunk
+from shared.images.provenance import Provenance, mark
 
 CAT = Image.fromarray(data.chelsea()).resize((64, 48))
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")

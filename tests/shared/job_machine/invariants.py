@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shared.models import FINAL_STATES, STATES
+from shared.db.models import FINAL_STATES, STATES
 from tests.shared.job_machine.model import Expected
 
 Rows = Sequence[Any]

@@ -10,9 +10,9 @@ from hypothesis.stateful import invariant, precondition, rule
 from sqlalchemy import func, select, update
 
 from shared import jobs
+from shared.db.models import FINAL_STATES, Attempt, Job, Submission
 from shared.errors import InputError
 from shared.jobs import AttemptRecord, Holder, Selection
-from shared.models import FINAL_STATES, Attempt, Job, Submission
 from tests.shared.job_machine import invariants
 from tests.shared.job_machine.model import Expected
 from tests.shared.job_machine.submitting import Submitting

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from shared.db.models import FINAL_STATES
 from shared.errors import BrokerUnavailable
-from shared.models import FINAL_STATES
-from shared.queue import Message
-from shared.submissions import NewJob
+from shared.jobs.queue import Message
+from shared.jobs.submissions import NewJob
 
 
 @dataclass(kw_only=True)

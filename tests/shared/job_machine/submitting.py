@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 from sqlalchemy import select
 
-from shared import jobs, submissions
+from shared import jobs
+from shared.db.models import Job
 from shared.errors import InputError
-from shared.models import Job
-from shared.submissions import NewJob
+from shared.jobs import submissions
+from shared.jobs.submissions import NewJob
 from tests.job_table import new_job
 from tests.shared.job_machine.model import Expected
 from tests.shared.job_machine.table import ENGINES, PICTURES, Table

@@ -10,10 +10,10 @@ from hypothesis.stateful import RuleBasedStateMachine
 from sqlalchemy import delete
 
 from shared.db import Database
+from shared.db.models import Attempt, Job, Submission
 from shared.jobs import LeasedJob
-from shared.models import Attempt, Job, Submission
-from shared.retry import RetryPolicy
-from shared.submissions import NewJob
+from shared.jobs.retry import RetryPolicy
+from shared.jobs.submissions import NewJob
 from tests.job_table import Longest
 from tests.shared.job_machine.model import Expected, Wire
 

@@ -11,10 +11,10 @@ from hypothesis.stateful import precondition, rule
 from sqlalchemy import update
 
 from shared import jobs
+from shared.db.models import Job
 from shared.errors import BrokerUnavailable, ImageError, LeaseLost, OutOfMemory
 from shared.jobs import AttemptRecord, Holder, LeasedJob
-from shared.models import Job
-from shared.queue import PRIORITY_CLASSES
+from shared.jobs.queue import PRIORITY_CLASSES
 from tests.shared.job_machine.model import Expected
 from tests.shared.job_machine.table import (
     AT_ONCE,

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from shared.errors import EngineUnavailable
 from shared.settings import Settings
 from tests.tiny_pipeline import build, change_config, tokenizer
-from tests.workers.engines.samples import region
+from tests.workers.engines.stable_diffusion.samples import region
 from workers.engines import load_engine
-from workers.engines.diffusers_loading import choose_kernels
 from workers.engines.options import engine_options
 from workers.engines.registry import split_revision
+from workers.engines.stable_diffusion.loading import choose_kernels
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_pipeline_folder_becomes_an_engine(tiny_model: Path) -> None:
 def test_the_same_weights_have_the_same_revision_and_others_another(
     tiny_model: Path, copy: Path, tmp_path: Path
 ) -> None:
-    from workers.engines.model_files import find_model
+    from workers.engines.stable_diffusion.model_files import find_model
 
     original = find_model(str(tiny_model), None).revision
     assert find_model(str(build(tmp_path / "again")), None).revision == original
@@ -307,7 +307,7 @@ def test_the_cpu_keeps_its_precision() -> None:
 
 def test_the_launcher_counts_devices_without_torch() -> None:
     printed = subprocess.run(
-        [sys.executable, "-m", "workers.engines.devices"],
+        [sys.executable, "-m", "workers.engines.stable_diffusion.devices"],
         capture_output=True,
         text=True,
         check=True,
@@ -318,6 +318,6 @@ def test_the_launcher_counts_devices_without_torch() -> None:
     assert len(found["cuda"]) == torch.cuda.device_count()
     code = (
         "import sys; sys.modules['torch'] = None; import runpy;"
-        "runpy.run_module('workers.engines.devices', run_name='__main__')"
+        "runpy.run_module('workers.engines.stable_diffusion.devices', run_name='__main__')"
     )
     assert json.loads(run_python(code)) == {"cuda": [], "torch": None}

@@ -1,0 +1,142 @@
+"""``--dry-run``: what a submission would do, found out without recording anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+
+from producer.manifest import Problem
+from producer.validate import Checked
+from shared import images, masks
+from shared.errors import ImageError, InpaintError, ObjectMissing
+from shared.geometry import coarse_to_fine, regions
+from shared.jobs.submissions import NewJob
+from shared.params import Params, is_file, is_native
+from shared.settings import Settings
+from shared.storage import Storage
+
+THREADS = 8
+IN_FLIGHT = 64
+HEADER_BYTES = 128 * 1024
+KEPT_MASKS = 4
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """Totals over the rows that would run. ``empty``: rows whose mask repaints nothing."""
+
+    rows: int = 0
+    invalid: int = 0
+    regions: int = 0
+    windows: int = 0
+    empty: int = 0
+    overwritten: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dict(vars(self))
+
+
+def rehearse(
+    checked: Checked, storage: Storage, settings: Settings, *, report: Callable[[Problem], None]
+) -> Rehearsal:
+    """Looks at every image and mask; reports what would fail, and counts what would run."""
+    total = Rehearsal(rows=checked.rows, invalid=checked.invalid)
+    stage = _Stage(storage, settings)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for batch in _batches(checked.jobs()):
+            for found in pool.map(stage.look, batch):
+                if isinstance(found, Problem):
+                    total.invalid += 1
+                    report(found)
+                else:
+                    _add(total, found)
+    return total
+
+
+def _batches(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, IN_FLIGHT)):
+        yield batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What one row would do. ``is_there``: something lies at its output already."""
+
+    plan: tuple[regions.Region, ...]
+    is_there: bool
+
+
+def _add(total: Rehearsal, found: _Found) -> None:
+    total.regions += len(found.plan)
+    total.windows += sum(len(region.windows) for region in found.plan)
+    total.empty += not found.plan
+    total.overwritten += found.is_there
+
+
+class _Stage:
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self._storage = storage
+        self._settings = settings
+        # One mask for all rows is common; it is read and decoded once.
+        self._mask_file = lru_cache(KEPT_MASKS)(self._read_mask)
+
+    def look(self, job: NewJob) -> _Found | Problem:
+        try:
+            is_there = self._storage.stat(job.output) is not None
+            return _Found(plan=self._plan(job), is_there=is_there)
+        except InpaintError as error:
+            return Problem(line=job.line, text=f"{error.code}: {error}")
+
+    def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
+        rounds = Params.from_json(job.params, seed=job.seed).rounds()
+        return tuple(
+            region
+            for mask, params in rounds
+            for region in self._round(job, mask or job.mask, params)
+        )
+
+    def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
+        mask = self._mask(job, name)
+        size = self._size(job.image) if is_file(name) else (mask.shape[1], mask.shape[0])
+        repainted = masks.repainted(
+            mask,
+            size,
+            threshold=params.mask_threshold,
+            dilation=params.mask_dilation,
+            invert=params.mask_invert,
+            fit=params.mask_fit,
+        )
+        plan = regions.plan_for(repainted, params, native=is_native(job.engine))
+        finer = coarse_to_fine.steps(repainted, plan, params)
+        return plan + tuple(region for step in finer for region in step.regions)
+
+    def _mask(self, job: NewJob, name: str) -> masks.Grey:
+        if is_file(name):
+            return self._mask_file(name)
+        if name == "alpha":
+            return masks.alpha_mask(self._picture(job.image))
+        return masks.box_mask(masks.parse_box(name), self._size(job.image))
+
+    def _read_mask(self, uri: str) -> masks.Grey:
+        data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
+        return masks.decode_mask(data, max_pixels=self._settings.max_pixels)
+
+    def _picture(self, uri: str) -> images.Picture:
+        data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
+        return images.decode(data, max_pixels=self._settings.max_pixels)
+
+    def _size(self, uri: str) -> tuple[int, int]:
+        """From the first bytes where they are enough, else from the whole file."""
+        if self._storage.stat(uri) is None:
+            raise ObjectMissing(f"{uri!r} does not exist")
+        try:
+            head = self._storage.head(uri, max_bytes=HEADER_BYTES)
+            return images.probe(head, max_pixels=self._settings.max_pixels)
+        except ImageError as error:
+            if error.code != "image_truncated":
+                raise
+        return self._picture(uri).size

@@ -1,0 +1,1 @@
+"""Where to inpaint: boxes and windows from a mask. No image pixels, no I/O."""

@@ -1,0 +1,454 @@
+"""inpaint-jobs as a user runs it: status, list, show, retry, cancel, export, upgrade."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from shared import jobs
+from shared.db import schema
+from shared.db.models import STATES
+from shared.errors import ImageError, InpaintError, OutOfMemory
+from shared.jobs import AttemptRecord
+from shared.jobs.queue import Queue
+from shared.params import Params
+from shared.presets import presets
+from tests.job_table import AT_ONCE, JobTable
+from tests.producer.desk import Desk, Ran
+
+HOPELESS = ImageError("not a picture")
+
+
+def fail(table: JobTable, job: int, error: InpaintError = HOPELESS) -> None:
+    jobs.fail(table.db, table.run(job), AttemptRecord(), error, AT_ONCE)
+
+
+def refused(ran: Ran, message: str) -> None:
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err == f"inpaint-jobs: {message}\n"
+
+
+@pytest.fixture
+def six(table: JobTable) -> dict[str, int]:
+    """A job in each state, by the state's name."""
+    names = ("succeeded", "failed", "cancelled", "running", "queued", "pending")
+    found = dict(zip(names, table.add(6), strict=True))
+    table.succeed(found["succeeded"], result_sha256="a" * 64)
+    fail(table, found["failed"])
+    table.cancel(found["cancelled"])
+    table.run(found["running"])
+    table.set(found["pending"], state="pending")
+    assert [table.state(job) for job in found.values()] == list(names)
+    return found
+
+
+# --- status ----------------------------------------------------------------------------------
+
+
+def test_status_without_jobs_says_so(desk: Desk) -> None:
+    ran = desk.jobs("status")
+    assert ran.status == 0
+    assert ran.out.endswith("no jobs\n")
+
+
+def test_status_counts_every_state(desk: Desk, six: dict[str, int]) -> None:
+    ran = desk.jobs("status", 1)
+    assert ran.status == 0
+    for state in STATES:
+        assert f"{state} 1" in ran.out
+    assert "jobs/s" in ran.out
+    found = desk.jobs("status", "--json").json
+    assert {state: found[state] for state in STATES} == dict.fromkeys(STATES, 1)
+    assert found["rate"] > 0
+    assert found["seconds_left"] == pytest.approx(3 / found["rate"], rel=0.01)
+
+
+def test_status_lists_the_newest_submissions_first(desk: Desk, table: JobTable) -> None:
+    table.add(2)
+    other = table.submission("other", manifest="/[b]other[/b].csv")
+    table.succeed(table.add(submission=other)[0])
+    lines = desk.jobs("status").out.splitlines()
+    first, second = (line.split() for line in lines if ".csv" in line)
+    assert (first[0], first[1]) == ("2", "/[b]other[/b].csv")
+    assert first[-5:] == ["1", "1", "0", "0", "0"]
+    assert (second[0], second[-5:]) == ("1", ["1", "0", "0", "0", "2"])
+
+
+def test_status_can_be_of_one_submission(desk: Desk, table: JobTable) -> None:
+    table.add(2)
+    table.succeed(table.add(submission=table.submission("other"))[0])
+    assert desk.jobs("status", 2).out == "succeeded 1\n"
+    assert desk.jobs("status", 2, "--json").json["succeeded"] == 1
+
+
+def test_watch_ends_when_nothing_is_left(
+    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.cli.jobs.WATCH_SECONDS", 0.05)
+    job = table.one()
+
+    def work() -> None:
+        time.sleep(0.2)
+        table.succeed(job)
+
+    worker = Thread(target=work)
+    worker.start()
+    ran = desk.jobs("status", "--watch")
+    worker.join()
+    assert ran.status == 0
+    assert "succeeded 1" in ran.out
+
+
+# --- list and show ---------------------------------------------------------------------------
+
+
+def listed(ran: Ran) -> list[int]:
+    assert ran.status == 0
+    return [json.loads(line)["id"] for line in ran.out.splitlines()]
+
+
+def test_list_selects_by_state_error_and_submission(desk: Desk, table: JobTable) -> None:
+    one, two, three = table.add(3)
+    other = table.add(submission=table.submission("other"))[0]
+    fail(table, one)
+    fail(table, two, OutOfMemory("full"))
+    fail(table, other)
+    assert listed(desk.jobs("list", "--json")) == [one, two, three, other]
+    assert listed(desk.jobs("list", "--json", "--state", "failed")) == [one, other]
+    assert listed(desk.jobs("list", "--json", "--error", "bad_image")) == [one, other]
+    assert listed(desk.jobs("list", "--json", "--error", "out_of_memory")) == [two]
+    assert listed(desk.jobs("list", "--json", "--submission", 1)) == [one, two, three]
+    chosen = ("--submission", 2, "--error", "bad_image", "--state", "failed")
+    assert listed(desk.jobs("list", "--json", *chosen)) == [other]
+
+
+def test_list_is_a_table_with_a_row_per_job(desk: Desk, six: dict[str, int]) -> None:
+    ran = desk.jobs("list")
+    rows = [line.split() for line in ran.out.splitlines() if "/pictures/" in line]
+    assert [row[0] for row in rows] == [str(job) for job in six.values()]
+    assert [row[4] for row in rows] == list(six)
+    assert "bad_image" in ran.out
+
+
+def test_list_says_when_there_is_more(desk: Desk, table: JobTable) -> None:
+    table.add(3)
+    ran = desk.jobs("list", "--limit", 2, "--json")
+    assert len(listed(ran)) == 2
+    ran = desk.jobs("list", "--limit", 2)
+    assert "and more; --limit shows them" in ran.err
+    assert desk.jobs("list", "--limit", 3).err == ""
+
+
+def test_show_tells_every_parameter_and_every_attempt(desk: Desk, table: JobTable) -> None:
+    asked = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
+    params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **asked)
+    job = table.one(params=params, priority=5)
+    fail(table, job, OutOfMemory("the device is full"))
+    table.succeed(
+        job,
+        image_sha256="1" * 64,
+        mask_sha256="2" * 64,
+        result_sha256="3" * 64,
+        width=640,
+        height=480,
+        regions=1,
+        windows=2,
+        timings={"fetch": 0.0123, "inpaint": 2.5},
+    )
+    ran = desk.jobs("show", job)
+    assert ran.status == 0
+    for name in json.loads(params.to_json()):
+        assert name in ran.out
+    for text in (
+        *("a [bold]cup[/bold]", "123456789012", "euler", "sku-2", "/pictures/2.png"),
+        *("attempt 1", "retried", "out_of_memory", "the device is full", "attempt 2"),
+        *("1" * 64, "2" * 64, "3" * 64, "640", "480", "12.3 ms", "2.50 s", "as above"),
+        *("w1", "cpu", "r1", "succeeded"),
+    ):
+        assert text in ran.out, text
+
+
+def test_show_as_json_holds_the_same(desk: Desk, table: JobTable) -> None:
+    job = table.one(params=Params(seed=7))
+    table.succeed(job, timings={"fetch": 0.5})
+    found = desk.jobs("show", job, "--json").json
+    assert found["params"]["num_inference_steps"] == 50
+    assert (found["seed"], found["state"]) == (7, "succeeded")
+    (attempt,) = found["attempts"]
+    assert (attempt["outcome"], attempt["timings"]) == ("succeeded", {"fetch": 0.5})
+    assert attempt["started_at"].endswith("+00:00")
+
+
+def test_show_tells_what_an_earlier_attempt_ran_with(desk: Desk, table: JobTable) -> None:
+    job = table.one()
+    fail(table, job)
+    assert desk.jobs("retry", job, "--set", "strength=0.61").status == 0
+    found = desk.jobs("show", job, "--json").json
+    assert found["params"]["strength"] == 0.61
+    assert found["attempts"][0]["params"]["strength"] == 0.8
+    assert '"strength":0.8' in desk.jobs("show", job).out
+
+
+# --- retry and cancel ------------------------------------------------------------------------
+
+
+def test_retry_queues_a_finished_job_again(desk: Desk, table: JobTable, redis_url: str) -> None:
+    job = table.one()
+    table.succeed(job)
+    ran = desk.jobs("retry", job)
+    assert (ran.status, ran.out) == (0, "1 job to run again\n")
+    assert table.state(job) == "queued"
+    queue = Queue(redis_url)
+    assert queue.waiting("opencv") == {(job, 1)}
+    queue.close()
+
+
+def test_retry_changes_parameters(desk: Desk, table: JobTable) -> None:
+    job = table.one(params=Params(seed=3))
+    fail(table, job)
+    desk.jobs("retry", job, "--set", "strength=0.6", "--set", "seed=4", "--set", "prompt=a cup")
+    leased = table.acquire(job, seen=1)
+    assert leased is not None
+    assert leased.params == Params(seed=4, strength=0.6, prompt="a cup")
+
+
+def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
+    desk: Desk, table: JobTable
+) -> None:
+    one, two, done = table.add(3)
+    other = table.add(submission=table.submission("other"))[0]
+    table.succeed(done)
+    fail(table, one)
+    for _ in range(5):
+        fail(table, two, OutOfMemory("full"))
+    fail(table, other)
+    assert desk.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith("1 job ")
+    assert table.states() == ["queued", "failed", "succeeded", "failed"]
+    assert desk.jobs("retry", "--error", "bad_image").out.startswith("1 job ")
+    assert desk.jobs("retry", "--submission", 1).out.startswith("1 job ")
+    assert table.states() == ["queued", "queued", "succeeded", "queued"]
+    assert desk.jobs("retry", "--submission", 1).out.startswith("0 jobs")
+
+
+def test_retry_of_a_job_that_still_runs_is_refused(desk: Desk, six: dict[str, int]) -> None:
+    for state in ("running", "queued", "pending"):
+        refused(
+            desk.jobs("retry", six["failed"], six[state]),
+            f"job {six[state]} is {state}; only final jobs run again",
+        )
+
+
+def test_retry_when_the_broker_is_down_says_so(
+    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = table.one()
+    table.succeed(job)
+    monkeypatch.setenv("INPAINT_BROKER_URL", "redis://127.0.0.1:1/0")
+    ran = desk.jobs("retry", job)
+    assert (ran.status, ran.out) == (0, "1 job to run again\n")
+    assert "when it is back" in ran.err
+
+
+def test_cancel_stops_what_waits_and_asks_what_runs(desk: Desk, six: dict[str, int]) -> None:
+    ran = desk.jobs("cancel", "--submission", 1)
+    assert (ran.status, ran.out) == (0, "2 cancelled, 1 running ones asked to stop\n")
+    assert desk.jobs("cancel", six["succeeded"], six["running"]).out.startswith("0 cancelled")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("show", 99), "job 99 does not exist; see inpaint-jobs list"),
+        (("retry", 99), "job 99 does not exist; see inpaint-jobs list"),
+        (("retry", 1, 98, 99), "job 98 does not exist; see inpaint-jobs list"),
+        (("cancel", 99), "job 99 does not exist; see inpaint-jobs list"),
+        (("status", 99), "submission 99 does not exist; see inpaint-jobs status"),
+        (("list", "--submission", 99), "submission 99 does not exist; see inpaint-jobs status"),
+        (("retry", "--submission", 99), "submission 99 does not exist; see inpaint-jobs status"),
+        (("cancel", "--submission", 99), "submission 99 does not exist; see inpaint-jobs status"),
+        (("export", "--submission", 99), "submission 99 does not exist; see inpaint-jobs status"),
+        (("retry",), "name jobs, --submission or --error"),
+        (("cancel",), "name jobs or --submission"),
+        (("retry", 1, "--set", "x"), "--set 'x': write NAME=VALUE"),
+        (
+            ("retry", 1, "--set", "strength=2"),
+            "strength: '2' is not allowed; use a number above 0 and up to 1",
+        ),
+        (
+            ("retry", 1, "--set", "scheduler=euler", "--set", "eta=0.5"),
+            "eta: 0.5 has no meaning for scheduler 'euler'; use 0, or scheduler ddim",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_changes_nothing(
+    desk: Desk, table: JobTable, command: tuple[object, ...], message: str
+) -> None:
+    job = table.one()
+    fail(table, job)
+    before = table.job(job)
+    refused(desk.jobs(*command), message)
+    assert table.job(job) == before
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", str(2**63), "9" * 30])
+@pytest.mark.parametrize("command", ["show", "retry", "cancel", "status"])
+def test_a_number_that_no_job_can_have_is_refused(desk: Desk, command: str, number: str) -> None:
+    ran = desk.jobs(command, "--", number)
+    assert ran.status == 2
+    assert f"{number}" in ran.err
+
+
+def test_the_largest_number_is_just_unknown(desk: Desk) -> None:
+    assert "does not exist" in desk.jobs("show", 2**63 - 1).err
+
+
+# --- export ----------------------------------------------------------------------------------
+
+
+def test_export_holds_one_record_per_job_in_both_formats(desk: Desk, six: dict[str, int]) -> None:
+    ran = desk.jobs("export", "--format", "jsonl")
+    records = [json.loads(line) for line in ran.out.splitlines()]
+    assert [record["job"] for record in records] == list(six.values())
+    assert [record["state"] for record in records] == list(six)
+    assert records[0]["result_sha256"] == "a" * 64
+    assert records[1]["error_code"] == "bad_image"
+    assert records[0]["params"]["scheduler"] == "ddim"
+    assert records[5]["worker"] is None
+    rows = list(csv.DictReader(io.StringIO(desk.jobs("export").out)))
+    assert [list(row) for row in rows] == [list(record) for record in records]
+    for row, record in zip(rows, records, strict=True):
+        for name, value in record.items():
+            expected = "" if value is None else value
+            if isinstance(expected, dict):
+                assert json.loads(row[name]) == expected
+            else:
+                assert row[name] == str(expected)
+
+
+def test_export_selects_by_submission_and_state(desk: Desk, table: JobTable) -> None:
+    one, _ = table.add(2)
+    other = table.add(submission=table.submission("other"))[0]
+    table.cancel(one, other)
+
+    def exported(*options: object) -> list[Any]:
+        ran = desk.jobs("export", "--format", "jsonl", *options)
+        return [json.loads(line)["job"] for line in ran.out.splitlines()]
+
+    assert exported("--state", "cancelled") == [one, other]
+    assert exported("--submission", 2) == [other]
+    assert exported("--submission", 1, "--state", "failed") == []
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r="])
+def test_a_spreadsheet_runs_nothing_from_a_csv_export(
+    desk: Desk, table: JobTable, start: str
+) -> None:
+    key = f"{start}1+1"
+    table.one(key=key, image=f"{start}a.png")
+    (row,) = csv.DictReader(io.StringIO(desk.jobs("export").out, newline=""))
+    assert row["id"] == f"'{key}"
+    assert row["image"] == f"'{start}a.png"
+    record = json.loads(desk.jobs("export", "--format", "jsonl").out)
+    assert record["id"] == key
+
+
+def test_odd_text_survives_an_export(desk: Desk, table: JobTable) -> None:
+    key = 'ä "quoted", two\nlines 画'
+    table.one(key=key)
+    (row,) = csv.DictReader(io.StringIO(desk.jobs("export").out, newline=""))
+    assert row["id"] == key
+    assert json.loads(desk.jobs("export", "--format", "jsonl").out)["id"] == key
+
+
+def test_an_export_of_nothing_is_a_header_or_nothing(desk: Desk) -> None:
+    assert desk.jobs("export").out.startswith('"submission","job","line","id","state",')
+    assert desk.jobs("export", "--format", "jsonl").out == ""
+
+
+# --- presets and upgrade ---------------------------------------------------------------------
+
+
+def test_presets_are_printed_with_their_figures(desk: Desk) -> None:
+    ran = desk.jobs("presets")
+    rows = {line.split()[0]: line.split() for line in ran.out.splitlines() if line.strip()}
+    assert set(presets()) <= set(rows)
+    assert rows["ecommerce"][1:4] == ["8.5", "70", "0.75"]
+    assert rows["film"][1:5] == ["10", "80", "0.9", "1024x576"]
+    found = desk.jobs("presets", "--json").json
+    assert list(found) == list(presets())
+    assert found["portrait"]["strength"] == 0.55
+    assert "{subject}" in found["portrait"]["prompt"]
+
+
+def test_upgrade_says_where_the_tables_are(desk: Desk) -> None:
+    for _ in range(2):
+        ran = desk.jobs("upgrade")
+        assert ran.status == 0
+        assert (
+            ran.out == f"sqlite:///{desk.folder}/.inpaint/inpaint.db is at revision {schema.HEAD}\n"
+        )
+
+
+def test_upgrade_never_prints_a_password(
+    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres_url.replace("postgres@", "postgres:hush@")
+    monkeypatch.setenv("INPAINT_DATABASE_URL", url)
+    ran = desk.jobs("upgrade")
+    assert ran.status == 0
+    assert "hush" not in ran.out
+    assert f"is at revision {schema.HEAD}" in ran.out
+
+
+@pytest.mark.parametrize("command", ["status", "list", "export", "upgrade"])
+def test_a_database_that_cannot_be_opened_is_one_line(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    desk.write("file", "")
+    monkeypatch.setenv("INPAINT_HOME", "file/home")
+    ran = desk.jobs(command)
+    refused(ran, f"database: {desk.folder}/file/home: Not a directory; see INPAINT_HOME")
+    desk.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
+    monkeypatch.setenv("INPAINT_DATABASE_URL", "sqlite:///inpaint.db")
+    refused(desk.jobs(command), "database: file is not a database")
+
+
+# --- prune ------------------------------------------------------------------------------------
+
+
+def test_prune_says_what_would_go_asks_and_deletes(desk: Desk, table: JobTable) -> None:
+    old = table.one(submission=table.submission("old", manifest="/old.csv"))
+    table.succeed(old)
+    table.one(submission=table.submission("new"))
+    with table.db.write() as connection:
+        for statement in ("submissions SET created_at", "jobs SET finished_at"):
+            connection.exec_driver_sql(f"UPDATE {statement} = '2020-01-01' WHERE id = 1")
+    said = "submission 1: 1 jobs, /old.csv\n"
+    looked = desk.jobs("prune", "--older-than", "90d", "--dry-run")
+    assert (looked.status, looked.out) == (0, said)
+    refused = desk.jobs("prune", "--older-than", "90d")
+    assert (refused.status, table.state(old)) == (2, "succeeded")
+    assert "prune asks before it deletes; give --yes, or --dry-run to look" in refused.err
+    pruned = desk.jobs("prune", "--older-than", "12h", "--yes")
+    assert (pruned.status, pruned.out) == (0, f"{said}1 jobs pruned\n")
+    assert [row.digest for row in table.submissions()] == ["new"]
+    again = desk.jobs("prune", "--older-than", "90d", "--yes")
+    assert again.out == "no submission was finished longer ago than 90d\n"
+
+
+@pytest.mark.parametrize("age", ["90", "0d", "-1d", "1w", "", "1.5d"])
+def test_an_age_that_is_none_is_refused(desk: Desk, age: str) -> None:
+    ran = desk.jobs("prune", f"--older-than={age}", "--yes")
+    assert ran.status == 2
+    assert "is not an age; write 90d or 12h" in ran.err
+
+
+def test_pruning_a_submission_that_is_not_there_is_one_line(desk: Desk) -> None:
+    ran = desk.jobs("prune", "--older-than", "1d", "--submission", 7, "--yes")
+    assert ran.err == "inpaint-jobs: submission 7 does not exist; see inpaint-jobs status\n"

@@ -1,0 +1,292 @@
+"""The commands themselves: help, waiting, and what stays light at the start."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import click
+import pytest
+from producer.cli.submit import INTERRUPTED, submit
+
+from producer.cli.command import friendly, parse_sets
+from producer.cli.jobs import jobs_command
+from shared import jobs
+from shared.errors import ImageError, ParameterError
+from shared.jobs import AttemptRecord
+from shared.params import PARAMETERS
+from tests.job_table import AT_ONCE, JobTable
+from tests.producer.desk import Desk, _run
+
+COMMANDS: dict[str, tuple[click.Command, tuple[str, ...]]] = {
+    "inpaint-submit": (submit, ()),
+    **{
+        f"inpaint-jobs {name}": (jobs_command, (name,))
+        for name in jobs_command.list_commands(click.Context(jobs_command))
+    },
+}
+
+
+def command_of(name: str) -> click.Command:
+    command, path = COMMANDS[name]
+    return command.commands[path[0]] if path and isinstance(command, click.Group) else command
+
+
+# --- help ------------------------------------------------------------------------------------
+
+
+def test_there_are_these_commands() -> None:
+    assert list(COMMANDS) == [
+        "inpaint-submit",
+        *(
+            f"inpaint-jobs {name}"
+            for name in (
+                *("cancel", "doctor", "export", "list", "presets", "prune", "replay"),
+                *("retry", "sheet", "show", "status", "upgrade"),
+            )
+        ),
+    ]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_names_every_option_of_a_command(name: str, flag: str) -> None:
+    entry, path = COMMANDS[name]
+    ran = _run(entry, (*path, flag))
+    assert ran.status == 0
+    for parameter in command_of(name).params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in ran.out
+    assert len(ran.out.split("\n\n")) >= 3, "a usage, a sentence, the options"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_that_does_not_speak_for_itself_is_explained(name: str) -> None:
+    plain = {"--state", "--submission", "--limit", "--format", "--help"}
+    for parameter in command_of(name).params:
+        if isinstance(parameter, click.Option) and parameter.opts[0] not in plain:
+            assert parameter.help, f"{name} {parameter.opts[0]}"
+
+
+def test_the_groups_help_names_every_command() -> None:
+    ran = _run(jobs_command, ("--help",))
+    for name in jobs_command.list_commands(click.Context(jobs_command)):
+        assert f"  {name} " in ran.out
+
+
+def test_submit_has_every_promised_option() -> None:
+    promised = (
+        *("--output", "--mask", "--engine", "--preset", "--prompt", "--set", "--priority"),
+        *("--dry-run", "--skip-invalid", "--root", "--wait", "--local", "--force", "--changed"),
+        "--json",
+    )
+    options = {option for parameter in submit.params for option in parameter.opts}
+    assert set(promised) <= options
+
+
+@pytest.mark.parametrize("args", [(), ("--no-such",), ("m.csv", "n.csv")])
+def test_a_wrong_call_exits_2_with_the_usage(args: tuple[str, ...]) -> None:
+    ran = _run(submit, args)
+    assert ran.status == 2
+    assert ran.err.startswith("Usage: ")
+
+
+def test_sets_are_read_and_checked() -> None:
+    assert parse_sets(("strength=0.5", " seed = 7", "prompt=a=b")) == {
+        "strength": 0.5,
+        "seed": 7,
+        "prompt": "a=b",
+    }
+    with pytest.raises(ParameterError, match="write NAME=VALUE"):
+        parse_sets(("strength",))
+
+
+def test_every_parameter_can_be_set(desk: Desk) -> None:
+    good = {
+        **{"mode": "tile", "scheduler": "ddim", "opencv_method": "telea", "prompt": "x"},
+        **{"negative_prompt": "y", "width": "512", "height": "512", "eta": "0.5"},
+        **{"mask_fit": "scale", "colour_fit": "ring", "text_box": "0,0,9,9", "text_color": "red"},
+        **{"text_align": "left", "gate": "review", "format": "png"},
+    }
+    sets = [f"--set={name}={good.get(name, '1')}" for name in PARAMETERS]
+    assert desk.submit(desk.catalog(1), *sets).status == 0
+
+
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
+
+
+def test_sigterm_stops_in_order_and_a_second_one_does_not_stop_that(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    stopped: list[str] = []
+
+    def run() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            stopped.append("workers")
+
+    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+        run()
+    assert caught.value.code == 143
+    assert stopped == ["workers"]
+    assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- waiting ---------------------------------------------------------------------------------
+
+
+class Worker(Thread):
+    """Ends the jobs that are queued: those in ``bad`` lines fail, the others succeed."""
+
+    def __init__(self, table: JobTable, *, count: int, bad: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self._table, self._left, self._bad = table, count, bad
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 20
+        while self._left and time.monotonic() < deadline:
+            time.sleep(0.05)
+            with self._table.db.read() as connection:
+                found = connection.exec_driver_sql("SELECT id FROM jobs WHERE state = 'queued'")
+                queued = list(found.scalars())
+            for job in queued:
+                self._end(job)
+
+    def _end(self, job: int) -> None:
+        leased = self._table.acquire(job, seen=self._table.job(job).attempt)
+        assert leased is not None
+        if self._table.job(job).line in self._bad:
+            error = ImageError("not [a] picture")
+            jobs.fail(self._table.db, leased, AttemptRecord(), error, AT_ONCE)
+        else:
+            jobs.succeed(self._table.db, leased, AttemptRecord())
+        self._left -= 1
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("producer.cli.submit.POLL_SECONDS", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_ends_with_the_jobs_and_says_how_they_ended(desk: Desk, table: JobTable) -> None:
+    worker = Worker(table, count=3)
+    worker.start()
+    ran = desk.submit(desk.catalog(3), "--wait")
+    worker.join()
+    assert ran.status == 0
+    first, second, third = ran.out.splitlines()
+    assert first == "submission 1: 3 rows, 3 accepted"
+    assert second.startswith("3 succeeded, 0 failed in ")
+    assert third == f"results: {desk.folder}/m-out"
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_exits_1_when_a_job_failed_and_names_the_errors(desk: Desk, table: JobTable) -> None:
+    worker = Worker(table, count=3, bad=(3,))
+    worker.start()
+    ran = desk.submit(desk.catalog(3), "--wait")
+    worker.join()
+    assert ran.status == 1
+    assert "2 succeeded, 1 failed in " in ran.out
+    assert "  bad_image 1: not [a] picture" in ran.out
+    assert "again: inpaint-jobs retry --submission 1" in ran.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_with_json_is_one_object_with_the_ends(desk: Desk, table: JobTable) -> None:
+    worker = Worker(table, count=2)
+    worker.start()
+    ran = desk.submit(desk.catalog(2), "--wait", "--json")
+    worker.join()
+    assert ran.status == 0
+    assert len(ran.out.splitlines()) == 1
+    found = ran.json
+    assert found.pop("seconds") > 0
+    assert found == {
+        "submission": 1,
+        "rows": 2,
+        "accepted": 2,
+        "duplicates": 0,
+        "invalid": 0,
+        "succeeded": 2,
+        "failed": 0,
+        "review": 0,
+    }
+
+
+@pytest.mark.usefixtures("quick")
+def test_wait_says_once_that_no_worker_is_there(
+    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.1)
+
+    def give_up() -> None:
+        time.sleep(0.8)
+        table.cancel(1, 2)
+
+    impatient = Thread(target=give_up)
+    impatient.start()
+    ran = desk.submit(desk.catalog(2), "--wait")
+    impatient.join()
+    assert ran.status == 0
+    assert (
+        ran.err.count("no worker has taken a job yet; start: inpaint-worker --engine opencv") == 1
+    )
+    assert "2 cancelled" in ran.out
+
+
+@pytest.mark.usefixtures("quick")
+def test_local_says_once_that_its_worker_is_getting_ready(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.0)
+    ran = desk.submit(desk.catalog(1), "--local", "--engine", "opencv", "--devices", "cpu")
+    assert ran.err.count("the worker is getting ready; a model takes a while to load: see ") == 1
+
+
+# --- the real commands -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inpaint-submit", "inpaint-jobs"])
+def test_an_installed_command_starts(command: str) -> None:
+    path = Path(sys.executable).parent / command
+    done = subprocess.run([path, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"Usage: {command} ")
+    assert done.stderr == ""
+
+
+# --- local ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("engine", "library", "extra"), [("sd2", "torch", "worker"), ("opencv", "cv2", "opencv")]
+)
+def test_an_engine_that_cannot_run_here_is_named_before_anything_is_recorded(
+    desk: Desk,
+    table: JobTable,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: str,
+    library: str,
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    ran = desk.submit(desk.catalog(1), "--local", "--engine", engine)
+    assert ran.status == 2
+    assert ran.err == (
+        f"inpaint-submit: {engine} cannot run here: {library} is not installed; pip install "
+        f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere\n"
+    )
+    assert table.submissions() == []

@@ -1,0 +1,482 @@
+"""The contact sheet: which jobs it shows, what it shows of them, and that it is harmless."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from base64 import b64decode, b64encode
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from producer import reports
+from producer.contact_sheet.cards import SIDE_PX, cards, close_up_place, usual_params
+from shared import jobs, settings
+from shared.errors import GateError, InpaintError, ObjectMissing
+from shared.geometry.regions import Box
+from shared.jobs import AttemptRecord
+from shared.params import Params, Pass
+from shared.storage import Object, Storage
+from tests.conftest import Bucket
+from tests.job_table import AT_ONCE, JobTable
+from tests.producer.desk import Desk, Ran, png
+
+SIZE, MARK = (320, 200), (150, 100, 190, 120)
+GREY, RED = (90, 120, 150), (200, 30, 30)
+
+
+class Page(HTMLParser):
+    """A page's elements, and the cards' texts in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.cards: list[str] = []
+        self._depth = 0
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "article":
+            self.cards.append("")
+            self._depth = 1
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "article":
+            self._depth = 0
+
+    def handle_data(self, data: str) -> None:
+        if self._depth:
+            self.cards[-1] += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    def masks(self) -> list[NDArray[np.bool_]]:
+        """(h, w) what each mask tints."""
+        found = [str(attrs["src"]) for attrs in self.of("img") if attrs.get("class") == "mask"]
+        files = (io.BytesIO(b64decode(src.partition(",")[2])) for src in found)
+        return [np.asarray(Image.open(file)) > 0 for file in files]
+
+    def pictures(self, kind: str = "") -> list[Image.Image]:
+        """Those whose text begins so; masks have none."""
+        found = []
+        for attrs in self.of("img"):
+            head, _, data = str(attrs["src"]).partition(",")
+            assert re.fullmatch(r"data:image/(webp|png);base64", head)
+            if str(attrs["alt"]).startswith(kind) and attrs["alt"]:
+                found.append(Image.open(io.BytesIO(b64decode(data))))
+        return found
+
+
+class Shop:
+    """Jobs with real pictures: each grey, repainted red inside a box."""
+
+    def __init__(self, desk: Desk, table: JobTable) -> None:
+        self.desk, self.table = desk, table
+        self.submission = table.submission(manifest=str(desk.folder / "m.csv"))
+        self.mask = desk.mask("mask.png", MARK, size=SIZE)
+
+    def add(self, name: str = "a.png", **changes: Any) -> int:
+        self.desk.picture(f"in/{name}", size=SIZE)
+        places = {
+            "image": str(self.desk.folder / "in" / name),
+            "mask": str(self.mask),
+            "output": str(self.desk.folder / "out" / name),
+        }
+        return self.table.one(submission=self.submission, **{**places, **changes})
+
+    def done(self, name: str = "a.png", score: float = 0.9, **changes: Any) -> int:
+        found = {key: changes.pop(key) for key in ("review", "scores") if key in changes}
+        job = self.add(name, **changes)
+        after = Image.new("RGB", SIZE, GREY)
+        after.paste(RED, MARK)
+        path = self.desk.write(f"out/{name}", png(after))
+        record = AttemptRecord(score=score, **found)
+        version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+        jobs.succeed(self.table.db, self.table.run(job), record, output_version=version)
+        return job
+
+    def failed(self, error: InpaintError, name: str = "a.png", **changes: Any) -> int:
+        job = self.add(name, **changes)
+        jobs.fail(self.table.db, self.table.run(job), AttemptRecord(), error, AT_ONCE)
+        return job
+
+    def sheet(self, *args: object) -> Page:
+        ran = self.desk.jobs("sheet", self.submission, "--output", "s.html", *args)
+        assert ran.status == 0, ran.err
+        return Page((self.desk.folder / "s.html").read_text())
+
+
+@pytest.fixture
+def shop(desk: Desk, table: JobTable) -> Shop:
+    return Shop(desk, table)
+
+
+def shown(page: Page) -> list[int]:
+    return [int(str(attrs["id"]).removeprefix("job-")) for attrs in page.of("article")]
+
+
+# --- which jobs ------------------------------------------------------------------------------
+
+
+def test_failed_jobs_come_first_then_reviews_then_the_lowest_scores(shop: Shop) -> None:
+    best, worst = shop.done("a.png", 0.9), shop.done("b.png", 0.2)
+    review = shop.done("c.png", 0.6, review="gate_seam")
+    missing = shop.failed(ObjectMissing("gone"), "d.png")
+    black = shop.failed(GateError("all black", code="gate_black"), "e.png")
+    shop.add("waits.png")
+    assert shown(shop.sheet()) == [black, missing, review, worst, best]
+
+
+def test_what_the_limit_leaves_out_is_counted(shop: Shop) -> None:
+    found = [shop.done(f"{n}.png", n / 10) for n in range(4)]
+    page = shop.sheet("--limit", 3)
+    assert shown(page) == found[:3]
+    assert "3 jobs, the worst first; 1 more are left out" in page.html
+
+
+def test_failed_jobs_leave_room_for_results(shop: Shop) -> None:
+    broken = [shop.failed(ObjectMissing("gone"), f"f{n}.png") for n in range(6)]
+    results = [shop.done(f"r{n}.png", n / 10) for n in range(6)]
+    assert shown(shop.sheet("--limit", 4)) == [broken[0], *results[:3]]
+    assert shown(shop.sheet("--limit", 9)) == [*broken[:3], *results]
+
+
+def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_used(
+    shop: Shop,
+) -> None:
+    for number, score in enumerate((0.0, 0.049, 0.5, 1.0)):
+        shop.done(f"{number}.png", score)
+    job = shop.add("reseeded.png")
+    record = AttemptRecord(score=0.5, seed=77, scores={"seam": 1.5})
+    jobs.succeed(shop.table.db, shop.table.run(job), record)
+    ranked = reports.ranked(shop.table.db, shop.submission, limit=10)
+    assert ranked is not None
+    assert {n: count for n, count in enumerate(ranked.scores) if count} == {0: 2, 10: 2, 19: 1}
+    row = next(row for row in ranked.jobs if row["id"] == job)
+    assert (row["seed"], json.loads(row["scores"])) == (77, {"seam": 1.5})
+
+
+# --- what is shown of them -------------------------------------------------------------------
+
+
+def test_a_result_is_shown_before_and_after_whole_and_close_up(shop: Shop) -> None:
+    shop.done(scores={"seam": 1.25, "score": 0.9, "black": 0.0})
+    page = shop.sheet()
+    assert len(page.pictures()) == 4
+    before, after = (np.asarray(page.pictures(f"{side}, whole")[0]) for side in ("before", "after"))
+    assert np.abs(before[110, 170].astype(int) - GREY).max() < 12
+    assert np.abs(after[110, 170].astype(int) - RED).max() < 12
+    close = np.asarray(page.pictures("after, close-up")[0]).astype(int)
+    share = (np.abs(close - RED).max(axis=2) < 40).mean()
+    assert share == pytest.approx(40 * 20 / (96 * 60), rel=0.2)
+    assert "seam 1.25" in page.cards[0]
+    assert "black" not in page.cards[0]
+
+
+def test_large_pictures_are_made_small(shop: Shop) -> None:
+    large = png(Image.new("RGB", (1600, 1000), GREY))
+    for name in ("in/large.png", "out/large.png"):
+        shop.desk.write(name, large)
+    places = {name: str(shop.desk.folder / name / "large.png") for name in ("in", "out")}
+    shop.done(image=places["in"], output=places["out"], mask="box:500,500,900,700")
+    assert {picture.size for picture in shop.sheet().pictures()} == {(SIDE_PX, SIDE_PX * 5 // 8)}
+
+
+def test_a_failed_job_shows_its_image_its_code_and_its_message(shop: Shop) -> None:
+    job = shop.failed(GateError("all black here", code="gate_black"))
+    shop.desk.picture("out/a.png")  # an older result, which is not this job's
+    page = shop.sheet()
+    assert "failed: gate_black all black here" in page.cards[0]
+    assert [attrs["class"] for attrs in page.of("article")] == ["card failed"]
+    assert len(page.pictures("before")) == 2
+    assert page.pictures("after") == []
+    assert shown(page) == [job]
+
+
+def test_a_result_for_review_says_so(shop: Shop) -> None:
+    shop.done(score=0.4, review="gate_colour")
+    page = shop.sheet()
+    assert "to be reviewed: gate_colour" in page.cards[0]
+    assert page.of("article")[0]["class"] == "card review"
+
+
+def test_what_is_missing_is_said_and_the_rest_is_shown(shop: Shop) -> None:
+    shop.done("a.png", 0.1)
+    shop.done("b.png", 0.2, mask="/elsewhere/mask.png")
+    shop.done("c.png", 0.3)
+    (shop.desk.folder / "in/a.png").unlink()
+    (shop.desk.folder / "out/c.png").write_bytes(b"not a picture")
+    page = shop.sheet()
+    first, second, third = page.cards
+    assert "no image: " in first
+    assert "in/a.png' does not exist" in first
+    assert "no mask: '/elsewhere/mask.png' is outside the allowed folders" in second
+    assert "no result: " in third
+    assert len(page.pictures("before")) == 1 + 2
+    assert len(page.pictures("after")) == 1 + 1
+
+
+def test_the_mask_is_what_all_rounds_repaint(shop: Shop) -> None:
+    eyes = Pass(mask="box:10,10,30,20")
+    shop.done(params=Params(passes=(eyes, Pass(mask="/elsewhere/nose.png"))))
+    page = shop.sheet()
+    expected = np.zeros((SIZE[1], SIZE[0]), np.bool_)
+    expected[10:20, 10:30] = expected[MARK[1] : MARK[3], MARK[0] : MARK[2]] = True
+    assert np.array_equal(page.masks()[0], expected)
+    assert "no mask: '/elsewhere/nose.png' is outside the allowed folders" in page.cards[0]
+
+
+def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(shop: Shop) -> None:
+    shop.done()
+    for folder in ("in", "out"):
+        (shop.desk.folder / folder / "a.png").unlink()
+    page = shop.sheet()
+    assert "no picture" in page.cards[0]
+    assert page.pictures() == []
+
+
+def test_files_that_changed_since_are_pointed_out(shop: Shop) -> None:
+    shop.done()
+    shop.desk.picture("out/a.png", size=(160, 100))
+    page = shop.sheet()
+    assert "the output was written by something else after this job" in page.cards[0]
+    assert "image 320x200, result 160x100" in page.cards[0]
+    before, after = page.pictures("before, whole")[0], page.pictures("after, whole")[0]
+    assert before.size == after.size
+
+
+def test_a_result_written_over_its_image_is_pointed_out(shop: Shop) -> None:
+    shop.done(output=str(shop.desk.folder / "in/a.png"))
+    path = shop.desk.folder / "in/a.png"
+    version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
+    shop.table.set(1, output_version=version)
+    assert "the result was written over its image" in shop.sheet().cards[0]
+
+
+def test_parameters_are_shown_where_they_are_not_the_usual_ones(shop: Shop) -> None:
+    for number in range(3):
+        shop.done(f"{number}.png", params=Params(strength=0.5, prompt=f"cup {number}"))
+    shop.done("odd.png", params=Params(strength=0.75, prompt="cup 3"))
+    page = shop.sheet()
+    head = page.html[: page.html.index("<main")]
+    assert "<dt>strength</dt><dd>0.5</dd>" in head
+    assert "prompt" not in re.findall(r"<dt>(\w+)</dt>", head)
+    assert ["strength" in card for card in page.cards] == [False, False, False, True]
+    assert all(f"cup {number}" in card for number, card in enumerate(page.cards))
+
+
+def test_usual_is_what_more_than_half_have() -> None:
+    assert usual_params(['{"a": 1, "b": 1}', '{"a": 1, "b": 2}', '{"a": 2}']) == {"a": 1}
+    assert usual_params([]) == {}
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "I;16", "1"])
+def test_pictures_of_every_mode_are_shown(shop: Shop, mode: str) -> None:
+    shop.done("a.tif")
+    image = Image.new("RGB", SIZE, GREY).convert(mode.replace("I;16", "L"))
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(SIZE))
+    if mode == "I;16":
+        image = Image.fromarray(np.full((200, 320), 30_000, np.uint16))
+    for folder in ("in", "out"):
+        image.save(shop.desk.folder / folder / "a.tif")
+    modes = {picture.mode for picture in shop.sheet().pictures()}
+    assert modes == {"RGBA" if mode in ("LA", "RGBA") else "RGB"}
+
+
+def test_a_colour_profile_goes_with_the_picture(shop: Shop) -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    shop.done()
+    image = Image.new("RGB", SIZE, "red")
+    image.save(shop.desk.folder / "in/a.png", icc_profile=profile)
+    (found,) = shop.sheet().pictures("before, whole")
+    assert found.info["icc_profile"] == profile
+
+
+def test_pictures_in_s3_are_read(shop: Shop, s3: Bucket) -> None:
+    for key in ("in.png", "out.png"):
+        s3.client.put_object(Bucket=s3.name, Key=key, Body=png(Image.new("RGB", (64, 48), GREY)))
+    shop.done(
+        image=f"s3://{s3.name}/in.png",
+        mask="box:10,10,20,20",
+        output=f"s3://{s3.name}/out.png",
+    )
+    page = shop.sheet()
+    assert len(page.pictures("before")) == 1
+    assert [attrs for attrs in page.of("a") if "s3" in str(attrs)] == []
+
+
+def test_a_folder_can_be_allowed_for_reading(shop: Shop, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", SIZE).save(elsewhere / "a.png")
+    shop.done(image=str(elsewhere / "a.png"))
+    assert "is outside the allowed folders" in shop.sheet().cards[0]
+    assert "no image" not in shop.sheet("--root", elsewhere).cards[0]
+
+
+# --- where to look ---------------------------------------------------------------------------
+
+
+def marked(*boxes: Box, size: tuple[int, int] = (1200, 900)) -> np.ndarray[Any, Any]:
+    mask = np.zeros((size[1], size[0]), np.bool_)
+    for box in boxes:
+        mask[box.top : box.bottom, box.left : box.right] = True
+    return mask
+
+
+def test_a_close_up_holds_the_mark_with_a_margin_in_the_pictures_own_aspect() -> None:
+    mark = Box(900, 700, 1100, 750)
+    place = close_up_place(marked(mark))
+    assert place is not None
+    assert place.width / place.height == pytest.approx(1200 / 900, rel=0.01)
+    assert place.left < mark.left
+    assert place.right > mark.right
+    assert 1.5 < place.width / mark.width < 2
+
+
+def test_a_close_up_stays_inside_the_picture() -> None:
+    place = close_up_place(marked(Box(1190, 0, 1200, 10)))
+    assert place is not None
+    assert place == place.clipped((1200, 900))
+    assert place.right == 1200
+    assert place.width >= 96
+
+
+def test_of_scattered_marks_the_densest_part_is_taken() -> None:
+    dense = Box(800, 600, 1000, 800)
+    place = close_up_place(marked(Box(0, 0, 20, 20), Box(0, 880, 20, 900), dense))
+    assert place is not None
+    assert place.left <= 820
+    assert place.right >= 980
+    assert place.width == 400
+
+
+def test_no_close_up_of_a_small_picture_or_an_empty_mask() -> None:
+    assert close_up_place(marked()) is None
+    assert close_up_place(marked(Box(10, 10, 20, 20), size=(120, 90))) is None
+
+
+# --- harmless --------------------------------------------------------------------------------
+
+HOSTILE = "\"><script>alert(1)</script><img src=//evil.example onerror=alert(2)>\u202e\x1b[31m'"
+
+
+def test_nothing_from_outside_becomes_markup(shop: Shop) -> None:
+    shop.done("<b>.png", 0.3, key=HOSTILE, params=Params(prompt=HOSTILE))
+    shop.failed(InpaintError(HOSTILE), "b.png", mask=f"/x/{HOSTILE}")
+    page = shop.sheet()
+    assert len(page.of("script")) == 1
+    assert page.pictures("before")
+    for _, attrs in page.elements:
+        assert [name for name in attrs if name.startswith("on") or name == "style"] == []
+    assert "alert(1)" in page.cards[1]
+    assert "\u202e" not in page.html
+    assert "\x1b" not in page.html
+
+
+def test_the_page_allows_its_own_script_and_style_and_nothing_else(shop: Shop) -> None:
+    shop.done()
+    page = shop.sheet()
+    policy = next(str(a["content"]) for a in page.of("meta") if "http-equiv" in a)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    assert rules["img-src"] == "data:"
+    for tag in ("script", "style"):
+        (source,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page.html, re.DOTALL)
+        digest = b64encode(sha256(source.encode()).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    places = [str(a.get(name)) for _, a in page.elements for name in ("src", "href") if name in a]
+    assert {place.partition(":")[0] for place in places} == {"data", "file"}
+
+
+def test_the_page_can_be_used_without_a_mouse_and_without_scripts(shop: Shop) -> None:
+    shop.done()
+    page = shop.sheet()
+    sliders = [attrs for attrs in page.of("input") if attrs["type"] == "range"]
+    assert len(sliders) == 2
+    for slider in sliders:
+        assert "hidden" in slider  # until the script runs; the pictures stand side by side
+        assert str(slider["aria-label"]).endswith("before to after: sku-2")
+    assert all("alt" in attrs for attrs in page.of("img"))
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def test_the_page_is_named_after_the_submission_and_a_picture_can_go_with_it(shop: Shop) -> None:
+    for number in range(3):
+        shop.done(f"{number}.png", number / 4)
+    ran = shop.desk.jobs("sheet", shop.submission, "--png", "s.png")
+    assert (ran.status, ran.err) == (0, "")
+    assert ran.out == "3 jobs in sheet-1.html; 0 left out (--limit)\nthe worst of them in s.png\n"
+    assert (shop.desk.folder / "sheet-1.html").is_file()
+    with Image.open(shop.desk.folder / "s.png") as picture:
+        assert picture.mode == "RGB"
+        colours = np.asarray(picture).reshape(-1, 3).astype(int)
+    red = np.abs(colours - RED).max(axis=1) < 10
+    grey = np.abs(colours - GREY).max(axis=1) < 10
+    assert red.sum() > 3000
+    assert grey.sum() > 100_000
+
+
+def refused(ran: Ran, message: str) -> None:
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err == f"inpaint-jobs: {message}\n"
+
+
+def test_a_submission_without_ended_jobs_has_no_sheet(shop: Shop) -> None:
+    shop.add()
+    refused(shop.desk.jobs("sheet", 9), "submission 9 does not exist; see inpaint-jobs status")
+    refused(shop.desk.jobs("sheet", 1), "no job of submission 1 has succeeded or failed yet")
+
+
+def test_a_place_that_cannot_be_written_is_named(shop: Shop) -> None:
+    shop.done()
+    ran = shop.desk.jobs("sheet", 1, "--output", "nowhere/s.html")
+    refused(ran, "cannot write 'nowhere/s.html': No such file or directory; name another file")
+
+
+def test_a_page_appears_whole_or_not_at_all(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.done()
+    old = shop.desk.write("s.html", "the old page")
+    monkeypatch.setattr("producer.contact_sheet.html._card", lambda card: 1 / 0)
+    with pytest.raises(AssertionError, match="traceback"):
+        shop.sheet()
+    assert old.read_text() == "the old page"
+    assert [path.name for path in shop.desk.folder.glob(".*.tmp")] == []
+
+
+def test_pictures_are_read_as_the_page_is_written(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    get = Storage.get
+
+    def counted(self: Storage, uri: str, *, max_bytes: int) -> Object:
+        read.append(uri)
+        return get(self, uri, max_bytes=max_bytes)
+
+    monkeypatch.setattr(Storage, "get", counted)
+    for number in range(12):
+        shop.done(f"{number}.png", number / 20)
+    ranked = reports.ranked(shop.table.db, shop.submission, limit=20)
+    assert ranked is not None
+    storage = Storage(roots=[shop.desk.folder], buckets=())
+    found = cards(ranked.jobs, {}, storage, settings.load())
+    next(found)
+    assert str(shop.desk.folder / "in/11.png") not in read
+    assert len(list(found)) == 11
+    assert read.count(str(shop.mask)) <= 4  # one mask for all rows is read once a thread at most

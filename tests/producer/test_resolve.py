@@ -1,0 +1,384 @@
+"""A row becomes a job: locations, parameters, keys, or everything that is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.manifest import Problem, Row
+from producer.resolve import Options, Resolver
+from shared.errors import ParameterError
+from shared.jobs.submissions import NewJob
+from shared.params import Params, engine_name
+from shared.storage import Storage
+
+OPTIONS = Options(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
+ON_S3 = replace(OPTIONS, manifest="s3://bucket/jobs/m.csv", output="s3://bucket/jobs/m-out")
+STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
+
+
+def resolved(options: Options = OPTIONS, **cells: str) -> NewJob | list[Problem]:
+    row = Row(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
+    return Resolver(options, STORE).job(row)
+
+
+def job(options: Options = OPTIONS, **cells: str) -> NewJob:
+    found = resolved(options, **cells)
+    assert isinstance(found, NewJob), found
+    return found
+
+
+def problems(options: Options = OPTIONS, **cells: str) -> list[str]:
+    found = resolved(options, **cells)
+    assert isinstance(found, list), found
+    assert {problem.line for problem in found} == {2}
+    return [problem.text for problem in found]
+
+
+def params(found: NewJob) -> Params:
+    return Params.from_json(found.params, seed=found.seed)
+
+
+# --- locations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "cells", "expected"),
+    [
+        (OPTIONS, {}, ("/data/a.png", "/data/b.png", "/data/m-out/a.png")),
+        (
+            OPTIONS,
+            {"image": "in/x/a.png"},
+            ("/data/in/x/a.png", "/data/b.png", "/data/m-out/a.png"),
+        ),
+        (OPTIONS, {"output": "r/c.jpg"}, ("/data/a.png", "/data/b.png", "/data/r/c.jpg")),
+        (
+            OPTIONS,
+            {"image": "s3://bucket/k+%2F.png"},
+            ("s3://bucket/k+%2F.png", "/data/b.png", "/data/m-out/k+%2F.png"),
+        ),
+        (
+            ON_S3,
+            {},
+            ("s3://bucket/jobs/a.png", "s3://bucket/jobs/b.png", "s3://bucket/jobs/m-out/a.png"),
+        ),
+        (
+            ON_S3,
+            {"image": "/more/a.png", "mask": "alpha"},
+            ("/more/a.png", "alpha", "s3://bucket/jobs/m-out/a.png"),
+        ),
+        (
+            replace(OPTIONS, output="/more/out", has_output=True),
+            {"output": "c.png"},
+            ("/data/a.png", "/data/b.png", "/more/out/c.png"),
+        ),
+        (
+            replace(OPTIONS, output="s3://bucket", has_output=True),
+            {},
+            ("/data/a.png", "/data/b.png", "s3://bucket/a.png"),
+        ),
+    ],
+)
+def test_names_are_resolved_against_the_manifests_own_place(
+    options: Options, cells: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    found = job(options, **cells)
+    assert (found.image, found.mask, found.output) == expected
+
+
+@pytest.mark.parametrize("mask", ["alpha", "box:1,2,3,4", "box:-5,0,3,4"])
+def test_a_mask_may_be_no_file(mask: str) -> None:
+    assert job(mask=mask).mask == mask
+
+
+def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
+    options = replace(OPTIONS, mask="/data/all.png")
+    row = Row(line=2, cells={"image": "a.png"})
+    found = Resolver(options, STORE).job(row)
+    assert isinstance(found, NewJob)
+    assert found.mask == "/data/all.png"
+    assert job(options).mask == "/data/b.png"
+
+
+@pytest.mark.parametrize(
+    ("cells", "text"),
+    [
+        ({"image": ""}, "image: empty; name the picture"),
+        ({"mask": ""}, "mask: empty; name the mask, or alpha, or box:left,top,right,bottom"),
+        ({"mask": "box:1,2,3"}, "mask: 'box:1,2,3' is no box; write box:left,top,right,bottom"),
+        ({"mask": "box:1,2,3,x"}, "mask: 'box:1,2,3,x' is no box"),
+        ({"mask": "box:5,2,5,4"}, "mask: 'box:5,2,5,4' is empty"),
+        ({"image": "http://h/a.png"}, "image: 'http://h/a.png': http:// is not supported"),
+        ({"image": "../a.png"}, "image: '../a.png': '..' is refused"),
+        (
+            {"image": "/etc/a.png"},
+            "image: '/etc/a.png' is outside the allowed folders (/data, /more); add its",
+        ),
+        ({"mask": "s3://no/b.png"}, "mask: 's3://no/b.png': 'no' is not a bucket name"),
+        ({"mask": "s3://other/b.png"}, "mask: 's3://other/b.png': bucket 'other' is not allowed"),
+        ({"image": "in/"}, "image: 'in/' is a folder; name the file"),
+        ({"output": "out/"}, "output: 'out/' is a folder; name the file"),
+        ({"output": "a.png"}, "output: '/data/a.png' is also an input; choose another output"),
+        ({"output": "./b.png"}, "output: '/data/b.png' is also an input"),
+        ({"output": "/etc/c.png"}, "output: '/etc/c.png' is outside the allowed folders"),
+        ({"engine": "sd3"}, "engine: 'sd3' is not known; use sd2, opencv or diffusers:"),
+        ({"priority": "high"}, "priority: 'high' is not allowed; use a whole number from -1000"),
+        ({"priority": "1001"}, "priority: '1001' is not allowed"),
+        ({"seed": "-1"}, "seed: '-1' is not allowed"),
+        ({"preset": "flim"}, "preset: 'flim' is not known; did you mean 'film'?"),
+        ({"strength": "2"}, "strength: '2' is not allowed; use a number"),
+        ({"mode": "fulll"}, "mode: 'fulll' is not allowed; use one of auto, full, tile"),
+        ({"eta": "0.5", "scheduler": "euler"}, "eta: 0.5 has no meaning for scheduler 'euler'"),
+    ],
+)
+def test_a_bad_cell_is_named_with_its_value_and_the_remedy(
+    cells: dict[str, str], text: str
+) -> None:
+    given = {"image": "a.png", "mask": "b.png", **cells}
+    row = Row(line=2, cells={name: value for name, value in given.items() if value})
+    found = Resolver(OPTIONS, STORE).job(row)
+    assert isinstance(found, list)
+    assert [problem.text for problem in found] == [found[0].text]
+    assert found[0].text.startswith(text)
+
+
+def test_everything_wrong_with_a_row_is_reported_together() -> None:
+    found = problems(image="../a.png", seed="x", engine="sd3", strength="7", priority="p")
+    assert [text.split(":")[0] for text in found] == [
+        "image",
+        "engine",
+        "priority",
+        "seed",
+        "strength",
+    ]
+
+
+def test_no_secret_in_a_location_is_repeated() -> None:
+    (text,) = problems(image="s3://key:hush@bucket/a.png")
+    assert "hush" not in text
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def test_a_row_wins_over_the_options_and_those_over_the_preset() -> None:
+    options = replace(
+        OPTIONS, preset="ecommerce", values={"strength": 0.6, "guidance_scale": 5.0}, priority=4
+    )
+    found = job(options, strength="0.7", priority="-3", engine="opencv", preset="film")
+    assert params(found).strength == 0.7
+    assert params(found).guidance_scale == 5.0
+    assert params(found).num_inference_steps == 80
+    assert (found.priority, found.engine) == (-3, "opencv")
+    assert job(options).priority == 4
+
+
+def test_columns_fill_the_prompt_row_by_row() -> None:
+    options = replace(OPTIONS, prompt="photo of {product}")
+    assert params(job(options, product="a cup")).prompt == "photo of a cup"
+    assert params(job(options, product="a pot")).prompt == "photo of a pot"
+    assert problems(options) == [
+        "prompt: nothing fills {product}; add a column 'product' or another --prompt"
+    ]
+
+
+def test_a_prompt_column_replaces_the_template() -> None:
+    options = replace(OPTIONS, prompt="photo of {product}")
+    assert params(job(options, prompt="as {is}")).prompt == "as {is}"
+
+
+def test_the_columns_of_every_template_are_known() -> None:
+    known = replace(OPTIONS, prompt="{thing} {seed}").known_placeholders()
+    assert {"thing", "product", "era", "scene"} <= known
+    assert "seed" not in known
+
+
+def test_no_seed_means_one_that_the_same_row_always_gets() -> None:
+    first, again, other = job(), job(), job(image="c.png")
+    assert first == again
+    assert 0 <= first.seed < 2**32
+    assert first.seed != other.seed
+
+
+def test_a_seed_is_taken_from_the_row_then_from_the_options() -> None:
+    options = replace(OPTIONS, values={"seed": 5})
+    assert (job(options).seed, job(options, seed="9").seed, job(seed="0").seed) == (5, 9, 0)
+
+
+def test_a_seed_that_is_given_makes_other_work_than_the_same_seed_derived() -> None:
+    derived = job()
+    assert job(seed=str(derived.seed)).content_key != derived.content_key
+
+
+@pytest.mark.parametrize(
+    ("same", "cells"),
+    [
+        (True, {"id": "sku-1"}),
+        (True, {"priority": "9"}),
+        (True, {"strength": "0.80"}),
+        (True, {"image": "./a.png"}),
+        (False, {"strength": "0.81"}),
+        (False, {"prompt": "a cup"}),
+        (False, {"mask": "alpha"}),
+        (False, {"output": "c.png"}),
+        (False, {"engine": "opencv"}),
+        (False, {"seed": "1"}),
+    ],
+)
+def test_rows_have_the_same_key_when_they_ask_for_the_same_work(
+    same: bool, cells: dict[str, str]
+) -> None:
+    assert (job().content_key == job(**cells).content_key) is same
+
+
+def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() -> None:
+    """One resolver for all rows, as in a run: what it keeps may not leak between them."""
+    resolver = Resolver(OPTIONS, STORE)
+
+    def through(**cells: str) -> dict[str, Any]:
+        found = resolver.job(Row(line=2, cells={"image": "a.png", "mask": "b.png", **cells}))
+        assert isinstance(found, NewJob)
+        decoded: dict[str, Any] = json.loads(found.params)
+        return decoded
+
+    for cells in (
+        {},
+        {"strength": "0.5"},
+        {"guidance_scale": "5"},
+        {"preset": "film"},
+        {"engine": "opencv"},
+        {"preset": "ecommerce", "product": "cup"},
+        {"preset": "ecommerce", "product": "pot"},
+        {"id": "other"},
+        {},
+    ):
+        assert through(**cells) == json.loads(job(**cells).params)
+
+
+# --- engines ---------------------------------------------------------------------------------
+
+
+def test_one_engine_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path)
+    assert engine_name("sd2") == "sd2"
+    assert engine_name("diffusers:owner/name@rev") == "diffusers:owner/name@rev"
+    for text in ("diffusers:model", "diffusers:./link", f"diffusers:{tmp_path}/model/"):
+        assert engine_name(text) == f"diffusers:{tmp_path.resolve()}/model"
+
+
+@pytest.mark.parametrize("text", ["", "SD2", "diffusers", "diffusers:", "onnx:x"])
+def test_another_engine_is_refused(text: str) -> None:
+    with pytest.raises(ParameterError, match="use sd2, opencv or diffusers:"):
+        engine_name(text)
+
+
+def test_an_output_is_named_after_a_format_that_can_be_written() -> None:
+    (text,) = problems(image="a.png", mask="m.png", output="out/a.gif")
+    assert "'a.gif': .gif is not a format that can be written; use .jpg" in text
+    assert isinstance(resolved(image="a.png", mask="m.png", output="out/A.WebP"), NewJob)
+    assert isinstance(resolved(image="a.png", mask="m.png", output="out/sku-1"), NewJob)
+
+
+def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> None:
+    folder = tmp_path.resolve()
+    (folder / "images").mkdir()
+    (folder / "out").symlink_to("images")
+    options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
+    resolver = Resolver(options, Storage(roots=[folder], buckets=()))
+    row = Row(line=2, cells={"image": "images/a.png", "mask": "alpha"})
+    (problem,) = resolver.job(row)  # type: ignore[misc]
+    assert "is also an input" in problem.text
+
+
+def test_every_wrong_parameter_of_a_row_is_named() -> None:
+    found = problems(strength="2", eta="nan", num_inference_steps="0", seed="-1")
+    assert [text.partition(":")[0] for text in sorted(found)] == [
+        "eta",
+        "num_inference_steps",
+        "seed",
+        "strength",
+    ]
+
+
+# --- rounds, text, format --------------------------------------------------------------------
+
+
+def test_passes_name_masks_beside_the_manifest_and_the_first_replaces_the_row_s() -> None:
+    passes = [{"mask": "face.png", "prompt": "a face"}, {"mask": "eyes.png", "strength": 0.6}]
+    found = job(passes=json.dumps(passes))
+    assert found.mask == "/data/face.png"
+    (_, first), (eyes, second) = params(found).rounds()
+    assert (first.prompt, eyes) == ("a face", "/data/eyes.png")
+    assert (second.prompt, second.strength) == ("a face", 0.6)
+
+
+def test_a_detail_mask_is_a_second_round() -> None:
+    found = job(preset="faces", detail_mask="in/eyes.png", detail_prompt="green eyes")
+    assert [mask for mask, _ in params(found).rounds()] == ["", "/data/in/eyes.png"]
+    assert params(found).rounds()[1][1].prompt == "green eyes"
+    on_s3 = job(ON_S3, detail_mask="eyes.png")
+    assert params(on_s3).passes[0].mask == "s3://bucket/jobs/eyes.png"
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"passes": "[{]"}, "passes: not JSON: "),
+        ({"passes": "{}"}, "passes: write a list of objects"),
+        ({"passes": "[]"}, "passes: write a list of objects"),
+        ({"passes": "[1]"}, "passes: write a list of objects"),
+        ({"passes": json.dumps([{}] * 9)}, "passes: 9 are too many; use at most 8"),
+        ({"passes": '[{"mask": "../m.png"}]'}, "'..' is refused"),
+        ({"detail_mask": "http://x/m.png"}, "http:// is not supported"),
+        ({"text_font": "/etc/font.ttf"}, "/etc/font.ttf"),
+        ({"detail_prompt": "eyes"}, "detail_mask: empty"),
+    ],
+)
+def test_a_bad_round_is_named(cells: dict[str, str], message: str) -> None:
+    assert any(message in text for text in problems(**cells))
+
+
+def test_a_style_column_wins_over_the_option() -> None:
+    options = replace(OPTIONS, prompt="a cup", style="ink")
+    assert params(job(options)).prompt == "a cup, ink"
+    assert params(job(options, style="oil")).prompt == "a cup, oil"
+
+
+def test_a_font_lies_beside_the_manifest() -> None:
+    assert params(job(text="A", text_font="fonts/a.ttf")).text_font == "/data/fonts/a.ttf"
+
+
+@pytest.mark.parametrize(
+    ("cells", "output"),
+    [
+        ({"format": "webp"}, "/data/m-out/a.webp"),
+        ({"format": "jpeg"}, "/data/m-out/a.jpg"),
+        ({"format": "jpeg", "image": "b.JPEG"}, "/data/m-out/b.JPEG"),
+        ({"format": "png", "image": "scan.2"}, "/data/m-out/scan.2.png"),
+        ({"format": "tiff", "output": "r/x.tif"}, "/data/r/x.tif"),
+        ({"format": "tiff", "output": "r/x"}, "/data/r/x"),
+    ],
+)
+def test_a_format_names_the_output(cells: dict[str, str], output: str) -> None:
+    assert job(**cells).output == output
+
+
+def test_a_format_for_all_rows_names_their_outputs_too() -> None:
+    options = replace(OPTIONS, values={"format": "png"})
+    assert job(options, image="a.jpg").output == "/data/m-out/a.png"
+
+
+def test_a_name_that_contradicts_its_format_is_refused() -> None:
+    (text,) = problems(output="x.png", format="jpeg")
+    assert text == "output: 'x.png' contradicts format jpeg; drop one of them"
+
+
+def test_passes_that_are_no_json_are_said_once() -> None:
+    (text,) = problems(passes="[{]")
+    assert text.startswith("passes: not JSON")

@@ -1,0 +1,114 @@
+"""Finished submissions are forgotten, on both databases, and nothing else is."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import update
+
+from shared import jobs
+from shared.db.models import Job, Submission
+from shared.errors import InputError, LeaseLost
+from shared.jobs import AttemptRecord, pruning, submissions
+from tests.job_table import JobTable, new_job
+
+
+def finished(table: JobTable, digest: str, *, days: float, count: int = 1) -> tuple[int, list[int]]:
+    """A submission whose jobs succeeded so many days ago, and their ids."""
+    submission = table.submission(digest)
+    ids = table.add(count, submission=submission)
+    for job in ids:
+        table.succeed(job)
+    age(table, submission, days=days)
+    return submission, ids
+
+
+def age(table: JobTable, submission: int, *, days: float) -> None:
+    then = datetime.now(UTC) - timedelta(days=days)
+    with table.db.write() as connection:
+        connection.execute(
+            update(Submission).where(Submission.id == submission).values(created_at=then)
+        )
+        connection.execute(
+            update(Job)
+            .where(Job.submission_id == submission, Job.finished_at.is_not(None))
+            .values(finished_at=then)
+        )
+
+
+def prune(table: JobTable, *, days: float = 90, submission: int | None = None) -> int:
+    seconds = timedelta(days=days).total_seconds()
+    chosen = jobs.prunable(table.db, older_than_seconds=seconds, submission=submission)
+    return jobs.prune(table.db, chosen, older_than_seconds=seconds)
+
+
+def test_what_was_finished_long_ago_is_forgotten_with_its_attempts(table: JobTable) -> None:
+    _, old = finished(table, "old", days=100, count=3)
+    _, new = finished(table, "new", days=80, count=2)
+    assert prune(table) == 3
+    assert [row.digest for row in table.submissions()] == ["new"]
+    assert [table.attempts(job) for job in old] == [[], [], []]
+    assert all(table.attempts(job) for job in new)
+    assert prune(table) == 0
+
+
+def test_one_job_that_is_not_final_or_not_old_keeps_its_submission(table: JobTable) -> None:
+    open_one, ids = finished(table, "open", days=100, count=3)
+    table.retry(ids[0])
+    late, ids = finished(table, "late", days=100, count=3)
+    table.set(ids[0], finished_at=datetime.now(UTC))
+    finished(table, "newest", days=0)
+    assert prune(table) == 0
+    assert {row.id for row in table.submissions()} >= {open_one, late}
+
+
+def test_forgetting_goes_in_batches_and_may_mean_one_submission(
+    table: JobTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "_JOBS_PER_TRANSACTION", 2)
+    finished(table, "one", days=100, count=3)
+    two, _ = finished(table, "two", days=100, count=5)
+    finished(table, "newest", days=0)
+    batches: list[int] = []
+    seconds = timedelta(days=90).total_seconds()
+    chosen = jobs.prunable(table.db, older_than_seconds=seconds, submission=two)
+    assert [(one.submission, one.jobs) for one in chosen] == [(two, 5)]
+    jobs.prune(table.db, chosen, older_than_seconds=seconds, progress=batches.append)
+    assert batches == [2, 2, 1]
+    assert [row.digest for row in table.submissions()] == ["one", "newest"]
+
+
+def test_a_job_reopened_while_its_submission_is_pruned_stays(table: JobTable) -> None:
+    submission, ids = finished(table, "old", days=100, count=3)
+    finished(table, "newest", days=0)
+    seconds = timedelta(days=90).total_seconds()
+    chosen = jobs.prunable(table.db, older_than_seconds=seconds)
+    table.retry(ids[1])
+    assert jobs.prune(table.db, chosen, older_than_seconds=seconds) == 2
+    assert table.state(ids[1]) == "pending"
+    assert submission in {row.id for row in table.submissions()}
+
+
+def test_an_id_is_never_given_twice_so_that_a_lost_worker_holds_nothing(table: JobTable) -> None:
+    job = table.one()
+    lost = table.run(job)
+    jobs.succeed(table.db, lost, AttemptRecord())
+    age(table, table.submissions()[0].id, days=100)
+    prune(table)
+    again = table.one(submission=table.submission("again"))
+    assert again != job
+    held = table.run(again)
+    with pytest.raises(LeaseLost):
+        jobs.succeed(table.db, lost, AttemptRecord())
+    jobs.succeed(table.db, held, AttemptRecord())
+
+
+def test_a_forgotten_manifest_is_new_and_a_cut_off_one_says_so(table: JobTable) -> None:
+    old, (job,) = finished(table, "old", days=100)
+    row = new_job(table.job(job).line)
+    finished(table, "newest", days=0)
+    prune(table)
+    with pytest.raises(InputError, match="was pruned while its rows were recorded; submit again"):
+        submissions.record(table.db, old, [row])
+    assert submissions.record(table.db, table.submission("old"), [row]) == []

@@ -1,0 +1,117 @@
+"""What brings a job back whose worker, message or lease was lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from shared import jobs
+from shared.errors import OutputRefused
+from shared.jobs import Selection
+from shared.jobs.queue import Queue, celery_app, queue_name
+from tests.job_table import ENGINE, JobTable
+
+
+@pytest.fixture
+def queue(redis_url: str) -> Iterator[Queue]:
+    queue = Queue(redis_url)
+    yield queue
+    queue.close()
+
+
+def test_a_dead_process_s_jobs_are_taken_back_at_once_and_nobody_else_s(table: JobTable) -> None:
+    lost, kept = table.one(), table.one()
+    table.run(lost, worker="dead")
+    table.run(kept, worker="alive")
+    reaped = jobs.reap_worker(table.db, worker="dead", reason="ended with signal 9")
+    assert reaped == [jobs.Reaped(job=lost, attempt=1, state="pending")]
+    assert (table.job(lost).losses, table.state(kept)) == (1, "running")
+    (attempt,) = table.attempts(lost)
+    assert (attempt.outcome, attempt.error_message) == ("lost", "ended with signal 9")
+
+
+def test_a_job_that_a_worker_was_lost_with_is_to_run_alone(table: JobTable) -> None:
+    suspect, other = table.one(), table.one()
+    table.run(suspect, lease=-1)
+    jobs.reap(table.db)
+    alone = {message.job: message.alone for message in table.dispatch()}
+    assert alone == {suspect: True} | ({other: False} if other in alone else {})
+
+
+def test_a_lease_nobody_knows_of_is_given_back_without_a_failure(table: JobTable) -> None:
+    job = table.one()
+    table.run(job, worker="w1")
+    (beat,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    jobs.release_orphan(table.db, beat)
+    row = table.job(job)
+    assert (row.state, row.failures, row.losses) == ("pending", 0, 0)
+    assert [attempt.outcome for attempt in table.attempts(job)] == ["released"]
+    jobs.release_orphan(table.db, beat)
+    assert table.state(job) == "pending"
+
+
+def test_a_cancelled_job_nobody_knows_of_is_cancelled(table: JobTable) -> None:
+    job = table.one()
+    table.run(job, worker="w1")
+    (beat,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    table.cancel(job)
+    jobs.release_orphan(table.db, beat)
+    assert table.state(job) == "cancelled"
+    assert [attempt.outcome for attempt in table.attempts(job)] == ["cancelled"]
+
+
+def test_a_note_says_what_a_running_job_waits_for(table: JobTable) -> None:
+    job = table.one()
+    leased = table.run(job)
+    jobs.note(table.db, leased, OutputRefused("'/a.png': No space left on device"))
+    row = table.job(job)
+    assert (row.state, row.error_code) == ("running", "output_refused")
+    jobs.succeed(table.db, leased, jobs.AttemptRecord())
+    assert table.job(job).error_code is None
+
+
+def test_what_dead_workers_took_is_swept_and_what_may_still_run_stays(
+    table: JobTable, queue: Queue
+) -> None:
+    done, running, waiting = table.add(3)
+    jobs.dispatch(table.db, queue, ENGINE, bound=10)
+    with celery_app(queue.url, [ENGINE]).connection_for_read() as connection:
+        consumed = connection.SimpleQueue(queue_name(ENGINE))
+        for _ in range(3):
+            consumed.get(timeout=5)
+        leased = table.acquire(done)
+        assert leased is not None
+        jobs.succeed(table.db, leased, jobs.AttemptRecord())
+        table.acquire(running)
+        assert set(queue.taken(ENGINE).values()) == {(done, 0), (running, 0), (waiting, 0)}
+        jobs.sweep(table.db, queue, ENGINE)
+        assert set(queue.taken(ENGINE).values()) == {(running, 0), (waiting, 0)}
+        consumed.close()
+
+
+def test_statements_over_many_rows_never_wait_for_each_other_in_a_circle(table: JobTable) -> None:
+    """PostgreSQL would end one of them with a deadlock."""
+    ids = table.add(200)
+    for job in reversed(ids):
+        table.run(job, worker="w1", lease=60)
+    stop = threading.Event()
+
+    def often(action: object) -> None:
+        while not stop.is_set():
+            action()  # type: ignore[operator]
+
+    actions = [
+        lambda: jobs.heartbeat(table.db, worker="w1", lease_seconds=60),
+        lambda: jobs.cancel(table.db, Selection(submission=1)),
+        lambda: jobs.reap(table.db),
+        lambda: jobs.heartbeat(table.db, worker="w1", lease_seconds=-1),
+    ]
+    with ThreadPoolExecutor(len(actions)) as pool:
+        running = [pool.submit(often, action) for action in actions]
+        stop.wait(1.0)
+        stop.set()
+        for one in running:
+            one.result()

@@ -1,0 +1,118 @@
+"""Schedulers come from the model's configuration and take few steps as well as many."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from shared.errors import ParameterError
+from shared.params import Scheduler
+from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS, params
+from workers.engines.stable_diffusion.schedule_table import FORMULAS, HEAD
+from workers.engines.stable_diffusion.schedulers import CLASSES, Sampler, build_scheduler
+
+pytestmark = DIFFUSERS_WARNS
+
+
+@pytest.fixture
+def config(tiny_model: Path) -> dict[str, object]:
+    text = (tiny_model / "scheduler" / "scheduler_config.json").read_text()
+    found = json.loads(text)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_scheduler_a_job_may_name_is_built() -> None:
+    assert set(CLASSES) == set(get_args(Scheduler))
+
+
+@pytest.mark.parametrize("name", get_args(Scheduler))
+def test_the_models_noise_schedule_is_kept(name: Scheduler, config: dict[str, object]) -> None:
+    built = build_scheduler({**config, "prediction_type": "v_prediction"}, name)
+    assert type(built).__name__ == CLASSES[name]
+    assert built.config.beta_schedule == "scaled_linear"
+    assert (built.config.beta_start, built.config.beta_end) == (0.00085, 0.012)
+    assert built.config.prediction_type == "v_prediction"
+    assert built.config.steps_offset == 1
+
+
+def test_old_configurations_get_what_diffusers_pipelines_force(config: dict[str, object]) -> None:
+    old = {**config, "clip_sample": True, "skip_prk_steps": False, "steps_offset": 0}
+    assert build_scheduler(old, "ddim").config.clip_sample is False
+    assert build_scheduler(old, "pndm").config.skip_prk_steps is True
+    assert build_scheduler(old, "ddim").config.steps_offset == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+@pytest.mark.parametrize("name", get_args(Scheduler))
+def test_any_number_of_steps_ends_in_finite_latents(
+    name: Scheduler, steps: int, config: dict[str, object]
+) -> None:
+    sampler = Sampler(
+        config,
+        params(scheduler=name, num_inference_steps=steps, strength=1.0),
+        torch.Generator().manual_seed(0),
+    )
+    latents = sampler.start(sampler.draw((1, 4, 8, 8)), None)
+    for step, row in enumerate(sampler.table.values):
+        scaled = latents / row[HEAD.index("divisor")]
+        latents = sampler.step(0.1 * scaled, step, latents)
+    assert torch.isfinite(latents).all()
+    assert len(sampler.timesteps) == steps + (name == "pndm" and steps > 1)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [2, 3, 4, 20, 50])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
+    name: Scheduler, steps: int, strength: float, config: dict[str, object]
+) -> None:
+    chosen = params(scheduler=name, num_inference_steps=steps, strength=strength)
+    generator = torch.Generator().manual_seed(0)
+    sampler = Sampler(config, chosen, generator)
+    formula = sampler.table.formula
+    assert formula is not None
+    ours = theirs = sampler.draw((2, 4, 8, 8))
+    history = (ours,) * formula.history
+    for step, row in enumerate(sampler.table.values[:, len(HEAD) :]):
+        noise = sampler.draw((2, 4, 8, 8))
+        theirs = sampler.step(noise, step, theirs)
+        ours, history = formula.advance(row.expand(2, -1), ours, noise, history)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("unipc", {"solver_order": 3}),
+        ("unipc", {"solver_type": "bh1"}),
+        ("unipc", {"disable_corrector": [0]}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
+        ("ddim", {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_other_variants_of_a_scheduler_go_through_diffusers(
+    name: Scheduler, variant: dict[str, object], config: dict[str, object]
+) -> None:
+    chosen = params(scheduler=name, num_inference_steps=4)
+    assert Sampler(config, chosen, torch.Generator()).table.formula is not None
+    assert Sampler({**config, **variant}, chosen, torch.Generator()).table.formula is None
+
+
+def test_strength_leaves_out_the_first_steps(config: dict[str, object]) -> None:
+    full, part = (
+        Sampler(config, params(num_inference_steps=10, strength=strength), torch.Generator())
+        for strength in (1.0, 0.65)
+    )
+    assert part.timesteps.tolist() == full.timesteps.tolist()[4:]
+    assert part.needs_image
+    assert not full.needs_image
+
+
+def test_no_step_left_is_the_users_mistake(config: dict[str, object]) -> None:
+    with pytest.raises(ParameterError, match=r"1 at strength 0\.5 leaves no step"):
+        Sampler(config, params(num_inference_steps=1, strength=0.5), torch.Generator())

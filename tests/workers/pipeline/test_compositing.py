@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from skimage import data
+
+from shared import images
+from shared.errors import FidelityError
+from shared.geometry.regions import Box, Region, plan
+from shared.masks import dilate
+from shared.params import Mode, Params
+from tests.benchmarks import compositing
+from workers.pipeline import compositing as under_test
+from workers.pipeline.compositing import composite, cut
+
+DEEP = ["I;16", "LA;16", "RGB;16", "RGBA;16"]
+MODES = ["1", "L", "LA", "RGB", "RGBA", "CMYK", *DEEP]
+ROCKET = data.rocket()[:300, :400]
+WHEEL = Box(60, 80, 180, 160)
+
+
+def picture(mode: str, rgb: NDArray[np.uint8] = ROCKET) -> images.Picture:
+    eight_bits = {"I;16": "L"}.get(mode, mode.partition(";")[0])
+    image = Image.fromarray(rgb).convert("L" if eight_bits == "LA" else eight_bits)
+    if eight_bits in ("LA", "RGBA"):
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    buffer = io.BytesIO()
+    if mode in DEEP:
+        buffer.write(imagecodecs.png_encode(np.asarray(image).astype(np.uint16) * 257))
+    else:
+        image.save(buffer, "TIFF")
+    return images.decode(buffer.getvalue(), max_pixels=10**8)
+
+
+def marked(shape: tuple[int, ...], *boxes: Box) -> NDArray[np.bool_]:
+    mask = np.zeros(shape[:2], np.bool_)
+    for box in boxes:
+        mask[box.top : box.bottom, box.left : box.right] = True
+    return mask
+
+
+def inpainted(
+    source: images.Picture,
+    mask: NDArray[np.bool_],
+    *,
+    mode: Mode = "auto",
+    native: bool = False,
+    paint: Any = lambda image, mask: np.where(mask[..., None] > 0, 99, image),
+    fill_alpha: bool = False,
+    **params: Any,
+) -> images.Picture:
+    """The picture after an engine that ``paint`` describes; grey 99 in the mask by default."""
+    settings = Params(**params)
+    grown = dilate(mask, settings.mask_dilation)
+    regions = plan(grown, mode=mode, window=(512, 512), native=native)
+    cuts = [cut(source.rgb(), grown, region) for region in regions]
+    results = [paint(image, part).astype(np.uint8) for image, part in cuts]
+    return composite(source, grown, regions, results, settings, fill_alpha=fill_alpha)
+
+
+def changed(before: images.Picture, after: images.Picture) -> NDArray[np.bool_]:
+    differs = before.pixels != after.pixels
+    return differs if differs.ndim == 2 else differs.any(axis=-1)
+
+
+# Pasting
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_masked_pixels_change_in_every_mode(mode: str) -> None:
+    before, mask = picture(mode), marked(ROCKET.shape, WHEEL)
+    after = inpainted(before, mask, paint=lambda image, mask: np.full_like(image, 99))
+    assert not (changed(before, after) & ~mask).any()
+    assert changed(before, after).any()
+    assert (after.mode, after.pixels.dtype) == (before.mode, before.pixels.dtype)
+
+
+@pytest.mark.parametrize(
+    ("mode", "value"),
+    [
+        *[("L", 99), ("LA", 99), ("RGB", 99), ("RGBA", 99), ("1", False)],
+        *[(mode, 99 * 257) for mode in DEEP],
+    ],
+)
+def test_masked_pixels_take_the_engines_value(mode: str, value: int) -> None:
+    before = picture(mode)
+    after = inpainted(before, marked(ROCKET.shape, WHEEL), native=True)
+    inside = after.pixels[WHEEL.top : WHEEL.bottom, WHEEL.left : WHEEL.right]
+    colours = inside[..., :-1] if before.has_alpha else inside
+    assert (colours == value).all()
+
+
+def test_cmyk_takes_the_engines_colour() -> None:
+    after = inpainted(picture("CMYK"), marked(ROCKET.shape, WHEEL), native=True)
+    inside = after.rgb()[WHEEL.top : WHEEL.bottom, WHEEL.left : WHEEL.right]
+    assert np.abs(inside.astype(int) - 99).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "LA;16", "RGBA;16"])
+def test_alpha_stays_unless_holes_are_to_be_filled(mode: str) -> None:
+    before, mask = picture(mode), marked(ROCKET.shape, WHEEL)
+    kept = inpainted(before, mask, mask_feather=8)
+    assert np.array_equal(kept.alpha(), before.alpha())
+    filled = inpainted(before, mask, mask_feather=8, fill_alpha=True)
+    assert (filled.alpha()[mask] == 255).all()
+    outside = ~dilate(mask, 8)
+    assert np.array_equal(filled.alpha()[outside], before.alpha()[outside])
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("mode", ["auto", "tile", "full"])
+def test_an_engine_that_changes_nothing_changes_nothing_at_its_own_scale(
+    mode: Mode, native: bool
+) -> None:
+    before, mask = picture("RGB"), marked(ROCKET.shape, WHEEL, Box(390, 290, 400, 300))
+    same = inpainted(before, mask, mode=mode, native=native, paint=lambda image, _: image)
+    if native or mode == "tile":
+        assert same.touched is None
+    difference = np.abs(same.pixels.astype(int) - before.pixels)
+    assert difference.mean() < 0.5
+
+
+def test_the_old_mark_leaks_nowhere_into_the_feather() -> None:
+    rgb = np.full((300, 400, 3), 120, np.uint8)
+    rgb[WHEEL.top : WHEEL.bottom, WHEEL.left : WHEEL.right] = 255
+    after = inpainted(
+        picture("RGB", rgb),
+        marked(rgb.shape, WHEEL),
+        mask_feather=6,
+        paint=lambda image, _: np.full_like(image, 120),
+    )
+    assert (after.pixels == 120).all()
+
+
+def test_a_result_fades_out_over_the_feather() -> None:
+    rgb = np.full((300, 400, 3), 100, np.uint8)
+    row = WHEEL.top + 40
+    after = inpainted(
+        picture("RGB", rgb),
+        marked(rgb.shape, WHEEL),
+        mask_feather=4,
+        paint=lambda image, mask: np.where(dilate(mask > 0, 40)[..., None], 200, image),
+    )
+    # The colour fit sees 200 where 100 is known: it takes off what it may, 24.
+    ramp = after.pixels[row, WHEEL.right - 1 : WHEEL.right + 6, 0].astype(int)
+    assert (np.diff(ramp) <= 0).all()
+    assert ramp[0] > ramp[2] > ramp[4] > 100
+    assert ramp[5:].tolist() == [100, 100]
+
+
+def test_a_wide_feather_ends_inside_its_region() -> None:
+    rgb = np.full((600, 600, 3), 100, np.uint8)
+    mask = marked(rgb.shape, Box(300, 300, 310, 310))
+    # Stripes keep the mean, so that no colour fit takes them away.
+    stripes = np.where(np.arange(600) % 2, 140, 60)
+    before = picture("RGB", rgb)
+    after = inpainted(
+        before,
+        mask,
+        native=True,
+        mask_feather=200,
+        paint=lambda image, _: np.broadcast_to(stripes[: image.shape[1], None], image.shape),
+    )
+    height = np.abs(after.pixels[305, 310:345, 0].astype(int) - 100)
+    assert height[0] > 35
+    assert height[31] <= 1
+    assert np.diff(height).max() <= 0
+    assert not (changed(before, after) & ~marked(mask.shape, Box(268, 268, 342, 342))).any()
+
+
+def test_a_feather_goes_on_to_the_pictures_own_edge() -> None:
+    rgb = np.full((200, 300, 3), 100, np.uint8)
+    before = picture("RGB", rgb)
+    mask = marked(rgb.shape, Box(10, 60, 290, 140))
+    after = inpainted(
+        before,
+        mask,
+        native=True,
+        mask_feather=30,
+        colour_fit="off",
+        paint=lambda image, _: np.full_like(image, 200),
+    )
+    assert after.pixels[100, [0, -1], 0].tolist() == [168, 168]  # 10 of 31 pixels out
+
+
+def test_uneven_light_is_undone_across_tiles() -> None:
+    rgb = np.full((120, 1400, 3), 120, np.uint8)
+    light = np.linspace(-15, 15, 1400)[None, :, None]
+    after = inpainted(
+        picture("RGB", rgb),
+        marked(rgb.shape, Box(40, 50, 1360, 70)),
+        native=True,
+        paint=lambda image, _: np.rint(image + light[:, 8 : 8 + image.shape[1]]),
+    )
+    assert np.abs(after.pixels.astype(int) - 120).max() <= 2
+
+
+def test_a_dilated_mask_is_painted_as_far_as_it_was_cut_and_no_farther() -> None:
+    before, mask = picture("RGB", np.full((300, 400, 3), 10, np.uint8)), marked(ROCKET.shape, WHEEL)
+    after = inpainted(
+        before, mask, mask_dilation=5, paint=lambda image, _: np.full_like(image, 200)
+    )
+    assert np.array_equal(changed(before, after), dilate(mask, 5))
+
+
+def test_full_mode_scales_down_and_back() -> None:
+    after = inpainted(picture("RGB"), marked(ROCKET.shape, WHEEL), mode="full")
+    inside = after.pixels[WHEEL.top + 4 : WHEEL.bottom - 4, WHEEL.left + 4 : WHEEL.right - 4]
+    assert np.abs(inside.astype(int) - 99).max() <= 1
+
+
+def test_regions_land_where_they_were_cut() -> None:
+    marks = [Box(3, 3, 20, 20), Box(700, 40, 720, 60), Box(1380, 580, 1400, 600)]
+    rgb = np.random.default_rng(0).integers(0, 255, (600, 1400, 3), dtype=np.uint8)
+    after = inpainted(picture("RGB", rgb), marked(rgb.shape, *marks), paint=lambda i, _: 255 - i)
+    for mark in marks:
+        where = (slice(mark.top, mark.bottom), slice(mark.left, mark.right))
+        correlation = np.corrcoef(after.pixels[where].ravel(), 255 - rgb[where].ravel())[0, 1]
+        assert correlation > 0.99
+
+
+def test_without_regions_the_picture_is_the_same() -> None:
+    before = picture("RGB")
+    after = composite(before, marked(ROCKET.shape), (), (), Params())
+    assert after.touched is None
+    assert images.encode(after) == before.source
+
+
+def test_touched_says_which_pixels_differ() -> None:
+    before, mask = picture("L"), marked(ROCKET.shape, WHEEL)
+    after = inpainted(before, mask)
+    assert after.touched is not None
+    assert np.array_equal(after.touched, changed(before, after))
+
+
+# The promise is checked on the arrays
+
+
+def test_a_pixel_outside_the_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = under_test._ramp
+
+    def too_wide(*args: Any, **options: Any) -> Any:
+        weight = honest(*args, **options)
+        weight[0, 0] = 1
+        return weight
+
+    monkeypatch.setattr(under_test, "_ramp", too_wide)
+    with pytest.raises(FidelityError, match="outside the mask"):
+        inpainted(
+            picture("RGB"),
+            marked(ROCKET.shape, WHEEL),
+            native=True,
+            paint=lambda image, _: np.full_like(image, 99),
+        )
+
+
+def test_a_changed_alpha_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = under_test.blend
+
+    def careless(*args: Any, **options: Any) -> None:
+        honest(*args, **options | {"fill_alpha": True})
+
+    monkeypatch.setattr(under_test, "blend", careless)
+    with pytest.raises(FidelityError, match="alpha"):
+        inpainted(picture("RGBA"), marked(ROCKET.shape, WHEEL))
+
+
+# Beside the others
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [("rocket", slice(80, 240), slice(100, 300)), ("coffee", slice(80, 240), slice(60, 260))],
+)
+def test_ours_is_as_good_as_every_other_paste(name: str, rows: slice, columns: slice) -> None:
+    crop = compositing.photograph(name)[rows, columns]
+    found = [compositing.measure(case) for case in compositing.cases(crop)]
+    mean = {
+        method: compositing.mean_scores(scores[method] for scores in found)
+        for method in compositing.METHODS
+    }
+    for peer in compositing.PEERS:
+        assert mean["ours"].is_as_good_as(mean[peer]) == (True, True, True), peer
+
+
+def test_ours_changes_nothing_past_its_dilation_and_feather() -> None:
+    for case in compositing.cases(compositing.photograph("chelsea")[:160, :200]):
+        after = compositing.ours(case.marked, case.mask, case.painted)
+        reach = compositing.OURS.mask_dilation + compositing.OURS.mask_feather
+        far = ~dilate(case.mask >= compositing.OURS.mask_threshold, reach)
+        assert np.array_equal(after[far], case.marked[far]), case.name
+
+
+# Cutting
+
+
+def test_past_the_edge_picture_and_mask_repeat() -> None:
+    mask = marked(ROCKET.shape, Box(390, 290, 400, 300))
+    region = Region(box=Box(0, 0, 512, 512), size=(512, 512), windows=(Box(0, 0, 512, 512),))
+    image, part = cut(ROCKET, mask, region)
+    assert (image.shape, part.shape, image.dtype, part.dtype) == (
+        (512, 512, 3),
+        (512, 512),
+        np.uint8,
+        np.uint8,
+    )
+    assert (image[400, :400] == ROCKET[-1]).all()
+    assert (image[:300, 450] == ROCKET[:, -1]).all()
+    assert (part[295, 400:] == 255).all()
+    assert set(np.unique(part)) == {0, 255}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    width=st.integers(20, 900),
+    height=st.integers(20, 900),
+    across=st.floats(0, 0.999),
+    down=st.floats(0, 0.999),
+    side=st.sampled_from([1, 1, 200]),
+    mode=st.sampled_from(["full", "auto"]),
+    scale=st.sampled_from([None, 0.6, 1.7]),
+)
+def test_at_any_scale_no_stroke_is_lost_no_mark_leaks_and_all_of_it_is_painted(
+    width: int, height: int, across: float, down: float, side: int, mode: Mode, scale: float | None
+) -> None:
+    top, left = int(down * height), int(across * width)
+    mask = marked((height, width), Box(left, top, left + side, top + side))
+    source = picture("RGB", np.where(mask[..., None], np.uint8(255), np.zeros(3, np.uint8)))
+    regions = plan(mask, mode=mode, window=(512, 512), scale=scale)
+    results = []
+    for region in regions:
+        image, part = cut(source.rgb(), mask, region)
+        under_windows = np.zeros(part.shape, np.bool_)
+        for window in region.windows:
+            under_windows[window.top : window.bottom, window.left : window.right] = True
+        assert part[under_windows].any()
+        assert not part[~under_windows].any()
+        assert not image[part == 0].any()
+        results.append(np.full_like(image, 120))
+    after = composite(source, mask, regions, results, Params(colour_fit="off"))
+    assert (after.pixels[mask] == 120).all()
+
+
+# The feather
+
+
+def feather(mask: NDArray[np.bool_], px: int) -> NDArray[np.float32]:
+    return under_test._ramp(mask, Box(0, 0, mask.shape[1], mask.shape[0]), px)
+
+
+def test_feather_is_one_inside_and_zero_past_its_length() -> None:
+    mask = marked((60, 60), Box(20, 20, 30, 30))
+    weight = feather(mask, 8)
+    assert weight.dtype == np.float32
+    assert (weight[mask] == 1).all()
+    assert (weight[~dilate(mask, 8)] == 0).all()
+    assert ((weight > 0) == dilate(mask, 8)).all()
+    ramp = weight[25, 29:40]
+    assert np.allclose(ramp, np.clip(1 - np.arange(11) / 9, 0, 1), atol=1e-6)
+    assert np.array_equal(feather(mask, 0), mask)

@@ -1,0 +1,168 @@
+"""Results that wait for their outputs: how many, on which thread, and for how long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.errors import OutputRefused
+from shared.storage import Storage
+from tests.workers.bench import Workbench
+from tests.workers.fleet import wait_for
+from workers import job_runner
+from workers.pending_writes import Waiting
+
+SIZE, BOX = (60, 50), (10, 10, 30, 30)
+
+
+# --- room ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def go() -> Iterator[threading.Event]:
+    go = threading.Event()
+    yield go
+    go.set()
+
+
+def test_so_many_wait_and_so_many_bytes(go: threading.Event) -> None:
+    few, small = Waiting(most=2), Waiting(most_bytes=100)
+    assert [few.begin(go.wait, size=10) for _ in range(3)] == [True, True, False]
+    assert [small.begin(go.wait, size=size) for size in (200, 10)] == [True, False]
+    go.set()
+    assert few.join(5)
+    assert small.join(5)
+    assert [small.begin(go.wait, size=size) for size in (60, 40)] == [True, True]
+
+
+def test_it_says_whether_something_waits_still(go: threading.Event) -> None:
+    waiting = Waiting()
+    assert waiting.join(0)
+    waiting.begin(go.wait, size=1)
+    assert not waiting.join(0)
+
+
+def test_others_are_written_if_that_was_after_half_of_those_that_wait_began(
+    go: threading.Event,
+) -> None:
+    waiting = Waiting()
+    waiting.note_written()
+    assert not waiting.others_are_written()
+    waiting.begin(go.wait, size=1)
+    assert not waiting.others_are_written()
+    waiting.note_written()
+    assert waiting.others_are_written()
+    waiting.begin(go.wait, size=1)
+    assert not waiting.others_are_written()
+
+
+# --- a job's thread --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of folders that nobody may write to."""
+    locked: set[str] = set()
+    take = Storage.put
+
+    def put(storage: Storage, uri: str, data: bytes, **how: Any) -> str:
+        if Path(uri).parent.name in locked:
+            raise OutputRefused(f"{uri!r}: Permission denied")
+        return take(storage, uri, data, **how)
+
+    monkeypatch.setattr(Storage, "put", put)
+    monkeypatch.setattr(job_runner, "REFUSED_PAUSE_SECONDS", 0.05)
+    return locked
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Workbench]:
+    bench = Workbench(f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path, waiting=Waiting(most=1))
+    yield bench
+    bench.bench.running.release_all()
+    assert bench.bench.waiting.join(5)
+    bench.close()
+
+
+def add(bench: Workbench, output: str) -> int:
+    return bench.add(
+        image=bench.picture("in.png", SIZE),
+        mask=bench.mask("mask.png", SIZE, BOX),
+        output=bench.path(output),
+    )
+
+
+def paused(bench: Workbench, job: int) -> bool:
+    row = bench.job(job)
+    return (row.state, row.error_code) == ("running", "output_refused")
+
+
+def test_a_job_leaves_its_thread_while_its_result_waits(bench: Workbench, locked: set[str]) -> None:
+    locked.add("locked")
+    job = add(bench, "locked/1.png")
+    bench.run(job)
+    wait_for(lambda: paused(bench, job))
+    assert job in bench.bench.running.taken()
+    locked.clear()
+    wait_for(lambda: bench.job(job).state == "succeeded")
+    assert Path(bench.path("locked/1.png")).exists()
+    wait_for(lambda: not bench.bench.running.taken())
+    assert len(bench.attempts(job)) == 1
+
+
+def test_where_many_wait_and_others_are_written_the_next_is_tried_again_later(
+    bench: Workbench, locked: set[str]
+) -> None:
+    locked.add("locked")
+    found = []
+    for output in ("locked/1.png", "open/2.png", "locked/3.png"):
+        bench.run(job := add(bench, output))
+        found.append((bench.job(job).state, bench.job(job).failures))
+    assert found == [("running", 0), ("succeeded", 0), ("pending", 1)]
+    assert bench.job(job).error_code == "output_refused"
+
+
+def test_where_nothing_is_written_the_next_keeps_its_thread(
+    bench: Workbench, locked: set[str]
+) -> None:
+    locked.add("locked")
+    bench.run(waits := add(bench, "locked/1.png"))
+    next_one = add(bench, "locked/2.png")
+    thread = threading.Thread(target=bench.run, args=(next_one,))
+    thread.start()
+    wait_for(lambda: paused(bench, next_one))
+    assert thread.is_alive()
+    locked.clear()
+    thread.join(5)
+    wait_for(lambda: bench.job(waits).state == bench.job(next_one).state == "succeeded")
+
+
+def test_a_job_that_runs_alone_keeps_its_thread(bench: Workbench, locked: set[str]) -> None:
+    locked.add("locked")
+    job = add(bench, "locked/1.png")
+    bench.queue()
+    alone = {"job": job, "seen_attempt": 0, "alone": True}
+    thread = threading.Thread(target=job_runner.run_job, args=(bench.bench,), kwargs=alone)
+    thread.start()
+    wait_for(lambda: paused(bench, job))
+    assert thread.is_alive()
+    assert bench.bench.waiting.join(0)
+    bench.bench.running.release_all()
+    thread.join(5)
+    assert bench.job(job).state == "pending"
+
+
+def test_a_cancelled_job_stops_waiting(bench: Workbench, locked: set[str]) -> None:
+    from workers import maintenance
+
+    locked.add("locked")
+    job = add(bench, "locked/1.png")
+    bench.run(job)
+    wait_for(lambda: paused(bench, job))
+    bench.cancel(job)
+    maintenance.beat(bench.bench)
+    wait_for(lambda: bench.job(job).state == "cancelled")

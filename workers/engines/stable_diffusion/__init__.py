@@ -1,0 +1,1 @@
+"""Stable Diffusion v2 inpainting: the only package that imports torch and diffusers."""

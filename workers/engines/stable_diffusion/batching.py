@@ -1,0 +1,104 @@
+"""Who shares the next forward pass: pure decisions over regions waiting and under way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby, islice, zip_longest
+
+from workers.engines.stable_diffusion.region_state import Draft, Row, Sequence
+from workers.engines.stable_diffusion.schedule_table import Formula
+
+Size = tuple[int, int]  # (height, width) of a window in latents
+Group = tuple[Size, bool]  # and whether the region reuses features
+
+
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Batch sizes worth a graph each: close together where a row more counts for much."""
+    sizes = (1, 2, *range(4, 16, 4), *range(16, max_rows, 8))
+    return (*(n for n in sizes if n < max_rows), max_rows)
+
+
+def pad(rows: list[Row], sizes: Iterable[int]) -> list[Row]:
+    """As many rows as the next larger size has; what fills it up is thrown away."""
+    wanted = min((size for size in sizes if size >= len(rows)), default=len(rows))
+    return rows + rows[-1:] * (wanted - len(rows))
+
+
+def choose_joining(
+    waiting: Iterable[Draft], active: Iterable[Sequence], limit: Callable[[Size], int]
+) -> list[Draft]:
+    """By priority, then first come, first served, while one forward has room for all of a group.
+
+    Groups never share a forward: by window size, and those that reuse features by themselves.
+
+    A canvas counts as one window: it shares every forward with the others. Regions beyond
+    one forward would finish no sooner together than one after another, so they wait.
+    """
+    rows = Counter[Group]()
+    for one in active:
+        rows[_group(one.draft)] += one.rows
+    joining, full = [], set[Group]()
+    for draft in sorted(waiting, key=lambda one: -one.work.priority):
+        group, most = _group(draft), limit(draft.window_size)
+        if group in full or (rows[group] and rows[group] + draft.rows > most):
+            full.add(group)
+            continue
+        rows[group] += draft.rows
+        joining.append(draft)
+    return joining
+
+
+def _group(draft: Draft) -> Group:
+    return draft.window_size, draft.work.params.cache_interval > 1
+
+
+def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[Row]:
+    """Rows for one forward: of one window size and kind, by priority, a window of each in turn.
+
+    So a region of one window has its step in every forward of its size, whatever canvas is
+    beside it, and the canvas takes the room that is left.
+    """
+    ordered = sorted(active, key=lambda one: -one.draft.work.priority)
+    if not ordered:
+        return []
+    size, kind = ordered[0].draft.window_size, ordered[0].kind
+    room = limit(size)
+    rows: list[Row] = []
+    same = [one for one in ordered if (one.draft.window_size, one.kind) == (size, kind)]
+    for _, equals in groupby(same, key=lambda one: one.draft.work.priority):
+        rows += _in_turns(list(equals), room - len(rows))
+    return rows
+
+
+def _in_turns(active: list[Sequence], room: int) -> list[Row]:
+    """Up to ``room`` rows; each region's first pending window, then each one's second."""
+    windows = [
+        [one.pending[n : n + one.rows] for n in range(0, len(one.pending), one.rows)]
+        for one in active
+    ]
+    turns = zip_longest(*windows, fillvalue=[])
+    return list(islice((row for turn in turns for window in turn for row in window), max(room, 0)))
+
+
+def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]:
+    """Those that had rows in a forward go behind those that had none, else in order.
+
+    Not those that begin a step of kind reusing: they stay in front until their next whole one.
+    The others wait next to no time for them, and then have their whole steps in one forward
+    with them, instead of turns of half a batch each.
+    """
+    served = {id(row.sequence) for row in rows}
+    return sorted(active, key=lambda one: id(one) in served and not one.goes_on)
+
+
+def group_steps(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+    """Those whose steps can be taken together; a scheduler without a table goes alone."""
+    groups: dict[tuple[Size, Formula], list[Sequence]] = {}
+    for one in sequences:
+        formula = one.draft.sampler.table.formula
+        if formula is None:
+            yield [one]
+        else:
+            groups.setdefault((one.draft.canvas.size, formula), []).append(one)
+    yield from groups.values()

@@ -1,0 +1,291 @@
+"""One region on its way: drawn up on the caller's thread, then advanced on the device thread."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.deepcache import Kind, check_reuse, kind_of
+from workers.engines.stable_diffusion.host_device_copy import Transfer, stage
+from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.multidiffusion import (
+    Canvas,
+    add_up,
+    average,
+    count_windows,
+    crop,
+    plan_canvas,
+)
+from workers.engines.stable_diffusion.schedulers import Sampler
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A region before it has touched the device; all tensors float32 on the host.
+
+    pictures: what the VAE must encode, (3, h, w) in -1 to 1: each window with 0 under the
+    mask, then each as it is if it is needed. mask: (1, 1, h, w), 0 or 1, in latents.
+    *_noise: (1, C, h, w).
+    """
+
+    work: RegionWork
+    future: Future[Pixels]
+    canvas: Canvas
+    sampler: Sampler
+    pictures: tuple[Tensor, ...]
+    mask: Tensor
+    image_noise: Tensor | None
+    start_noise: Tensor
+    masked_noise: Tensor
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """(height, width) in latents."""
+        return self.canvas.window_size
+
+    @property
+    def is_guided(self) -> bool:
+        return self.work.params.guidance_scale > 1
+
+    @property
+    def small_tensors(self) -> list[Tensor]:
+        """What the device needs to begin: table, mask, and the noises."""
+        noises = [self.start_noise, self.masked_noise, self.image_noise]
+        known = [noise for noise in noises if noise is not None]
+        return [self.sampler.table.values, self.mask, *known]
+
+    @property
+    def prompts(self) -> list[str]:
+        """One for each row of a window; with guidance the negative prompt comes first."""
+        params = self.work.params
+        return [params.negative_prompt, params.prompt] if self.is_guided else [params.prompt]
+
+    @property
+    def rows(self) -> int:
+        """Rows that one window takes in a forward."""
+        return len(self.prompts)
+
+
+def draw_up(work: RegionWork, future: Future[Pixels], components: Components) -> Draft:
+    """All that needs no device: pixels to tensors, and the noise in diffusers' order of draws.
+
+    Raises ParameterError, and ValueError where windows break their contract.
+    """
+    check_reuse(components.unet, work.params.cache_interval)
+    canvas = plan_canvas(work, components.vae_factor)
+    generator = torch.Generator().manual_seed(work.seed)
+    sampler = Sampler(components.scheduler_config, work.params, generator)
+    image, mask = to_image(work.image), to_mask(work.mask)
+    wholes = [image * (mask < 0.5), *([image] if sampler.needs_image else [])]
+    shape = (1, components.latent_channels, *canvas.size)
+    ready = partial(stage, device=components.device)
+    return Draft(
+        work=work,
+        future=future,
+        canvas=canvas,
+        sampler=sampler,
+        pictures=tuple(
+            ready(crop(whole[0], box).contiguous())
+            for whole in wholes
+            for box in canvas.pixel_windows
+        ),
+        mask=ready(torch.nn.functional.max_pool2d(mask, canvas.factor)),
+        image_noise=ready(sampler.draw(shape)) if sampler.needs_image else None,
+        start_noise=ready(sampler.draw(shape)),
+        masked_noise=ready(sampler.draw(shape)),
+    )
+
+
+def to_image(pixels: Pixels) -> Tensor:
+    """(H, W, 3) uint8 to (1, 3, H, W) float32 in -1 to 1."""
+    ours = np.require(pixels, requirements=["C", "W"])  # torch warns of what is read-only
+    image = torch.from_numpy(ours).permute(2, 0, 1)[None]
+    return 2.0 * (image.to(torch.float32) / 255.0) - 1.0
+
+
+def to_bytes(picture: Tensor) -> Tensor:
+    """(3, H, W) float32 in -1 to 1 to (H, W, 3) uint8, on the same device."""
+    scaled = (picture * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
+    return scaled.to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def to_mask(mask: Pixels) -> Tensor:
+    """(H, W) uint8 to (1, 1, H, W) float32, 1 from half intensity on, else 0."""
+    return torch.from_numpy(mask >= 128)[None, None].to(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Row:
+    """One row of a UNet forward: a window of a sequence, under one of its prompts."""
+
+    sequence: Sequence
+    window: int
+    branch: int
+
+
+class Sequence:
+    """A region being denoised: its latents, and what its present step still lacks.
+
+    latents: (1, C, h, w) float32. history: the same shape each, see ``step_table.Formula``.
+    table: (steps, columns) on the device. embeddings: one (1, tokens, embedding) for each
+    branch, the negative prompt first. fixed: (1 + C, h, w) for each window, mask and masked
+    image.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        *,
+        latents: Tensor,
+        table: Tensor,
+        embeddings: list[Tensor],
+        fixed: list[Tensor],
+    ) -> None:
+        self.draft = draft
+        formula = draft.sampler.table.formula
+        self.latents = latents
+        self.history = (latents,) * (formula.history if formula else 0)
+        self.step = 0
+        self._table = table.unbind()
+        self._embeddings = embeddings
+        self._fixed = fixed
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._counts = None
+        if len(fixed) > 1:
+            counts = count_windows(draft.canvas.size, draft.canvas.windows).clamp_(min=1)
+            self._counts = counts.to(latents.device)
+        self._begin_step()
+
+    @property
+    def rows(self) -> int:
+        """Rows that one window takes in a forward of this step."""
+        return len(self._embeddings) - self._first_branch
+
+    @property
+    def kind(self) -> Kind:
+        """What this step's forwards are; only rows of one kind share a forward."""
+        return kind_of(self.step, self.draft.work.params.cache_interval)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the step is yet to begin and costs next to nothing."""
+        rows = len(self._fixed) * self.rows
+        return self.kind == "reusing" and len(self.pending) == rows
+
+    @property
+    def is_done(self) -> bool:
+        return self.step == len(self._table)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """(columns,) on the device: this step's row of the table."""
+        return self._table[self.step]
+
+    def row_latents(self, row: Row) -> Tensor:
+        """(C, h, w) float32"""
+        return crop(self.latents[0], self.draft.canvas.windows[row.window])
+
+    def row_fixed(self, row: Row) -> Tensor:
+        """(1 + C, h, w) float32"""
+        return self._fixed[row.window]
+
+    def row_embedding(self, row: Row) -> Tensor:
+        """(1, tokens, embedding)"""
+        return self._embeddings[row.branch]
+
+    def row_state(self, row: Row) -> Tensor:
+        """(state, h, w) in the model's dtype, as the last step of kind keeping left it."""
+        return self._kept[row.window, row.branch]
+
+    def keep(self, row: Row, state: Tensor) -> None:
+        """For the steps that reuse it: (state, h, w)."""
+        self._kept[row.window, row.branch] = state
+
+    def absorb(self, row: Row, prediction: Tensor) -> bool:
+        """Takes one row's (C, h, w) float32; True where it was the last of its step."""
+        self._parts[row.branch][row.window] = prediction
+        self.pending.remove(row)
+        return not self.pending
+
+    def predictions(self) -> tuple[Tensor, Tensor]:
+        """The step's noise, (1, C, h, w) each: without the prompt and with it.
+
+        The same twice where there is no guidance.
+        """
+        return self._whole(self._first_branch), self._whole(-1)
+
+    def move_on(self, latents: Tensor, *history: Tensor) -> None:
+        """To the next step, with its latents and what it needs to know of the steps before."""
+        self.latents = latents
+        self.history = history
+        self.step += 1
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        guided = math.ceil(self.draft.work.params.guidance_end * len(self._table))
+        self._first_branch = 0 if self.step < guided else len(self._embeddings) - 1
+        self._parts: list[dict[int, Tensor]] = [{} for _ in self._embeddings]
+        branches = range(self._first_branch, len(self._embeddings))
+        if self.is_done or self.kind == "keeping":
+            self._kept.clear()
+        self.pending = [
+            Row(sequence=self, window=window, branch=branch)
+            for window in range(len(self._fixed))
+            for branch in branches
+            if not self.is_done
+        ]
+
+    def _whole(self, branch: int) -> Tensor:
+        parts, canvas = self._parts[branch], self.draft.canvas
+        if self._counts is None:
+            return parts[0][None]
+        return add_up([parts[n] for n in sorted(parts)], canvas.size, canvas.windows) / self._counts
+
+
+def begin(
+    draft: Draft,
+    *,
+    moments: Tensor,
+    embeddings: list[Tensor],
+    scaling_factor: float,
+    transfer: Transfer,
+) -> Sequence:
+    """The first latents, on the device.
+
+    moments: (N, 2C, h, w) float32, mean and deviation of the VAE's posterior for each of
+    the draft's ``pictures``.
+    """
+    canvas = draft.canvas
+    masked, image = moments[: len(canvas.windows)], moments[len(canvas.windows) :]
+    table, mask, start_noise, masked_noise, *image_noise = transfer.upload(draft.small_tensors)
+    image_latents = None
+    if image_noise:
+        parts = _sample(image, image_noise[0], canvas)
+        image_latents = scaling_factor * average(parts, canvas.size, canvas.windows)
+    parts = _sample(masked, masked_noise, canvas)
+    return Sequence(
+        draft,
+        latents=draft.sampler.start(start_noise, image_latents),
+        table=table,
+        embeddings=embeddings,
+        fixed=[
+            torch.cat([crop(mask[0], box), scaling_factor * part])
+            for box, part in zip(canvas.windows, parts, strict=True)
+        ],
+    )
+
+
+def _sample(moments: Tensor, noise: Tensor, canvas: Canvas) -> list[Tensor]:
+    """(C, h, w) for each window; overlapping windows draw the same noise."""
+    means, deviations = moments.chunk(2, dim=1)
+    return [
+        mean + deviation * crop(noise[0], box)
+        for mean, deviation, box in zip(means, deviations, canvas.windows, strict=True)
+    ]

@@ -1,0 +1,103 @@
+"""Finished pictures on their way to whoever waits for them, off the device thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import EngineError, GateError, InpaintError, OutOfMemory
+from workers.engines.protocol import Pixels
+from workers.engines.stable_diffusion.host_device_copy import Download, Transfer
+from workers.engines.stable_diffusion.multidiffusion import count_windows
+from workers.engines.stable_diffusion.oom import is_out_of_memory
+from workers.engines.stable_diffusion.region_state import Draft, to_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parcel:
+    """pixels: (H, W, 3) uint8. finite: one bool, False where the model made no numbers."""
+
+    draft: Draft
+    pixels: Download
+    finite: Download
+
+
+class Delivery:
+    """Takes finished regions from the device thread and answers their futures."""
+
+    def __init__(self) -> None:
+        self._parcels: SimpleQueue[Parcel | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+        self._thread.start()
+
+    def send(self, draft: Draft, picture: Tensor, transfer: Transfer) -> None:
+        """picture: (3, H, W) float32 in about -1 to 1, on the device."""
+        finite = torch.isfinite(picture).all()  # latents that are no numbers end here, too
+        self._parcels.put(
+            Parcel(
+                draft=draft,
+                pixels=transfer.download(to_bytes(picture)),
+                finite=transfer.download(finite),
+            )
+        )
+
+    def close(self) -> None:
+        """Returns once everything sent is delivered."""
+        self._parcels.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (parcel := self._parcels.get()) is not None:
+            with telling((parcel.draft,)):
+                pixels, finite = parcel.pixels.wait(), parcel.finite.wait()
+                picture = unpack(parcel.draft, pixels.numpy(), is_finite=bool(finite))
+                parcel.draft.future.set_result(picture)
+
+
+def unpack(draft: Draft, pixels: Pixels, *, is_finite: bool) -> Pixels:
+    """The pixels where windows lie, the region's own elsewhere; both (H, W, 3).
+
+    Raises GateError for a picture of no numbers, as half precision that overflows leaves it.
+    """
+    canvas, work = draft.canvas, draft.work
+    covered = count_windows(canvas.pixel_size, canvas.pixel_windows)[0, 0].numpy() > 0
+    if not is_finite:
+        raise GateError(
+            "the model computed values that are no numbers; try another seed or dtype",
+            code="gate_not_finite",
+        )
+    return np.where(covered[..., None], pixels, work.image)
+
+
+@contextmanager
+def telling(drafts: Iterable[Draft]) -> Iterator[None]:
+    """Whatever is raised inside goes to these regions' futures, and no further.
+
+    An exception that left its thread would leave every future waiting for ever.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        for draft in drafts:
+            if not draft.future.done():
+                draft.future.set_exception(as_product_error(error))
+
+
+def as_product_error(error: Exception) -> InpaintError:
+    """OutOfMemory, or EngineError naming the exception; ``device_lost`` needs a new process."""
+    if isinstance(error, InpaintError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory("the device's memory ran out; use a smaller window or max_batch")
+    text = " ".join(str(error).split())[:300]
+    code = "device_lost" if isinstance(error, torch.AcceleratorError) else None
+    found = EngineError(f"{type(error).__name__}: {text}", code=code)
+    found.__cause__ = error
+    return found
