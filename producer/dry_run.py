@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import islice
 
 from producer.manifest import Problem
-from producer.validate import Checked
+from producer.validate import CheckedManifest
 from shared import images, masks
 from shared.errors import ImageError, InpaintError, ObjectMissing
 from shared.geometry import coarse_to_fine, regions
@@ -25,7 +25,7 @@ KEPT_MASKS = 4
 
 
 @dataclass(kw_only=True)
-class Rehearsal:
+class DryRunReport:
     """Totals over the rows that would run. ``empty``: rows whose mask repaints nothing."""
 
     rows: int = 0
@@ -40,10 +40,14 @@ class Rehearsal:
 
 
 def rehearse(
-    checked: Checked, storage: Storage, settings: Settings, *, report: Callable[[Problem], None]
-) -> Rehearsal:
+    checked: CheckedManifest,
+    storage: Storage,
+    settings: Settings,
+    *,
+    report: Callable[[Problem], None],
+) -> DryRunReport:
     """Looks at every image and mask; reports what would fail, and counts what would run."""
-    total = Rehearsal(rows=checked.rows, invalid=checked.invalid)
+    total = DryRunReport(rows=checked.rows, invalid=checked.invalid)
     stage = _Stage(storage, settings)
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in _batches(checked.jobs()):
@@ -70,7 +74,7 @@ class _Found:
     is_there: bool
 
 
-def _add(total: Rehearsal, found: _Found) -> None:
+def _add(total: DryRunReport, found: _Found) -> None:
     total.regions += len(found.plan)
     total.windows += sum(len(region.windows) for region in found.plan)
     total.empty += not found.plan
@@ -92,7 +96,7 @@ class _Stage:
             return Problem(line=job.line, text=f"{error.code}: {error}")
 
     def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
-        rounds = Params.from_json(job.params, seed=job.seed).rounds()
+        rounds = Params.from_json(job.params, seed=job.seed).all_passes()
         return tuple(
             region
             for mask, params in rounds
@@ -125,7 +129,7 @@ class _Stage:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
         return masks.decode_mask(data, max_pixels=self._settings.max_pixels)
 
-    def _picture(self, uri: str) -> images.Picture:
+    def _picture(self, uri: str) -> images.DecodedImage:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
         return images.decode(data, max_pixels=self._settings.max_pixels)
 

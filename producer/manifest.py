@@ -24,8 +24,8 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 LOCATION_COLUMNS = ("image", "mask", "output")
 OTHER_COLUMNS = ("id", "preset", "engine", "priority", "style")
-ROUND_COLUMNS = ("detail_mask", "detail_prompt", "passes")
-COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *ROUND_COLUMNS, *PARAMETERS)
+PASS_COLUMNS = ("detail_mask", "detail_prompt", "passes")
+COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *PASS_COLUMNS, *PARAMETERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class ManifestRow:
     """One row's cells, stripped; empty ones are left out. ``line`` counts from 1."""
 
     line: int
@@ -55,7 +55,7 @@ def stem(manifest: str) -> str:
 
 def read(
     storage: Storage, manifest: str, *, placeholders: frozenset[str], has_mask: bool
-) -> Iterator[Row | Problem]:
+) -> Iterator[ManifestRow | Problem]:
     """Rows, and problems in place of those that cannot be read, in the manifest's order.
 
     placeholders: columns allowed besides ours. has_mask: a mask is given for all rows.
@@ -94,7 +94,7 @@ def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
 
 def _rows(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str]
-) -> Iterator[Row | Problem]:
+) -> Iterator[ManifestRow | Problem]:
     _, dot, ending = name(manifest).removesuffix(".gz").rpartition(".")
     extension = ending.lower() if dot else ""
     if extension in ("jsonl", "ndjson"):
@@ -109,7 +109,7 @@ def _rows(
 
 def _csv(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str], delimiter: str
-) -> Iterator[Row | Problem]:
+) -> Iterator[ManifestRow | Problem]:
     csv.field_size_limit(FIELD_LIMIT)
     reader = csv.reader(_lines(manifest, text), delimiter=delimiter, strict=True)
     line = 1
@@ -158,7 +158,7 @@ def _lines(manifest: str, text: IO[str]) -> Iterator[str]:
         yield content
 
 
-def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
+def _row(line: int, header: list[str], cells: list[str]) -> ManifestRow | Problem:
     if len(cells) != len(header):
         return Problem(
             line=line,
@@ -168,10 +168,10 @@ def _row(line: int, header: list[str], cells: list[str]) -> Row | Problem:
     stripped = {
         column: value for column, cell in zip(header, cells, strict=True) if (value := cell.strip())
     }
-    return _storable(Row(line=line, cells=stripped))
+    return _storable(ManifestRow(line=line, cells=stripped))
 
 
-def _storable(row: Row) -> Row | Problem:
+def _storable(row: ManifestRow) -> ManifestRow | Problem:
     """The row, unless a cell holds what no database and no file name can."""
     text = "".join(row.cells.values())
     if text.isprintable() or not _UNSTORABLE.search(text):
@@ -203,13 +203,13 @@ def check_columns(
         raise ManifestError(f"{manifest}: line 1: " + "; ".join(problems))
 
 
-def _jsonl(manifest: str, text: IO[str], known: frozenset[str]) -> Iterator[Row | Problem]:
+def _jsonl(manifest: str, text: IO[str], known: frozenset[str]) -> Iterator[ManifestRow | Problem]:
     for line, content in enumerate(_lines(manifest, text), start=1):
         if content.strip():
             yield _json_row(line, content, known)
 
 
-def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
+def _json_row(line: int, content: str, known: frozenset[str]) -> ManifestRow | Problem:
     try:
         values = json.loads(content, object_pairs_hook=_no_doubled_key)
     except (ValueError, RecursionError) as error:
@@ -230,7 +230,7 @@ def _json_row(line: int, content: str, known: frozenset[str]) -> Row | Problem:
             return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
         elif value is not None and (cell := str(value).strip()):
             cells[column] = cell
-    return _storable(Row(line=line, cells=cells))
+    return _storable(ManifestRow(line=line, cells=cells))
 
 
 def _no_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:

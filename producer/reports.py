@@ -37,7 +37,7 @@ SCORE_BINS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trouble:
+class BlockedJobs:
     """Jobs that an error keeps waiting. seconds: until the first of them is tried again."""
 
     code: str
@@ -47,7 +47,7 @@ class Trouble:
     seconds: float
 
     @property
-    def plight(self) -> str:
+    def summary(self) -> str:
         """``3 paused``, or ``3 wait to be tried again, 12 s``."""
         if self.is_paused:
             return f"{self.count:,} paused until it is mended"
@@ -64,7 +64,7 @@ class Progress:
     counts: dict[str, int]
     rate: float
     review: int = 0
-    troubles: tuple[Trouble, ...] = ()
+    troubles: tuple[BlockedJobs, ...] = ()
 
     @property
     def total(self) -> int:
@@ -129,12 +129,12 @@ def _troubled(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...
     )
 
 
-def _trouble(row: Any) -> Trouble | None:
+def _trouble(row: Any) -> BlockedJobs | None:
     """None of a job that runs again after an error; one that is paused runs, too."""
     is_paused = row.state == "running"
     if is_paused and row.error_code != OutputRefused.code:
         return None
-    return Trouble(
+    return BlockedJobs(
         code=row.error_code,
         message=row.message,
         count=row.jobs,
@@ -150,7 +150,7 @@ def _rate(finished: int, first: datetime | None, now: datetime) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class SubmissionProgress:
     """A submission and how far it is."""
 
     id: int
@@ -160,7 +160,7 @@ class Listed:
     counts: dict[str, int]
 
 
-def submissions(db: Database, *, limit: int = 20) -> list[Listed]:
+def submissions(db: Database, *, limit: int = 20) -> list[SubmissionProgress]:
     """The newest submissions first."""
     newest = select(Submission).order_by(desc(Submission.id)).limit(limit)
     with db.read() as connection:
@@ -174,7 +174,7 @@ def submissions(db: Database, *, limit: int = 20) -> list[Listed]:
     for submission, state, count in counted:
         counts[submission][state] = count
     return [
-        Listed(
+        SubmissionProgress(
             id=row.id,
             manifest=row.manifest,
             created_at=row.created_at,
@@ -219,14 +219,14 @@ def errors(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Story:
+class JobHistory:
     """One job and all its attempts, oldest first, as columns to values."""
 
     job: RowMapping
     attempts: list[RowMapping]
 
 
-def story(db: Database, job: int) -> Story | None:
+def story(db: Database, job: int) -> JobHistory | None:
     with db.read() as connection:
         found = connection.execute(select(Job.__table__).where(Job.id == job)).mappings().first()
         if found is None:
@@ -234,11 +234,11 @@ def story(db: Database, job: int) -> Story | None:
         attempts = connection.execute(
             select(Attempt.__table__).where(Attempt.job_id == job).order_by(Attempt.attempt)
         ).mappings()
-        return Story(job=found, attempts=list(attempts))
+        return JobHistory(job=found, attempts=list(attempts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranked:
+class RankedJobs:
     """Jobs with something to look at, the worst first, and what a page about them tells.
 
     jobs: their rows, with the last attempt's seed and ``scores``. left_out: how many found no
@@ -253,7 +253,7 @@ class Ranked:
     sample: list[str]
 
 
-def ranked(db: Database, submission: int, *, limit: int) -> Ranked | None:
+def ranked(db: Database, submission: int, *, limit: int) -> RankedJobs | None:
     """Results by score, before them those for review; and before these the failed jobs.
 
     Failed jobs take at most a quarter of the room where results could fill it, so that one
@@ -278,7 +278,7 @@ def ranked(db: Database, submission: int, *, limit: int) -> Ranked | None:
         room = max(limit - len(good), limit // 4, 1)
         bad = connection.execute(failed.limit(room)).mappings().all()
         worst = [*bad, *good][:limit]
-        return Ranked(
+        return RankedJobs(
             submission=found,
             jobs=worst,
             left_out=connection.execute(ended).scalar_one() - len(worst),

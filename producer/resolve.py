@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from producer.manifest import COLUMNS, LOCATION_COLUMNS, ROUND_COLUMNS, Problem, Row
+from producer.manifest import COLUMNS, LOCATION_COLUMNS, PASS_COLUMNS, ManifestRow, Problem
 from shared import masks
 from shared.errors import InputError, ParameterError
 from shared.images import format_of
 from shared.jobs import content_key, derived_seed
 from shared.jobs.submissions import NewJob
 from shared.params import PARAMETERS, PRIORITY, Params, engine_name, is_file
-from shared.presets import Rounds, placeholders, presets, resolve
+from shared.presets import RowPasses, placeholders, presets, resolve
 from shared.storage import Storage
 from shared.storage.locations import absolute, name, parent
 
@@ -22,7 +22,7 @@ RESOLVED_CACHE = 10_000
 MAX_PASSES = 8
 _PARAMETERS = frozenset(PARAMETERS) - {"seed"}
 _OURS = frozenset(COLUMNS)
-_DECISIVE = _PARAMETERS | {"style", *ROUND_COLUMNS}
+_DECISIVE = _PARAMETERS | {"style", *PASS_COLUMNS}
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
@@ -61,7 +61,7 @@ class Resolver:
         self._base = parent(options.manifest)
         self._resolved: dict[tuple[object, ...], str] = {}
 
-    def job(self, row: Row) -> NewJob | list[Problem]:
+    def job(self, row: ManifestRow) -> NewJob | list[Problem]:
         """The job, or everything that is wrong with the row."""
         problems: list[Problem] = []
         found: dict[str, object] = {}
@@ -164,16 +164,16 @@ class Resolver:
             values=values,
             columns={k: v for k, v in cells.items() if k not in _OURS},
             style=cells.get("style", self._options.style),
-            rounds=self._rounds(cells),
+            passes=self._row_passes(cells),
         )
 
-    def _rounds(self, cells: Mapping[str, str]) -> Rounds:
+    def _row_passes(self, cells: Mapping[str, str]) -> RowPasses:
         passes = _passes(cells)
         for one in passes:
             if one.get("mask"):
                 one["mask"] = self._mask_location(str(one["mask"]))
         detail_mask = cells.get("detail_mask", "")
-        return Rounds(
+        return RowPasses(
             passes=passes,
             detail_mask=self._mask_location(detail_mask) if detail_mask else "",
             detail_prompt=cells.get("detail_prompt", ""),
@@ -203,7 +203,7 @@ def _named_as(source: str, format: str) -> str:
     return bare + _SUFFIXES[format]
 
 
-def _wrong_cells(row: Row) -> list[str]:
+def _wrong_cells(row: ManifestRow) -> list[str]:
     """What is wrong with each parameter cell by itself."""
     texts = []
     for column, value in row.cells.items():
@@ -224,11 +224,11 @@ def _check_format(output: str) -> None:
         )
 
 
-def _problem(row: Row, text: str) -> Problem:
+def _problem(row: ManifestRow, text: str) -> Problem:
     return Problem(line=row.line, text=text)
 
 
-def _new_job(row: Row, found: Mapping[str, object], params: str) -> NewJob:
+def _new_job(row: ManifestRow, found: Mapping[str, object], params: str) -> NewJob:
     image, mask, output = (str(found[column]) for column in LOCATION_COLUMNS)
     engine = str(found["engine"])
     seed = found["seed"]

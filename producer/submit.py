@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from producer import reports
 from producer.resolve import Options
-from producer.validate import Checked
+from producer.validate import CheckedManifest
 from shared import jobs
 from shared.db import Database
 from shared.db.models import FINAL_STATES, Job
@@ -53,7 +53,7 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Again:
+class RerunOptions:
     """Which existing jobs run again: all (``--force``), or those whose inputs changed."""
 
     everything: bool = False
@@ -61,14 +61,14 @@ class Again:
 
 
 def submit(
-    checked: Checked,
+    checked: CheckedManifest,
     options: Options,
     *,
     db: Database,
     queue: Queue,
     storage: Storage,
     bound: int,
-    again: Again,
+    again: RerunOptions,
     progress: Callable[[int], None] = lambda _rows: None,
 ) -> Summary:
     """Records every checked row and dispatches as it goes; safe to repeat after a crash.
@@ -122,7 +122,7 @@ def _dispatch(db: Database, queue: Queue, engines: set[str], bound: int, summary
 
 
 def _run_again(
-    db: Database, storage: Storage, submission: int, existing: list[NewJob], again: Again
+    db: Database, storage: Storage, submission: int, existing: list[NewJob], again: RerunOptions
 ) -> int:
     if not existing or not (again.everything or again.changed):
         return 0

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from producer.manifest import Problem, Row, read
+from producer.manifest import ManifestRow, Problem, read
 from producer.resolve import Options, Resolver
 from shared.db import Database
 from shared.errors import ManifestError
@@ -74,7 +74,7 @@ def _astuple(job: NewJob) -> tuple[object, ...]:
 
 
 @dataclass(kw_only=True)
-class Checked:
+class CheckedManifest:
     """A manifest whose rows are all known. ``digest`` is the same for the same rows.
 
     folders: where results go, the first few.
@@ -98,12 +98,14 @@ class Checked:
             yield chunk
 
 
-def check(options: Options, storage: Storage, *, report: Callable[[Problem], None]) -> Checked:
+def check(
+    options: Options, storage: Storage, *, report: Callable[[Problem], None]
+) -> CheckedManifest:
     """Reads the whole manifest; every problem is reported as it is found.
 
     Raises ManifestError for what spoils the whole file, an empty one included.
     """
-    checked = Checked(spool=Spool())
+    checked = CheckedManifest(spool=Spool())
     with ExitStack() as undo:
         undo.callback(checked.spool.close)
         _check_into(checked, options, storage, report)
@@ -112,7 +114,7 @@ def check(options: Options, storage: Storage, *, report: Callable[[Problem], Non
 
 
 def _check_into(
-    checked: Checked, options: Options, storage: Storage, report: Callable[[Problem], None]
+    checked: CheckedManifest, options: Options, storage: Storage, report: Callable[[Problem], None]
 ) -> None:
     resolver = Resolver(options, storage)
     outputs = _Names()
@@ -122,7 +124,7 @@ def _check_into(
     known = options.known_placeholders()
     for item in read(storage, options.manifest, placeholders=known, has_mask=has_mask):
         checked.rows += 1
-        job = resolver.job(item) if isinstance(item, Row) else [item]
+        job = resolver.job(item) if isinstance(item, ManifestRow) else [item]
         if isinstance(job, list):
             checked.invalid += 1
             for problem in job:
@@ -179,7 +181,7 @@ def _inputs(job: NewJob) -> Iterator[tuple[str, str]]:
 
 
 def _check_outputs(
-    checked: Checked, outputs: _Names, inputs: _Names, report: Callable[[Problem], None]
+    checked: CheckedManifest, outputs: _Names, inputs: _Names, report: Callable[[Problem], None]
 ) -> None:
     """Two rows may share an output only where they ask for the very same work."""
     repeated, clashing = outputs.repeated(), outputs.shared_with(inputs)
@@ -207,7 +209,9 @@ def _check_outputs(
             report(Problem(line=job.line, text=f"{text}; give the row an output of its own"))
 
 
-def check_owners(checked: Checked, db: Database, *, report: Callable[[Problem], None]) -> None:
+def check_owners(
+    checked: CheckedManifest, db: Database, *, report: Callable[[Problem], None]
+) -> None:
     """Reports rows whose output belongs to a job that asks for something else."""
     for chunk in checked.chunks():
         for taken in submissions.find_taken(db, checked.digest, chunk):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from shared.errors import MaskError
-from shared.images import Picture, Pixels
+from shared.images import DecodedImage, Pixels
 
 _DARK = 64  # below it a pixel counts as black
 _COLOURFUL = 64  # between the strongest and the weakest channel
@@ -14,7 +14,7 @@ _HUE_SHARE = 0.02  # the same for colours, which JPEG smears over edges
 _HUE_SAMPLES = 100_000
 
 
-def read(picture: Picture) -> Pixels:
+def read(picture: DecodedImage) -> Pixels:
     """(H, W) uint8, 255 = repaint: white is repainted, black and transparent are kept.
 
     A drawing in one colour, on black or on a transparent layer, counts by its shape alone. A
@@ -33,7 +33,7 @@ def read(picture: Picture) -> Pixels:
     return np.ascontiguousarray(grey)
 
 
-def _faint(picture: Picture, strongest: int) -> Pixels:
+def _faint(picture: DecodedImage, strongest: int) -> Pixels:
     """A 16-bit mask whose values all fit into 8 bits; raises MaskError if they say nothing."""
     if strongest > 1:
         raise MaskError(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shared import drawings
 from shared.errors import ImageError, MaskError
 from shared.geometry.regions import Box
-from shared.images import Picture, decode
+from shared.images import DecodedImage, decode
 from shared.params import MaskFit
 
 Grey = NDArray[np.uint8]  # (H, W), 255 = repaint
@@ -57,7 +57,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     return drawings.read(picture)
 
 
-def alpha_mask(picture: Picture) -> Grey:
+def alpha_mask(picture: DecodedImage) -> Grey:
     """The mask in a picture's own alpha: the more transparent, the whiter.
 
     With the default threshold of 48, alpha below 208 is repainted. Raises MaskError where the

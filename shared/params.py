@@ -45,7 +45,7 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pass:
+class PassSpec:
     """A further round of a job.
 
     mask: as a manifest's, or empty for the job's own. values: where its parameters differ
@@ -100,7 +100,7 @@ class Params:
     format: Format | Literal[""] = ""
     quality: int = 0
     provenance: bool = True
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[PassSpec, ...] = ()
 
     def to_json(self) -> str:
         """Canonical: sorted keys, no spaces; the seed is stored beside it, not in it.
@@ -118,11 +118,12 @@ class Params:
         values = json.loads(text)
         if "passes" in values:
             values["passes"] = tuple(
-                Pass(mask=one.pop("mask"), values=tuple(one.items())) for one in values["passes"]
+                PassSpec(mask=one.pop("mask"), values=tuple(one.items()))
+                for one in values["passes"]
             )
         return cls(**values, seed=seed)
 
-    def rounds(self) -> tuple[tuple[str, Params], ...]:
+    def all_passes(self) -> tuple[tuple[str, Params], ...]:
         """Each round's mask, empty for the job's own, and its parameters."""
         first = replace(self, passes=())
         return (("", first), *((one.mask, changed(first, dict(one.values))) for one in self.passes))

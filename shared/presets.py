@@ -15,7 +15,7 @@ from shared.params import (
     PARAMETERS,
     PASS_PARAMETERS,
     Params,
-    Pass,
+    PassSpec,
     changed,
     did_you_mean,
     find_parameter,
@@ -28,7 +28,7 @@ MODEL_MASK: Mapping[str, int] = {"mask_dilation": 1, "mask_feather": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """A preset's second round, over a ``detail_mask``: where it differs from the first."""
+    """A preset's second pass, over a ``detail_mask``: where it differs from the first."""
 
     prompt: str
     values: Mapping[str, Any]
@@ -103,11 +103,11 @@ def placeholders(template: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rounds:
-    """What a row says of rounds beyond a single one.
+class RowPasses:
+    """A row's passes, where it has more than one.
 
-    passes: a round each, parameter names to values and perhaps a ``mask``, the first one
-    included. detail_mask and detail_prompt: a second round in short.
+    passes: one mapping per pass, parameter names to values and perhaps a ``mask``, the first one
+    included. detail_mask and detail_prompt: shorthand for a second pass.
     """
 
     passes: Sequence[Mapping[str, object]] = ()
@@ -123,17 +123,17 @@ def resolve(
     values: Mapping[str, object],
     columns: Mapping[str, str],
     style: str = "",
-    rounds: Rounds | None = None,
+    passes: RowPasses | None = None,
 ) -> Params:
-    """One Params from, in rising precedence: engine defaults, presets, ``values``, ``rounds``.
+    """One Params from, in rising precedence: engine defaults, presets, ``values``, ``passes``.
 
     prompt: a template that replaces the preset's. values: parameter name to text or
     number, read and range-checked here; ``values["prompt"]`` is taken as it is.
-    columns: text for the template's placeholders. style: added to every round's prompt,
+    columns: text for the template's placeholders. style: added to every pass's prompt,
     unless a template has a place for it. The seed stays 0 where none is given.
     Raises ParameterError.
     """
-    rounds = rounds or Rounds()
+    passes = passes or RowPasses()
     chosen = find_presets(preset) if preset else ()
     merged: dict[str, Any] = {} if is_native(engine) else dict(MODEL_MASK)
     defaults: dict[str, str] = {}
@@ -145,40 +145,40 @@ def resolve(
     merged.update(_read(values))
     words = _Words(texts={**defaults, **columns}, style=style)
     merged["prompt"] = words.read(merged.get("prompt"), template)
-    for values_of_pass in rounds.passes[:1]:
+    for values_of_pass in passes.passes[:1]:
         merged.update(words.styled(_read_pass(values_of_pass)))
     further = tuple(
-        Pass(
+        PassSpec(
             mask=str(one.get("mask") or ""),
             values=tuple(sorted(words.styled(_read_pass(one)).items())),
         )
-        for one in rounds.passes[1:]
+        for one in passes.passes[1:]
     )
-    detail = _detail(chosen, rounds, words, given=_read(values))
+    detail = _detail(chosen, passes, words, given=_read(values))
     params = changed(Params(), merged | {"passes": further + detail})
-    params.rounds()
+    params.all_passes()
     return params
 
 
 def _detail(
-    chosen: Sequence[Preset], rounds: Rounds, words: _Words, *, given: Mapping[str, Any]
-) -> tuple[Pass, ...]:
+    chosen: Sequence[Preset], passes: RowPasses, words: _Words, *, given: Mapping[str, Any]
+) -> tuple[PassSpec, ...]:
     """given: what row and options say; it, and later presets, win over the detail's own."""
     details = [one.detail for one in chosen if one.detail]
-    if rounds.passes and (rounds.detail_mask or rounds.detail_prompt):
+    if passes.passes and (passes.detail_mask or passes.detail_prompt):
         raise ParameterError("passes: not together with detail_mask or detail_prompt")
-    if rounds.passes:
+    if passes.passes:
         return ()
-    if not rounds.detail_mask:
-        if details or rounds.detail_prompt:
-            raise ParameterError("detail_mask: empty; a second round needs a mask of its own")
+    if not passes.detail_mask:
+        if details or passes.detail_prompt:
+            raise ParameterError("detail_mask: empty; a second pass needs a mask of its own")
         return ()
     values = _detail_values(chosen, given) if details else {}
-    if rounds.detail_prompt:
-        values["prompt"] = words.read(rounds.detail_prompt, "")
+    if passes.detail_prompt:
+        values["prompt"] = words.read(passes.detail_prompt, "")
     elif details:
         values["prompt"] = words.read(None, details[-1].prompt)
-    return (Pass(mask=rounds.detail_mask, values=tuple(sorted(values.items()))),)
+    return (PassSpec(mask=passes.detail_mask, values=tuple(sorted(values.items()))),)
 
 
 def _detail_values(chosen: Sequence[Preset], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _read_pass(values: Mapping[str, object]) -> dict[str, Any]:
     for name in named:
         if name not in PASS_PARAMETERS:
             raise ParameterError(
-                f"passes: {name!r} cannot differ between rounds"
+                f"passes: {name!r} cannot differ between passes"
                 f"{did_you_mean(name, PASS_PARAMETERS)}"
             )
     return _read(named)

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import pytest
 from PIL import Image
-from producer.cli.submit import submit
 
 import shared.errors
 from producer.cli.jobs import jobs_command
+from producer.cli.submit import submit
 from producer.manifest import COLUMNS
 from shared.params import PARAMETERS
 from shared.presets import presets

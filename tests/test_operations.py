@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from producer.cli.submit import submit
 from sqlalchemy.engine import make_url
 
 import shared.errors
+from producer.cli.submit import submit
 from shared.db import Database
 from shared.db.models import STATES
 from tests import servers

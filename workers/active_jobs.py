@@ -14,7 +14,7 @@ from workers.engines.protocol import Interruption
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class ActiveJob:
     """A job in this process's hands."""
 
     job: LeasedJob
@@ -22,12 +22,12 @@ class Held:
     interruption: Interruption
 
 
-class Running:
+class ActiveJobs:
     """Every job that this process holds a lease of."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], Held] = {}
+        self._held: dict[tuple[int, int], ActiveJob] = {}
         self._taken: list[int] = []
         self._stopping = False
         # Set where the database did not answer: a lease may be ours without our knowing it.
@@ -38,8 +38,8 @@ class Running:
         return self._stopping
 
     @contextmanager
-    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[Held]:
-        held = Held(job=job, record=record, interruption=Interruption())
+    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[ActiveJob]:
+        held = ActiveJob(job=job, record=record, interruption=Interruption())
         with self._lock:
             self._held[job.id, job.attempt] = held
             if self._stopping:
@@ -65,7 +65,7 @@ class Running:
         with self._lock:
             return set(self._taken)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[ActiveJob]:
         with self._lock:
             return list(self._held.values())
 
@@ -80,7 +80,7 @@ def _released() -> Released:
     return Released("the worker is shutting down")
 
 
-class Stages:
+class StageTimer:
     """Times each stage into the record; an interruption is noticed between stages."""
 
     def __init__(self, record: AttemptRecord, interruption: Interruption) -> None:

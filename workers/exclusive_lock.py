@@ -9,7 +9,7 @@ from contextlib import contextmanager
 LOOK_UP_SECONDS = 0.5
 
 
-class Turns:
+class ExclusiveLock:
     """Keeps what a process does besides away from a job that a worker was lost with.
 
     Whoever crashed the process takes all the jobs beside it along. Each of them runs alone the

@@ -25,11 +25,11 @@ from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.jobs.retry import RetryPolicy
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import Held, Running, Stages
+from workers.active_jobs import ActiveJob, ActiveJobs, StageTimer
 from workers.engines.protocol import Engine
-from workers.pending_writes import Waiting
+from workers.pending_writes import PendingWrites
 from workers.pipeline.render import Kit, Rendered, render
-from workers.pixel_budget import Room
+from workers.pixel_budget import PixelBudget
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class Bench:
     storage: Storage
     engine: Engine
     holder: Holder
-    running: Running
+    running: ActiveJobs
     retry: RetryPolicy
-    room: Room = field(default_factory=Room)
-    waiting: Waiting = field(default_factory=Waiting)
+    room: PixelBudget = field(default_factory=PixelBudget)
+    waiting: PendingWrites = field(default_factory=PendingWrites)
 
 
 def run_job(
@@ -77,7 +77,9 @@ def run_job(
         return _run_held(bench, held, hands, alone=alone)
 
 
-def _run_held(bench: Bench, held: Held, hands: ExitStack, *, alone: bool) -> InpaintError | None:
+def _run_held(
+    bench: Bench, held: ActiveJob, hands: ExitStack, *, alone: bool
+) -> InpaintError | None:
     version: str | None = None
     rendered, ended = _attempted(held, lambda: _rendered(bench, held))
     if rendered is not None:
@@ -89,7 +91,9 @@ def _run_held(bench: Bench, held: Held, hands: ExitStack, *, alone: bool) -> Inp
     return _conclude(bench, held, ended, version)
 
 
-def _attempted(held: Held, work: Callable[[], Made]) -> tuple[Made | None, InpaintError | None]:
+def _attempted(
+    held: ActiveJob, work: Callable[[], Made]
+) -> tuple[Made | None, InpaintError | None]:
     """What the work made, or what went wrong."""
     try:
         return work(), None
@@ -124,20 +128,20 @@ def _acquire(bench: Bench, job: int, seen_attempt: int) -> LeasedJob | None:
         pause = min(pause * 2, MAX_PAUSE_SECONDS)
 
 
-def _rendered(bench: Bench, held: Held) -> Rendered:
+def _rendered(bench: Bench, held: ActiveJob) -> Rendered:
     kit = Kit(settings=bench.settings, storage=bench.storage, engine=bench.engine, room=bench.room)
     return render(kit, held.job, held.record, held.interruption)
 
 
-def _published(bench: Bench, held: Held, rendered: Rendered) -> str:
+def _published(bench: Bench, held: ActiveJob, rendered: Rendered) -> str:
     """The output's new version."""
-    with Stages(held.record, held.interruption)("put"):
+    with StageTimer(held.record, held.interruption)("put"):
         return _put(bench, held.job, rendered.data, seen=rendered.replaces)
 
 
 def _keep(
     bench: Bench,
-    held: Held,
+    held: ActiveJob,
     hands: ExitStack,
     rendered: Rendered,
     refused: OutputRefused,
@@ -158,7 +162,7 @@ def _keep(
 
 def _wait(
     bench: Bench,
-    held: Held,
+    held: ActiveJob,
     hands: ExitStack,
     rendered: Rendered,
     refused: OutputRefused,
@@ -177,7 +181,7 @@ def _wait(
 
 
 def _published_in_time(
-    bench: Bench, held: Held, rendered: Rendered, refused: OutputRefused, *, aside: bool
+    bench: Bench, held: ActiveJob, rendered: Rendered, refused: OutputRefused, *, aside: bool
 ) -> str:
     """The output's new version. Raises OutputRefused after ``refused_seconds``.
 
@@ -233,7 +237,7 @@ def _put_once(bench: Bench, job: LeasedJob, data: bytes, seen: str | None) -> st
 
 
 def _conclude(
-    bench: Bench, held: Held, ended: InpaintError | None, output_version: str | None
+    bench: Bench, held: ActiveJob, ended: InpaintError | None, output_version: str | None
 ) -> InpaintError | None:
     """Records how the attempt ended; what went wrong, the recording included."""
     if isinstance(ended, LeaseLost):

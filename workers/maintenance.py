@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 ROUNDS_BEFORE_REDELIVERY = 2.5
 
 
-class Upkeep:
+class Maintenance:
     """Two threads that tick until ``stop``; what is unavailable is logged, then tried again.
 
     Leases have a thread of their own: a Redis that hangs may not keep heartbeats waiting.

@@ -10,7 +10,7 @@ MOST = 32
 MOST_BYTES = 256 << 20
 
 
-class Waiting:
+class PendingWrites:
     """A few results wait in threads of their own; where there are more, something is to pause."""
 
     def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:

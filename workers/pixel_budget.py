@@ -19,7 +19,7 @@ SHARE = 0.5  # of the machine's memory, for all worker processes together
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-class Room:
+class PixelBudget:
     """Lets jobs in while their pixels fit together, first come, first served; one always fits."""
 
     def __init__(self, megapixels: float = float("inf")) -> None:

@@ -42,14 +42,14 @@ from shared.processes import (
 )
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import Running
+from workers.active_jobs import ActiveJobs
 from workers.engines import load_engine
 from workers.engines.options import engine_options
 from workers.engines.protocol import Engine
-from workers.exclusive_lock import Turns
+from workers.exclusive_lock import ExclusiveLock
 from workers.job_runner import Bench, give_back, run_job
-from workers.maintenance import Upkeep
-from workers.pixel_budget import Room
+from workers.maintenance import Maintenance
+from workers.pixel_budget import PixelBudget
 
 log = logging.getLogger(__name__)
 
@@ -116,13 +116,13 @@ def _bench(configured: Settings, engine: Any, worker: str) -> Bench:
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
         engine=engine,
         holder=Holder(worker=worker, device=engine.device, engine_revision=engine.revision),
-        running=Running(),
+        running=ActiveJobs(),
         retry=RetryPolicy(
             max_failures=configured.max_failures,
             base_seconds=configured.retry_base_seconds,
             cap_seconds=configured.retry_cap_seconds,
         ),
-        room=Room(configured.megapixels_in_hand),
+        room=PixelBudget(configured.megapixels_in_hand),
     )
 
 
@@ -136,7 +136,7 @@ def _consume(bench: Bench, name: str, threads: int) -> int:
     health = Health(bench.engine.device)
     _register(app, bench, health)
     _install_signals(bench, health)
-    upkeep = Upkeep(bench, Queue(url))
+    upkeep = Maintenance(bench, Queue(url))
     upkeep.start()
     log.info("%s on %s: %s jobs at a time", bench.engine.name, bench.engine.device, threads)
     worker = app.Worker(
@@ -218,7 +218,7 @@ class Consumer(celery.worker.consumer.Consumer):
 
 
 def _register(app: Celery, bench: Bench, health: Health) -> None:
-    turns = Turns()
+    turns = ExclusiveLock()
 
     @app.task(name=TASK)
     def task(job: int, attempt: int, alone: bool = False) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from sqlalchemy import RowMapping
 
-from producer.reports import Listed, Story
+from producer.reports import JobHistory, SubmissionProgress
 from producer.reports import Progress as Counts
 
 _NUMBERS = frozenset(
@@ -89,17 +89,17 @@ def counts_line(counts: Counts) -> str:
     if counts.left:
         line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
     for trouble in counts.troubles:
-        line += f"  |  {trouble.plight}: {escape(trouble.message)}"
+        line += f"  |  {trouble.summary}: {escape(trouble.message)}"
     return line
 
 
 def note(counts: Counts) -> str:
     """Beside a progress bar: what failed, and what keeps jobs waiting."""
     failed = [f"{counts.counts['failed']:,} failed"] if counts.counts["failed"] else []
-    return ", ".join(failed + [f"{one.plight} ({one.code})" for one in counts.troubles])
+    return ", ".join(failed + [f"{one.summary} ({one.code})" for one in counts.troubles])
 
 
-def submissions_table(listed: Iterable[Listed]) -> Table:
+def submissions_table(listed: Iterable[SubmissionProgress]) -> Table:
     table = _table(
         *("submission", "manifest", "submitted (UTC)", "rows"),
         *("done", "failed", "cancelled", "left"),
@@ -136,7 +136,7 @@ def jobs_table(rows: Iterable[RowMapping]) -> Table:
     return table
 
 
-def story_tables(story: Story) -> Iterable[Table]:
+def story_tables(story: JobHistory) -> Iterable[Table]:
     """The job's own facts, its parameters, then a table per attempt."""
     job = dict(story.job)
     params = json.loads(job.pop("params"))

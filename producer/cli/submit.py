@@ -18,9 +18,9 @@ from producer.local_run import LocalWorkers, require_engines, running_redis, run
 from producer.manifest import Problem, stem
 from producer.reports import Progress, errors, progress
 from producer.resolve import Options
-from producer.submit import Again, Summary
+from producer.submit import RerunOptions, Summary
 from producer.submit import submit as submit_rows
-from producer.validate import MANY_FOLDERS, Checked, check, check_owners
+from producer.validate import MANY_FOLDERS, CheckedManifest, check, check_owners
 from shared import embedded_redis, masks, settings
 from shared.db import Database, schema
 from shared.jobs.queue import Queue
@@ -161,7 +161,7 @@ def _report(problem: Problem) -> None:
     click.echo(str(problem), err=True)
 
 
-def _refuse_invalid(checked: Checked, *, skip: bool) -> None:
+def _refuse_invalid(checked: CheckedManifest, *, skip: bool) -> None:
     if not checked.invalid or (skip and checked.invalid < checked.rows):
         return
     click.echo(
@@ -172,7 +172,9 @@ def _refuse_invalid(checked: Checked, *, skip: bool) -> None:
     sys.exit(2)
 
 
-def _rehearse(checked: Checked, storage: Storage, configured: Settings, as_json: bool) -> int:
+def _rehearse(
+    checked: CheckedManifest, storage: Storage, configured: Settings, as_json: bool
+) -> int:
     from producer import dry_run  # only this option decodes pictures
 
     found = dry_run.rehearse(checked, storage, configured, report=_report)
@@ -188,7 +190,7 @@ def _rehearse(checked: Checked, storage: Storage, configured: Settings, as_json:
 
 
 def _record(
-    checked: Checked,
+    checked: CheckedManifest,
     *,
     options: Options,
     configured: Settings,
@@ -209,7 +211,7 @@ def _record(
                 queue=queue,
                 storage=storage,
                 bound=configured.queue_bound,
-                again=Again(everything=given["force"], changed=given["changed"]),
+                again=RerunOptions(everything=given["force"], changed=given["changed"]),
                 progress=lambda count: bar.advance(task, count),
             )
         finally:
@@ -219,7 +221,7 @@ def _record(
 def _print_summary(
     configured: Settings,
     summary: Summary,
-    checked: Checked,
+    checked: CheckedManifest,
     *,
     as_json: bool,
     waits: bool,
@@ -260,7 +262,7 @@ def _describe(summary: Summary) -> str:
 def _local_workers(
     stack: ExitStack,
     configured: Settings,
-    checked: Checked,
+    checked: CheckedManifest,
     roots: list[Path],
     given: dict[str, Any],
 ) -> LocalWorkers:
@@ -271,7 +273,7 @@ def _local_workers(
 
 
 def _wait(
-    db: Database, summary: Summary, workers: LocalWorkers | None, checked: Checked
+    db: Database, summary: Summary, workers: LocalWorkers | None, checked: CheckedManifest
 ) -> Progress:
     """Until nothing is left; says once where no worker seems to be there, or why jobs wait."""
     screen = console.err()
@@ -289,7 +291,7 @@ def _wait(
             bar.update(task, total=found.total, completed=done, note=console.note(found))
             for trouble in found.troubles:
                 if (trouble.code, trouble.is_paused) not in explained:
-                    screen.print(f"{trouble.plight}: {console.escape(trouble.message)}")
+                    screen.print(f"{trouble.summary}: {console.escape(trouble.message)}")
                 explained.add((trouble.code, trouble.is_paused))
             if not found.left:
                 return found
@@ -302,7 +304,7 @@ def _wait(
             time.sleep(pause)
 
 
-def _nobody_yet(checked: Checked, workers: LocalWorkers | None) -> str:
+def _nobody_yet(checked: CheckedManifest, workers: LocalWorkers | None) -> str:
     if workers is not None:
         return f"the worker is getting ready; a model takes a while to load: see {workers.log}"
     engine = sorted(checked.engines)[0]
@@ -315,7 +317,7 @@ def _print_end(
     summary: Summary,
     ended: Progress,
     seconds: float,
-    checked: Checked,
+    checked: CheckedManifest,
     as_json: bool,
 ) -> None:
     succeeded, failed = ended.counts["succeeded"], ended.counts["failed"]
@@ -337,7 +339,7 @@ def _print_end(
     click.echo(f"results: {_places(checked)}")
 
 
-def _places(checked: Checked) -> str:
+def _places(checked: CheckedManifest) -> str:
     folders = list(checked.folders)
     shown = ", ".join(folders[: MANY_FOLDERS - 1])
     return shown + (" and elsewhere" if len(folders) == MANY_FOLDERS else "")

@@ -13,7 +13,7 @@ from producer import reports
 from producer.contact_sheet import html
 from producer.contact_sheet import png as png_sheet
 from producer.contact_sheet.cards import Card, cards, usual_params
-from producer.reports import Ranked
+from producer.reports import RankedJobs
 from shared.db import Database
 from shared.errors import InputError
 from shared.settings import Settings
@@ -30,7 +30,7 @@ def write(
     png: Path | None,
     limit: int,
     roots: Sequence[Path] = (),
-) -> Ranked:
+) -> RankedJobs:
     """The page at ``output``, whole or not at all; returns what it shows.
 
     roots: folders to read from, besides the settings' and the submission's own. Raises
@@ -55,11 +55,11 @@ def write(
     return ranked
 
 
-def _total(ranked: Ranked) -> int:
+def _total(ranked: RankedJobs) -> int:
     return len(ranked.jobs) + ranked.left_out
 
 
-def _roots(settings: Settings, ranked: Ranked, named: Sequence[Path]) -> list[Path]:
+def _roots(settings: Settings, ranked: RankedJobs, named: Sequence[Path]) -> list[Path]:
     """Where the submission's own files lie: beside its manifest, at its output, and as named."""
     options = json.loads(ranked.submission["options"])
     own = [parent(ranked.submission["manifest"]), options.get("output") or ""]

@@ -17,7 +17,7 @@ from sqlalchemy import RowMapping
 from shared import images, masks
 from shared.errors import InpaintError
 from shared.geometry.regions import Box
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.masks import Mask
 from shared.params import Params, is_file
 from shared.settings import Settings
@@ -107,7 +107,7 @@ class _Desk:
             notes=tuple(notes),
         )
 
-    def _before(self, job: RowMapping, notes: list[str]) -> Picture | None:
+    def _before(self, job: RowMapping, notes: list[str]) -> DecodedImage | None:
         try:
             picture, version = self._picture(job["image"])
         except InpaintError as error:
@@ -119,7 +119,7 @@ class _Desk:
             notes.append("the image was changed after this job read it")
         return picture
 
-    def _after(self, job: RowMapping, notes: list[str]) -> Picture | None:
+    def _after(self, job: RowMapping, notes: list[str]) -> DecodedImage | None:
         try:
             picture, version = self._picture(job["output"])
         except InpaintError as error:
@@ -129,17 +129,17 @@ class _Desk:
             notes.append("the output was written by something else after this job")
         return picture
 
-    def _mask(self, job: RowMapping, picture: Picture, notes: list[str]) -> Mask | None:
+    def _mask(self, job: RowMapping, picture: DecodedImage, notes: list[str]) -> Mask | None:
         """(H, W) what the job's rounds repaint, one or the other; None: not one could be read."""
         found = []
-        for name, params in Params.from_json(job["params"], seed=job["seed"]).rounds():
+        for name, params in Params.from_json(job["params"], seed=job["seed"]).all_passes():
             try:
                 found.append(self._round(name or job["mask"], picture, params))
             except InpaintError as error:
                 notes.append(f"no mask: {error}")
         return np.logical_or.reduce(found) if found else None
 
-    def _round(self, name: str, picture: Picture, params: Params) -> Mask:
+    def _round(self, name: str, picture: DecodedImage, params: Params) -> Mask:
         if is_file(name):
             grey = self._mask_file(name)
         elif name == "alpha":
@@ -155,7 +155,7 @@ class _Desk:
             fit=params.mask_fit,
         )
 
-    def _picture(self, uri: str) -> tuple[Picture, str]:
+    def _picture(self, uri: str) -> tuple[DecodedImage, str]:
         """The picture and its object's version."""
         found = self._storage.get(uri, max_bytes=self._settings.max_object_bytes)
         return images.decode(found.data, max_pixels=self._settings.max_pixels), found.version
@@ -208,7 +208,7 @@ def _densest(mask: Mask, share: float) -> tuple[int, int]:
 
 
 def _view(
-    before: Picture | None, after: Picture | None, mask: Mask | None, place: Box | None
+    before: DecodedImage | None, after: DecodedImage | None, mask: Mask | None, place: Box | None
 ) -> View:
     """place: in the image's pixels; None: all of it."""
     one = before or after
@@ -224,7 +224,7 @@ def _view(
     )
 
 
-def _within(frame: Box, of: Picture, other: Picture) -> Box:
+def _within(frame: Box, of: DecodedImage, other: DecodedImage) -> Box:
     """The same place in a picture that may be larger or smaller."""
     if of.size == other.size:
         return frame
@@ -235,7 +235,7 @@ def _within(frame: Box, of: Picture, other: Picture) -> Box:
     )
 
 
-def _small(picture: Picture, place: Box, size: tuple[int, int]) -> Image.Image:
+def _small(picture: DecodedImage, place: Box, size: tuple[int, int]) -> Image.Image:
     """RGB, or RGBA where something is transparent; with the picture's colour profile."""
     where = masks.slices(place)
     image = Image.fromarray(

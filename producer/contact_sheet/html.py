@@ -19,7 +19,7 @@ from PIL import Image
 from sqlalchemy import RowMapping
 
 from producer.contact_sheet.cards import Card, View
-from producer.reports import Ranked
+from producer.reports import RankedJobs
 from shared.storage.locations import is_s3
 
 WEBP_QUALITY = 84
@@ -27,7 +27,7 @@ GOOD, FAIR = 0.75, 0.5
 SHOWN_CHARACTERS = 600
 
 
-def write(out: TextIO, ranked: Ranked, usual: Mapping[str, Any], cards: Iterable[Card]) -> None:
+def write(out: TextIO, ranked: RankedJobs, usual: Mapping[str, Any], cards: Iterable[Card]) -> None:
     """The whole page. usual: parameters that the cards do not repeat."""
     style, script = _asset("page.css"), _asset("page.js")
     out.write(_head(ranked, style, script))
@@ -53,7 +53,7 @@ def text(value: object) -> str:
     return escape(printable, quote=True)
 
 
-def _head(ranked: Ranked, style: str, script: str) -> str:
+def _head(ranked: RankedJobs, style: str, script: str) -> str:
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
         f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
@@ -75,7 +75,7 @@ def _digest(source: str) -> str:
 # --- the top ---------------------------------------------------------------------------------
 
 
-def _summary(ranked: Ranked, usual: Mapping[str, Any]) -> str:
+def _summary(ranked: RankedJobs, usual: Mapping[str, Any]) -> str:
     one = ranked.submission
     left_out = ""
     if ranked.left_out:
@@ -138,7 +138,7 @@ def _grade(score: float) -> str:
     return "good" if score >= GOOD else "fair" if score >= FAIR else "poor"
 
 
-def _controls(ranked: Ranked) -> str:
+def _controls(ranked: RankedJobs) -> str:
     kinds = [_kind(job) for job in ranked.jobs]
     choices = [("all", "All", len(kinds))]
     choices += [(kind, kind.capitalize(), kinds.count(kind)) for kind in ("failed", "review")]

@@ -22,7 +22,7 @@ STRIDE = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class RefinementPass:
     """One more go. mask: (H, W) what is painted again. regions: where, finer than before.
 
     kept: the places in the round's plan of the regions that are left alone.
@@ -33,7 +33,7 @@ class Step:
     kept: tuple[int, ...]
 
 
-def steps(mask: Mask, plan: Sequence[Region], params: Params) -> Iterator[Step]:
+def steps(mask: Mask, plan: Sequence[Region], params: Params) -> Iterator[RefinementPass]:
     """What follows a round until all of it is 1:1; nothing unless ``refine_strength`` asks for it.
 
     mask, plan, params: the round's. A region joins as late as the stride allows, the coarsest
@@ -46,7 +46,7 @@ def steps(mask: Mask, plan: Sequence[Region], params: Params) -> Iterator[Step]:
         kept = tuple(n for n, one in enumerate(plan) if one.scale <= STRIDE * next_scale)
         soft = _within(mask, [one for n, one in enumerate(plan) if n not in kept])
         finer = replace(params, mode="auto", scale=scale)
-        yield Step(mask=soft, regions=plan_for(soft, finer, native=False), kept=kept)
+        yield RefinementPass(mask=soft, regions=plan_for(soft, finer, native=False), kept=kept)
 
 
 def _scales(coarsest: float) -> list[float]:

@@ -5,8 +5,8 @@ from shared.images.encoding import check, encode
 from shared.images.image import (
     Array,
     Coding,
+    DecodedImage,
     Metadata,
-    Picture,
     Pixels,
     as_rgb,
     format_of,
@@ -19,7 +19,7 @@ __all__ = [
     "Array",
     "Coding",
     "Metadata",
-    "Picture",
+    "DecodedImage",
     "Pixels",
     "as_rgb",
     "check",

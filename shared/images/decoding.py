@@ -25,7 +25,7 @@ from shared.errors import ImageError, ObjectTooLarge
 from shared.images import jpeg_splice, palette, png_format, tiff_format, tiff_ifd
 from shared.images.containers import read_header
 from shared.images.header import DAMAGE, Header, one_line, truncated
-from shared.images.image import MODE_NAMES, Array, Coding, Metadata, Picture, turned
+from shared.images.image import MODE_NAMES, Array, Coding, DecodedImage, Metadata, turned
 from shared.images.palette import Colours, Indices
 
 _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -48,7 +48,7 @@ def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     return header.shown
 
 
-def decode(data: bytes, *, max_pixels: int) -> Picture:
+def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     """Reads a picture and turns it upright.
 
     Raises ImageError for what is no picture, damaged, animated, or cannot be written back
@@ -68,7 +68,7 @@ def decode(data: bytes, *, max_pixels: int) -> Picture:
         pixels, mode = png_format.keyed(pixels, mode, header.key)
     pixels = turned(pixels, header.orientation)
     pixels.flags.writeable = False
-    return Picture(
+    return DecodedImage(
         pixels=pixels,
         mode=mode,
         format=header.format,

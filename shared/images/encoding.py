@@ -22,7 +22,7 @@ from shared.images import (
 from shared.images.containers import read_header
 from shared.images.decoding import decode, decode_indexed
 from shared.images.header import DAMAGE, FORMATS, one_line
-from shared.images.image import MODE_NAMES, Array, Metadata, Picture, pillow_image, turned
+from shared.images.image import MODE_NAMES, Array, DecodedImage, Metadata, pillow_image, turned
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ _WITH_QUALITY = ("JPEG", "WEBP")
 
 
 def encode(
-    picture: Picture,
+    picture: DecodedImage,
     *,
     format: str | None = None,
     quality: int | None = None,
@@ -74,14 +74,14 @@ def encode(
     return _whole(name, replace(picture, metadata=metadata), quality)
 
 
-def _with_xmp(picture: Picture, packet: bytes) -> Metadata:
+def _with_xmp(picture: DecodedImage, packet: bytes) -> Metadata:
     """The metadata with that packet, in the source format's framing too."""
     metadata = replace(picture.metadata, xmp=packet)
     framing = {"JPEG": jpeg_format.with_xmp, "PNG": png_format.with_xmp}.get(picture.format)
     return replace(metadata, segments=framing(metadata.segments, packet)) if framing else metadata
 
 
-def _spliced(picture: Picture, metadata: Metadata) -> bytes:
+def _spliced(picture: DecodedImage, metadata: Metadata) -> bytes:
     """The source with its touched blocks rewritten, stored the way round that it was.
 
     Raises CannotSplice, and FidelityError where a pixel out of reach decodes otherwise.
@@ -107,7 +107,7 @@ def _spliced(picture: Picture, metadata: Metadata) -> bytes:
     return spliced.data
 
 
-def _indexed(picture: Picture, metadata: Metadata) -> bytes | None:
+def _indexed(picture: DecodedImage, metadata: Metadata) -> bytes | None:
     """The file with its palette; None where it has no room for the new transparency."""
     found = palette.repainted(picture, *decode_indexed(picture.source))
     if found is None:
@@ -124,7 +124,7 @@ def _indexed(picture: Picture, metadata: Metadata) -> bytes | None:
     return bmp_format.write(image, metadata)
 
 
-def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
+def _whole(name: str, picture: DecodedImage, quality: int | None) -> bytes:
     """Every pixel encoded anew."""
     pixels, mode = _fitted(picture, name)
     try:
@@ -143,12 +143,12 @@ def _whole(name: str, picture: Picture, quality: int | None) -> bytes:
         raise ImageError(f"cannot write {picture.mode} as {name}: {one_line(error)}") from error
 
 
-def check(picture: Picture, *, format: str | None = None) -> None:
+def check(picture: DecodedImage, *, format: str | None = None) -> None:
     """Raises ImageError where ``encode`` could not hold the picture in the format."""
     _fitted(picture, format or picture.format)
 
 
-def _fitted(picture: Picture, name: str) -> tuple[Array, str]:
+def _fitted(picture: DecodedImage, name: str) -> tuple[Array, str]:
     """The pixels in a mode the format can hold, without loss; raises ImageError."""
     pixels, mode = picture.pixels, picture.mode
     if mode not in _MODES[name] and picture.has_alpha and _is_opaque(pixels):

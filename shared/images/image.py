@@ -68,7 +68,7 @@ class Metadata:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class DecodedImage:
     """A decoded picture, upright.
 
     pixels: (H, W) or (H, W, C), uint8, uint16 (modes on ``;16``) or bool (mode ``1``). Read only.
@@ -104,7 +104,7 @@ class Picture:
         """(H, W) uint8, 255 = opaque; None where the mode has no alpha."""
         return _eight_bits(self.pixels[..., -1]) if self.has_alpha else None
 
-    def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> Picture:
+    def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> DecodedImage:
         """The picture with other pixels of the same shape and depth.
 
         touched: (H, W), those that differ from this picture's; earlier ones stay touched.

@@ -14,7 +14,7 @@ from PIL import Image
 from shared.errors import ImageError
 from shared.images import tiff_ifd, xmp
 from shared.images.header import Header, truncated
-from shared.images.image import Metadata, Picture
+from shared.images.image import DecodedImage, Metadata
 from shared.images.photoshop import without_thumbnail
 
 QUALITY = 95
@@ -174,7 +174,7 @@ def with_orientation(segments: Sequence[bytes], orientation: int) -> tuple[bytes
     )
 
 
-def write(image: Image.Image, picture: Picture, quality: int | None) -> bytes:
+def write(image: Image.Image, picture: DecodedImage, quality: int | None) -> bytes:
     """Every block encoded anew; without a quality, with the source's tables if it was a JPEG."""
     coding, metadata, same = picture.coding, picture.metadata, picture.format == "JPEG"
     options: dict[str, Any] = {"quality": quality or QUALITY, "progressive": coding.progressive}

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shared.images.image import Picture, Pixels
+from shared.images.image import DecodedImage, Pixels
 
 Indices = NDArray[np.uint8]  # (H, W), into the palette
 Colours = NDArray[np.uint8]  # (256, 4), the palette as RGBA
@@ -27,7 +27,7 @@ def colours_of(image: Image.Image) -> Colours:
 
 
 def repainted(
-    picture: Picture, indices: Indices, colours: Colours
+    picture: DecodedImage, indices: Indices, colours: Colours
 ) -> tuple[Indices, Colours] | None:
     """The source's indices and palette with the touched pixels in the picture's new colours.
 

@@ -16,7 +16,7 @@ from shared.images import tiff_ifd as tags
 from shared.images import xmp as packets
 from shared.images.codecs import imagecodecs
 from shared.images.header import Header
-from shared.images.image import DEEP, Array, Metadata, Picture, pillow_image
+from shared.images.image import DEEP, Array, DecodedImage, Metadata, pillow_image
 
 LEVEL = 4
 
@@ -136,7 +136,7 @@ def without_alpha(pixels: Array, mode: str, key: tuple[int, ...]) -> tuple[Array
     return colours[..., 0] if colours.shape[-1] == 1 else colours, named
 
 
-def write(pixels: Array, mode: str, picture: Picture) -> bytes:
+def write(pixels: Array, mode: str, picture: DecodedImage) -> bytes:
     """The source's transparent colour is kept, if it had one and it still says everything."""
     same, key = picture.format == "PNG", picture.coding.key
     segments = list(picture.metadata.segments) if same else _framed(picture.metadata)

@@ -14,7 +14,7 @@ from PIL import Image
 from shared.images import tiff_ifd as tags
 from shared.images.codecs import tifffile
 from shared.images.header import Header, truncated
-from shared.images.image import DEEP, Array, Picture, pillow_image
+from shared.images.image import DEEP, Array, DecodedImage, pillow_image
 from shared.images.photoshop import without_thumbnail
 from shared.images.tiff_ifd import Directory
 
@@ -218,7 +218,7 @@ def _check_pieces(header: Header, directory: Directory) -> None:
             raise ValueError("a strip or tile lies outside the file")
 
 
-def write(pixels: Array, mode: str, picture: Picture) -> bytes:
+def write(pixels: Array, mode: str, picture: DecodedImage) -> bytes:
     """In strips, little-endian; with the source's compression, polarity, alpha and tags."""
     stored = _Stored.of(picture)
     values = {}
@@ -239,7 +239,7 @@ def _for_mode(compression: int, mode: str) -> int:
     return _DEFLATE if compression in _BILEVEL and mode != "1" else compression
 
 
-def write_indexed(image: Image.Image, picture: Picture) -> bytes:
+def write_indexed(image: Image.Image, picture: DecodedImage) -> bytes:
     """A palette image, stored as the source is."""
     stored = _Stored.of(picture)
     written = _by_pillow(image, stored.compression, predicted=stored.predicted)
@@ -256,7 +256,7 @@ class _Stored:
     extra: int = _UNASSOCIATED
 
     @classmethod
-    def of(cls, picture: Picture) -> _Stored:
+    def of(cls, picture: DecodedImage) -> _Stored:
         if picture.format != "TIFF" or not picture.source:
             return cls()
         data, directory = picture.source, tags.read_directory(picture.source)
@@ -301,7 +301,7 @@ def _by_tifffile(pixels: Array, mode: str, compression: int, *, predicted: bool)
     return buffer.getvalue()
 
 
-def _tagged(written: bytes, picture: Picture) -> bytes:
+def _tagged(written: bytes, picture: DecodedImage) -> bytes:
     """The file with the metadata: the source's tags if it was a TIFF, else its EXIF block."""
     metadata = picture.metadata
     added = {_XMP: (1, metadata.xmp)} if metadata.xmp else {}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shared.images import tiff_ifd as tags
 from shared.images.header import Header, truncated
-from shared.images.image import Picture
+from shared.images.image import DecodedImage
 
 _EXIF = b"Exif\0\0"
 _EFFORT = 90  # of 100, for files without loss
@@ -60,7 +60,7 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         start += 8 + size + size % 2
 
 
-def write(image: Image.Image, picture: Picture, quality: int | None) -> bytes:
+def write(image: Image.Image, picture: DecodedImage, quality: int | None) -> bytes:
     """Without loss unless a quality asks for it: libwebp cannot copy blocks of a lossy file."""
     metadata = picture.metadata
     buffer = io.BytesIO()

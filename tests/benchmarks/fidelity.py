@@ -95,7 +95,7 @@ def mark(size: tuple[int, int]) -> Mask:
     return np.asarray(image)
 
 
-def repainted(picture: images.Picture, touched: Mask) -> Pixels:
+def repainted(picture: images.DecodedImage, touched: Mask) -> Pixels:
     """The picture's pixels with its own from elsewhere in the mark; alpha as it was."""
     pixels = picture.pixels.copy()
     moved = np.roll(pixels, (41, 67), (0, 1))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from shared.geometry import regions
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.masks import Mask, dilate
 from tests import pictures
 from tests.benchmarks.side_by_side import row
@@ -77,7 +77,7 @@ def main() -> None:
 
 def _code(case: Case, after: Rgb) -> str:
     before, result = (
-        Picture(pixels=pixels, mode="RGB", format="PNG") for pixels in (case.marked, after)
+        DecodedImage(pixels=pixels, mode="RGB", format="PNG") for pixels in (case.marked, after)
     )
     size = (WINDOW_PX, WINDOW_PX)
     plan = regions.plan(case.mask, mode="auto", window=size, native=True)
@@ -258,7 +258,9 @@ def _time() -> None:
     mark[1000:1060, 2000:2200] = True
     for name, mask in (("a mark of 200x60", mark), ("all of it", whole)):
         plan = regions.plan(mask, mode="auto", window=(512, 512))
-        one, other = (Picture(pixels=p, mode="RGB", format="PNG") for p in (large, 255 - large))
+        one, other = (
+            DecodedImage(pixels=p, mode="RGB", format="PNG") for p in (large, 255 - large)
+        )
         spent = []
         for _ in range(5):
             start = time.perf_counter()

@@ -53,7 +53,7 @@ def _as_mask(data: bytes) -> None:
         pass
 
 
-def _repaint(picture: images.Picture, random: Random) -> None:
+def _repaint(picture: images.DecodedImage, random: Random) -> None:
     """Writes a box of other pixels in the picture's own format, or in another one."""
     width, height = picture.size
     left, top = random.randrange(width), random.randrange(height)
@@ -77,7 +77,9 @@ def _repaint(picture: images.Picture, random: Random) -> None:
         _compare(picture, again, touched)
 
 
-def _compare(before: images.Picture, after: images.Picture, touched: NDArray[np.bool_]) -> None:
+def _compare(
+    before: images.DecodedImage, after: images.DecodedImage, touched: NDArray[np.bool_]
+) -> None:
     """A touched pixel may have come near only: a palette has no more than 256 colours.
 
     A palette of greys may come back as plain grey.

@@ -12,9 +12,9 @@ from typing import Any
 import click
 from click.testing import CliRunner
 from PIL import Image
-from producer.cli.submit import submit
 
 from producer.cli.jobs import jobs_command
+from producer.cli.submit import submit
 from shared import settings
 from shared.db import Database, schema
 from tests.job_table import JobTable

@@ -22,7 +22,7 @@ from shared import jobs, settings
 from shared.errors import GateError, InpaintError, ObjectMissing
 from shared.geometry.regions import Box
 from shared.jobs import AttemptRecord
-from shared.params import Params, Pass
+from shared.params import Params, PassSpec
 from shared.storage import Object, Storage
 from tests.conftest import Bucket
 from tests.job_table import AT_ONCE, JobTable
@@ -227,8 +227,8 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(shop: Shop) -> None:
 
 
 def test_the_mask_is_what_all_rounds_repaint(shop: Shop) -> None:
-    eyes = Pass(mask="box:10,10,30,20")
-    shop.done(params=Params(passes=(eyes, Pass(mask="/elsewhere/nose.png"))))
+    eyes = PassSpec(mask="box:10,10,30,20")
+    shop.done(params=Params(passes=(eyes, PassSpec(mask="/elsewhere/nose.png"))))
     page = shop.sheet()
     expected = np.zeros((SIZE[1], SIZE[0]), np.bool_)
     expected[10:20, 10:30] = expected[MARK[1] : MARK[3], MARK[0] : MARK[2]] = True

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from producer.manifest import FIELD_LIMIT, LINE_LIMIT, Problem, Row, read, stem
+from producer.manifest import FIELD_LIMIT, LINE_LIMIT, ManifestRow, Problem, read, stem
 from shared.errors import InputError, ManifestError, ObjectMissing, UnavailableError
 from shared.storage import Storage
 from tests.conftest import Bucket
@@ -23,7 +23,7 @@ def rows(
     name: str = "m.csv",
     placeholders: frozenset[str] = frozenset(),
     has_mask: bool = False,
-) -> list[Row | Problem]:
+) -> list[ManifestRow | Problem]:
     path = folder / name
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     store = Storage(roots=[folder], buckets=())
@@ -39,8 +39,8 @@ def refusal(folder: Path, data: bytes | str, **given: object) -> str:
     return message
 
 
-def cells(line: int, image: str, mask: str = "b.png", **others: str) -> Row:
-    return Row(line=line, cells={"image": image, "mask": mask, **others})
+def cells(line: int, image: str, mask: str = "b.png", **others: str) -> ManifestRow:
+    return ManifestRow(line=line, cells={"image": image, "mask": mask, **others})
 
 
 # --- what is read ----------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_the_same_rows_come_out_of_every_format(
     raw = gzip.compress(data.encode()) if packed else data.encode()
     expected = [cells(2, "a.png", seed="7"), cells(3, "c.png", "d.png")]
     if "json" in name:
-        expected = [Row(line=row.line - 1, cells=row.cells) for row in expected]
+        expected = [ManifestRow(line=row.line - 1, cells=row.cells) for row in expected]
     assert rows(tmp_path, raw, name=f"{name}.gz" if packed else name) == expected
 
 
@@ -103,7 +103,7 @@ def test_placeholders_may_be_columns(tmp_path: Path) -> None:
 
 def test_a_mask_for_all_rows_makes_its_column_optional(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, "image\na.png\n", has_mask=True)
-    assert row == Row(line=2, cells={"image": "a.png"})
+    assert row == ManifestRow(line=2, cells={"image": "a.png"})
 
 
 def test_json_numbers_become_their_text(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_broken_quoting_is_refused_with_its_line(tmp_path: Path, body: str, reas
 
 def test_a_field_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, HEADER + b"a.png," + b"x" * FIELD_LIMIT + b"\n")
-    assert isinstance(row, Row)
+    assert isinstance(row, ManifestRow)
 
 
 def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_nul_in_a_cell_is_a_problem_of_its_row(tmp_path: Path, name: str) -> Non
 def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
     row = {"image": "a.png", "mask": "b.png", "mask_invert": True, "passes": [{"strength": 1}]}
     (found,) = rows(tmp_path, json.dumps(row), name="m.jsonl")
-    assert isinstance(found, Row)
+    assert isinstance(found, ManifestRow)
     assert found.cells["mask_invert"] == "True"
     assert json.loads(found.cells["passes"]) == [{"strength": 1}]
 

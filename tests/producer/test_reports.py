@@ -134,7 +134,7 @@ def test_progress_tells_what_waits_because_of_an_error(table: JobTable) -> None:
     jobs.note(table.db, again, StorageUnavailable("'/c.png': busy"))
     found = reports.progress(table.db, 1)
     full, retried = found.troubles
-    assert full.plight == "1 paused until it is mended"
+    assert full.summary == "1 paused until it is mended"
     assert full.message == "'/b.png': No space left on device"
     assert retried.code == "storage_unavailable"
     assert 20 < retried.seconds <= 30

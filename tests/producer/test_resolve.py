@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from producer.manifest import Problem, Row
+from producer.manifest import ManifestRow, Problem
 from producer.resolve import Options, Resolver
 from shared.errors import ParameterError
 from shared.jobs.submissions import NewJob
@@ -22,7 +22,7 @@ STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
 
 
 def resolved(options: Options = OPTIONS, **cells: str) -> NewJob | list[Problem]:
-    row = Row(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
+    row = ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
     return Resolver(options, STORE).job(row)
 
 
@@ -97,7 +97,7 @@ def test_a_mask_may_be_no_file(mask: str) -> None:
 
 def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
     options = replace(OPTIONS, mask="/data/all.png")
-    row = Row(line=2, cells={"image": "a.png"})
+    row = ManifestRow(line=2, cells={"image": "a.png"})
     found = Resolver(options, STORE).job(row)
     assert isinstance(found, NewJob)
     assert found.mask == "/data/all.png"
@@ -139,7 +139,7 @@ def test_a_bad_cell_is_named_with_its_value_and_the_remedy(
     cells: dict[str, str], text: str
 ) -> None:
     given = {"image": "a.png", "mask": "b.png", **cells}
-    row = Row(line=2, cells={name: value for name, value in given.items() if value})
+    row = ManifestRow(line=2, cells={name: value for name, value in given.items() if value})
     found = Resolver(OPTIONS, STORE).job(row)
     assert isinstance(found, list)
     assert [problem.text for problem in found] == [found[0].text]
@@ -240,7 +240,9 @@ def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() ->
     resolver = Resolver(OPTIONS, STORE)
 
     def through(**cells: str) -> dict[str, Any]:
-        found = resolver.job(Row(line=2, cells={"image": "a.png", "mask": "b.png", **cells}))
+        found = resolver.job(
+            ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
+        )
         assert isinstance(found, NewJob)
         decoded: dict[str, Any] = json.loads(found.params)
         return decoded
@@ -291,7 +293,7 @@ def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> No
     (folder / "out").symlink_to("images")
     options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
     resolver = Resolver(options, Storage(roots=[folder], buckets=()))
-    row = Row(line=2, cells={"image": "images/a.png", "mask": "alpha"})
+    row = ManifestRow(line=2, cells={"image": "images/a.png", "mask": "alpha"})
     (problem,) = resolver.job(row)  # type: ignore[misc]
     assert "is also an input" in problem.text
 
@@ -313,15 +315,15 @@ def test_passes_name_masks_beside_the_manifest_and_the_first_replaces_the_row_s(
     passes = [{"mask": "face.png", "prompt": "a face"}, {"mask": "eyes.png", "strength": 0.6}]
     found = job(passes=json.dumps(passes))
     assert found.mask == "/data/face.png"
-    (_, first), (eyes, second) = params(found).rounds()
+    (_, first), (eyes, second) = params(found).all_passes()
     assert (first.prompt, eyes) == ("a face", "/data/eyes.png")
     assert (second.prompt, second.strength) == ("a face", 0.6)
 
 
 def test_a_detail_mask_is_a_second_round() -> None:
     found = job(preset="faces", detail_mask="in/eyes.png", detail_prompt="green eyes")
-    assert [mask for mask, _ in params(found).rounds()] == ["", "/data/in/eyes.png"]
-    assert params(found).rounds()[1][1].prompt == "green eyes"
+    assert [mask for mask, _ in params(found).all_passes()] == ["", "/data/in/eyes.png"]
+    assert params(found).all_passes()[1][1].prompt == "green eyes"
     on_s3 = job(ON_S3, detail_mask="eyes.png")
     assert params(on_s3).passes[0].mask == "s3://bucket/jobs/eyes.png"
 

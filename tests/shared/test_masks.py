@@ -92,7 +92,7 @@ def test_a_mask_of_0_and_1_is_one_of_0_and_255(pixels: NDArray[Any]) -> None:
 @pytest.mark.parametrize("ink", [(1, 1, 1), (1, 0, 0)])
 def test_a_mask_in_16_bit_colour_is_read_like_one_in_8(ink: tuple[int, int, int]) -> None:
     deep = MASK[..., None] * np.array(ink, np.uint16) * np.uint16(257)
-    file = images.encode(images.Picture(pixels=deep, mode="RGB;16", format="PNG"))
+    file = images.encode(images.DecodedImage(pixels=deep, mode="RGB;16", format="PNG"))
     assert np.array_equal(masks.decode_mask(file, max_pixels=LIMIT), MASK)
 
 

@@ -12,12 +12,12 @@ from shared.params import (
     PARAMETERS,
     PROMPT_LIMIT,
     Params,
-    Pass,
+    PassSpec,
     changed,
     find_parameter,
     further_inputs,
 )
-from shared.presets import Rounds, find_presets, placeholders, presets, resolve
+from shared.presets import RowPasses, find_presets, placeholders, presets, resolve
 
 # guidance_scale, num_inference_steps, strength: the guide's.
 USES = {
@@ -331,8 +331,8 @@ def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
 
 
 def test_faces_are_painted_in_the_guides_two_rounds() -> None:
-    params = resolved(preset="faces", rounds=Rounds(detail_mask="/eyes.png"))
-    (whole_mask, whole), (detail_mask, detail) = params.rounds()
+    params = resolved(preset="faces", passes=RowPasses(detail_mask="/eyes.png"))
+    (whole_mask, whole), (detail_mask, detail) = params.all_passes()
     assert tuple(getattr(whole, one) for one in NAMES) == (8.0, 70, 0.8)
     assert tuple(getattr(detail, one) for one in NAMES) == (7.0, 50, 0.6)
     assert (whole_mask, detail_mask) == ("", "/eyes.png")
@@ -343,34 +343,34 @@ def test_faces_are_painted_in_the_guides_two_rounds() -> None:
 
 def test_faces_without_a_detail_mask_say_what_is_missing() -> None:
     assert refusal(preset="faces").startswith("detail_mask: empty")
-    assert refusal(rounds=Rounds(detail_prompt="eyes")).startswith("detail_mask: empty")
+    assert refusal(passes=RowPasses(detail_prompt="eyes")).startswith("detail_mask: empty")
 
 
 def test_options_and_later_presets_reach_the_second_round() -> None:
-    rounds = Rounds(detail_mask="/eyes.png")
-    quick = resolved(preset="faces+preview", rounds=rounds, values={"strength": 0.9})
-    figures = [tuple(getattr(one, name) for name in NAMES) for _, one in quick.rounds()]
+    rounds = RowPasses(detail_mask="/eyes.png")
+    quick = resolved(preset="faces+preview", passes=rounds, values={"strength": 0.9})
+    figures = [tuple(getattr(one, name) for name in NAMES) for _, one in quick.all_passes()]
     assert figures == [(7.0, 20, 0.9), (7.0, 20, 0.9)]
-    first = resolved(preset="preview+faces", rounds=rounds)
-    assert first.rounds()[1][1].num_inference_steps == 50
+    first = resolved(preset="preview+faces", passes=rounds)
+    assert first.all_passes()[1][1].num_inference_steps == 50
 
 
 def test_a_detail_prompt_replaces_the_presets() -> None:
-    rounds = Rounds(detail_mask="/eyes.png", detail_prompt="green eyes")
-    assert resolved(preset="faces", rounds=rounds).rounds()[1][1].prompt == "green eyes"
-    assert resolved(prompt="a face", rounds=Rounds(detail_mask="/m")).rounds()[1][1].prompt == (
-        "a face"
-    )
+    rounds = RowPasses(detail_mask="/eyes.png", detail_prompt="green eyes")
+    assert resolved(preset="faces", passes=rounds).all_passes()[1][1].prompt == "green eyes"
+    assert resolved(prompt="a face", passes=RowPasses(detail_mask="/m")).all_passes()[1][
+        1
+    ].prompt == ("a face")
 
 
 def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
     passes = [{"prompt": "a", "strength": 0.9}, {"mask": "/b.png", "num_inference_steps": "20"}]
-    params = resolved(values={"seed": 3}, rounds=Rounds(passes=passes))
-    (_, first), (mask, second) = params.rounds()
+    params = resolved(values={"seed": 3}, passes=RowPasses(passes=passes))
+    (_, first), (mask, second) = params.all_passes()
     assert (first.prompt, first.strength, first.num_inference_steps) == ("a", 0.9, 50)
     assert (second.prompt, second.strength, second.num_inference_steps) == ("a", 0.9, 20)
     assert mask == "/b.png"
-    assert params.passes == (Pass(mask="/b.png", values=(("num_inference_steps", 20),)),)
+    assert params.passes == (PassSpec(mask="/b.png", values=(("num_inference_steps", 20),)),)
     assert Params.from_json(params.to_json(), seed=3) == params
 
 
@@ -384,18 +384,18 @@ def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
     ],
 )
 def test_a_pass_is_checked_like_a_row(passes: list[dict[str, Any]], message: str) -> None:
-    assert message in refusal(rounds=Rounds(passes=passes))
+    assert message in refusal(passes=RowPasses(passes=passes))
 
 
 def test_passes_and_a_detail_mask_do_not_go_together() -> None:
-    message = refusal(rounds=Rounds(passes=[{}], detail_mask="/m.png"))
+    message = refusal(passes=RowPasses(passes=[{}], detail_mask="/m.png"))
     assert message == "passes: not together with detail_mask or detail_prompt"
 
 
 def test_a_style_ends_every_rounds_prompt() -> None:
-    rounds = Rounds(passes=[{}, {"prompt": "eyes"}])
-    params = resolved(prompt="a face", style="oil on canvas", rounds=rounds)
-    assert [one.prompt for _, one in params.rounds()] == [
+    rounds = RowPasses(passes=[{}, {"prompt": "eyes"}])
+    params = resolved(prompt="a face", style="oil on canvas", passes=rounds)
+    assert [one.prompt for _, one in params.all_passes()] == [
         "a face, oil on canvas",
         "eyes, oil on canvas",
     ]
@@ -411,7 +411,12 @@ def test_a_style_takes_its_place_in_a_template_that_has_one() -> None:
 
 
 def test_inputs_beyond_image_and_mask_are_found_in_the_json() -> None:
-    passes = (Pass(mask="box:0,0,1,1"), Pass(mask="alpha"), Pass(mask=""), Pass(mask="/b.png"))
-    params = Params(text_font="/font.ttf", passes=(*passes, Pass(mask="/b.png")))
+    passes = (
+        PassSpec(mask="box:0,0,1,1"),
+        PassSpec(mask="alpha"),
+        PassSpec(mask=""),
+        PassSpec(mask="/b.png"),
+    )
+    params = Params(text_font="/font.ttf", passes=(*passes, PassSpec(mask="/b.png")))
     assert further_inputs(params.to_json()) == ("/b.png", "/font.ttf")
     assert further_inputs(Params(prompt='"passes" and "text_font"').to_json()) == ()

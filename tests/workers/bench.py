@@ -25,10 +25,10 @@ from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import Running
+from workers.active_jobs import ActiveJobs
 from workers.engines.protocol import Pixels, RegionWork
 from workers.job_runner import Bench, run_job
-from workers.pending_writes import Waiting
+from workers.pending_writes import PendingWrites
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Workbench:
         folder: Path,
         engine: Any = None,
         *,
-        waiting: Waiting | None = None,
+        waiting: PendingWrites | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
@@ -79,9 +79,9 @@ class Workbench:
             storage=Storage(roots=[folder.resolve()], buckets=()),
             engine=engine,
             holder=Holder(worker="test-1", device="cpu", engine_revision=engine.revision),
-            running=Running(),
+            running=ActiveJobs(),
             retry=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
-            waiting=waiting or Waiting(),
+            waiting=waiting or PendingWrites(),
         )
         self._lines = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from workers.exclusive_lock import Turns
+from workers.exclusive_lock import ExclusiveLock
 
 
 def never() -> bool:
@@ -15,13 +15,15 @@ def never() -> bool:
 class Runner:
     """A thread that takes a turn and keeps it until it is told to go."""
 
-    def __init__(self, turns: Turns, *, alone: bool, stop: Callable[[], bool] = never) -> None:
+    def __init__(
+        self, turns: ExclusiveLock, *, alone: bool, stop: Callable[[], bool] = never
+    ) -> None:
         self.came: list[bool] = []
         self.entered, self.go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(turns, alone, stop))
         self._thread.start()
 
-    def _run(self, turns: Turns, alone: bool, stop: Callable[[], bool]) -> None:
+    def _run(self, turns: ExclusiveLock, alone: bool, stop: Callable[[], bool]) -> None:
         with turns.turn(alone=alone, stop=stop) as came:
             self.came.append(came)
             self.entered.set()
@@ -33,7 +35,7 @@ class Runner:
 
 
 def test_ordinary_jobs_run_side_by_side() -> None:
-    turns = Turns()
+    turns = ExclusiveLock()
     runners = [Runner(turns, alone=False) for _ in range(3)]
     assert all(runner.entered.wait(5) for runner in runners)
     for runner in runners:
@@ -41,7 +43,7 @@ def test_ordinary_jobs_run_side_by_side() -> None:
 
 
 def test_a_suspect_waits_for_the_others_and_nobody_joins_it() -> None:
-    turns = Turns()
+    turns = ExclusiveLock()
     first = Runner(turns, alone=False)
     assert first.entered.wait(5)
     suspect = Runner(turns, alone=True)
@@ -57,7 +59,7 @@ def test_a_suspect_waits_for_the_others_and_nobody_joins_it() -> None:
 
 
 def test_whoever_waits_for_its_turn_leaves_when_the_worker_stops() -> None:
-    turns, stopping = Turns(), threading.Event()
+    turns, stopping = ExclusiveLock(), threading.Event()
     suspect = Runner(turns, alone=True)
     assert suspect.entered.wait(5)
     waiting = [Runner(turns, alone=alone, stop=stopping.is_set) for alone in (True, False)]

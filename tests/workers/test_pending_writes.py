@@ -14,7 +14,7 @@ from shared.storage import Storage
 from tests.workers.bench import Workbench
 from tests.workers.fleet import wait_for
 from workers import job_runner
-from workers.pending_writes import Waiting
+from workers.pending_writes import PendingWrites
 
 SIZE, BOX = (60, 50), (10, 10, 30, 30)
 
@@ -30,7 +30,7 @@ def go() -> Iterator[threading.Event]:
 
 
 def test_so_many_wait_and_so_many_bytes(go: threading.Event) -> None:
-    few, small = Waiting(most=2), Waiting(most_bytes=100)
+    few, small = PendingWrites(most=2), PendingWrites(most_bytes=100)
     assert [few.begin(go.wait, size=10) for _ in range(3)] == [True, True, False]
     assert [small.begin(go.wait, size=size) for size in (200, 10)] == [True, False]
     go.set()
@@ -40,7 +40,7 @@ def test_so_many_wait_and_so_many_bytes(go: threading.Event) -> None:
 
 
 def test_it_says_whether_something_waits_still(go: threading.Event) -> None:
-    waiting = Waiting()
+    waiting = PendingWrites()
     assert waiting.join(0)
     waiting.begin(go.wait, size=1)
     assert not waiting.join(0)
@@ -49,7 +49,7 @@ def test_it_says_whether_something_waits_still(go: threading.Event) -> None:
 def test_others_are_written_if_that_was_after_half_of_those_that_wait_began(
     go: threading.Event,
 ) -> None:
-    waiting = Waiting()
+    waiting = PendingWrites()
     waiting.note_written()
     assert not waiting.others_are_written()
     waiting.begin(go.wait, size=1)
@@ -81,7 +81,9 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
-    bench = Workbench(f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path, waiting=Waiting(most=1))
+    bench = Workbench(
+        f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path, waiting=PendingWrites(most=1)
+    )
     yield bench
     bench.bench.running.release_all()
     assert bench.bench.waiting.join(5)

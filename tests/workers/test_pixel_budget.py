@@ -12,7 +12,7 @@ from shared.errors import Cancelled
 from tests.workers.bench import Painter, Workbench
 from workers.engines.protocol import Interruption, RegionWork
 from workers.job_runner import run_job
-from workers.pixel_budget import Room, default_megapixels
+from workers.pixel_budget import PixelBudget, default_megapixels
 
 MEGAPIXEL = 1_000_000
 
@@ -20,12 +20,12 @@ MEGAPIXEL = 1_000_000
 class Guest:
     """A thread that holds its pixels until it is told to go."""
 
-    def __init__(self, room: Room, megapixels: float) -> None:
+    def __init__(self, room: PixelBudget, megapixels: float) -> None:
         self.entered, self._go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._stay, args=(room, megapixels))
         self._thread.start()
 
-    def _stay(self, room: Room, megapixels: float) -> None:
+    def _stay(self, room: PixelBudget, megapixels: float) -> None:
         with room.holding(int(megapixels * MEGAPIXEL), Interruption()):
             self.entered.set()
             self._go.wait(10)
@@ -36,7 +36,7 @@ class Guest:
 
 
 def test_pictures_come_in_while_they_fit_together() -> None:
-    room = Room(10)
+    room = PixelBudget(10)
     first, second = Guest(room, 4), Guest(room, 6)
     assert first.entered.wait(5)
     assert second.entered.wait(5)
@@ -49,7 +49,7 @@ def test_pictures_come_in_while_they_fit_together() -> None:
 
 
 def test_a_picture_larger_than_the_room_comes_in_alone() -> None:
-    room = Room(10)
+    room = PixelBudget(10)
     large = Guest(room, 24)
     assert large.entered.wait(5)
     small = Guest(room, 1)
@@ -60,7 +60,7 @@ def test_a_picture_larger_than_the_room_comes_in_alone() -> None:
 
 
 def test_small_pictures_do_not_overtake_a_large_one_that_waits() -> None:
-    room = Room(10)
+    room = PixelBudget(10)
     first, large = Guest(room, 6), Guest(room, 8)
     assert not large.entered.wait(0.1)
     small = Guest(room, 1)
@@ -73,7 +73,7 @@ def test_small_pictures_do_not_overtake_a_large_one_that_waits() -> None:
 
 
 def test_whoever_waits_can_be_stopped_and_leaves_no_trace() -> None:
-    room, stop = Room(10), Interruption()
+    room, stop = PixelBudget(10), Interruption()
     first = Guest(room, 10)
     assert first.entered.wait(5)
     stop.set(Cancelled("job 1 was cancelled"))
@@ -105,7 +105,7 @@ def test_jobs_hold_pixels_only_while_they_are_rendered(tmp_path: Path) -> None:
             held[0] -= 1
 
     bench = Workbench(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path, Painter(meanwhile=meanwhile))
-    whole: Any = {**vars(bench.bench), "room": Room(1)}
+    whole: Any = {**vars(bench.bench), "room": PixelBudget(1)}
     image = bench.picture("in.png", (700, 600))
     mask = bench.mask("mask.png", (700, 600), (20, 20, 90, 90))
     ids = [bench.add(image=image, mask=mask, output=bench.path(f"{n}.png")) for n in range(6)]

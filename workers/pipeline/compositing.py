@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared.errors import FidelityError
 from shared.geometry.regions import Box, Region
-from shared.images import Array, Picture, as_rgb, from_rgb, full_scale, has_alpha
+from shared.images import Array, DecodedImage, as_rgb, from_rgb, full_scale, has_alpha
 from shared.masks import Mask, dilate, slices, squared_distances, tiles
 from shared.params import ColourFit, Params
 from workers.pipeline.colour_match import fit_colour
@@ -40,14 +40,14 @@ def cut(rgb: Pixels, mask: Mask, region: Region) -> tuple[Pixels, Pixels]:
 
 
 def composite(
-    picture: Picture,
+    picture: DecodedImage,
     mask: Mask,
     regions: Sequence[Region],
     results: Sequence[Pixels],
     params: Params,
     *,
     fill_alpha: bool = False,
-) -> Picture:
+) -> DecodedImage:
     """The picture with each result pasted into its region, in the picture's own mode.
 
     mask: (H, W) True = repaint, already dilated: the same that was planned and cut.
@@ -76,7 +76,7 @@ def composite(
 
 def paste(
     pixels: Array,
-    picture: Picture,
+    picture: DecodedImage,
     mask: Mask,
     region: Region,
     result: Pixels,
@@ -134,7 +134,7 @@ def blend(
         alpha[where] = np.rint(kept + share[:, 0] * (opaque - kept)).astype(target.dtype)
 
 
-def _touched(picture: Picture, pixels: Array, mask: Mask, feather_px: int) -> Mask:
+def _touched(picture: DecodedImage, pixels: Array, mask: Mask, feather_px: int) -> Mask:
     """(H, W) which pixels differ; raises FidelityError if one is farther from the mask."""
     touched = np.zeros(mask.shape, np.bool_)
     for tile in tiles(Box(0, 0, *picture.size)):

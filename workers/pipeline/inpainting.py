@@ -12,11 +12,11 @@ import numpy as np
 from shared.errors import GateError
 from shared.geometry import coarse_to_fine
 from shared.geometry.regions import Region, plan_for
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.jobs import AttemptRecord
 from shared.masks import Mask
 from shared.params import MAX_SEED, Params, is_native
-from workers.active_jobs import Stages
+from workers.active_jobs import StageTimer
 from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
 from workers.pipeline import compositing, quality_gates
 from workers.pipeline.quality_gates import Scores
@@ -27,7 +27,7 @@ RESEED = 1 << 32  # apart from the seeds of a job's regions, and of rows that co
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class MaskedPass:
     """One pass of a job. mask: (H, W) True = repaint. is_alpha: it came from the picture."""
 
     mask: Mask
@@ -41,12 +41,14 @@ class Brush:
 
     engine: Engine
     interruption: Interruption
-    stage: Stages
+    stage: StageTimer
     record: AttemptRecord
     priority: int = 0
 
 
-def paint(brush: Brush, picture: Picture, rounds: Sequence[Round], *, params: Params) -> Picture:
+def paint(
+    brush: Brush, picture: DecodedImage, rounds: Sequence[MaskedPass], *, params: Params
+) -> DecodedImage:
     """The picture after every round, with the better of two seeds where a gate asks for it.
 
     params: the job's. An engine without seeds is asked once. Raises GateError where the result
@@ -79,7 +81,7 @@ def paint(brush: Brush, picture: Picture, rounds: Sequence[Round], *, params: Pa
 class _Painted:
     """scores: the worst round's; None where nothing was repainted."""
 
-    picture: Picture
+    picture: DecodedImage
     seed: int
     scores: Scores | None = None
     finding: GateError | None = None
@@ -89,7 +91,7 @@ class _Painted:
         return self.scores.score if self.scores else 1.0
 
 
-def _judged(record: AttemptRecord, painted: _Painted, params: Params) -> Picture:
+def _judged(record: AttemptRecord, painted: _Painted, params: Params) -> DecodedImage:
     record.seed = painted.seed
     if painted.scores:
         record.scores, record.score = painted.scores.to_json(), painted.scores.score
@@ -100,7 +102,9 @@ def _judged(record: AttemptRecord, painted: _Painted, params: Params) -> Picture
     return painted.picture
 
 
-def _all_rounds(brush: Brush, picture: Picture, rounds: Sequence[Round], *, seed: int) -> _Painted:
+def _all_rounds(
+    brush: Brush, picture: DecodedImage, rounds: Sequence[MaskedPass], *, seed: int
+) -> _Painted:
     record = brush.record
     record.regions = record.windows = 0
     painted = _Painted(picture=picture, seed=seed)
@@ -109,7 +113,7 @@ def _all_rounds(brush: Brush, picture: Picture, rounds: Sequence[Round], *, seed
     return painted
 
 
-def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
+def _round(brush: Brush, so_far: _Painted, one: MaskedPass) -> _Painted:
     """Adds a round; the scores become the worse ones, the finding the first."""
     picture, stage, native = so_far.picture, brush.stage, is_native(brush.engine.name)
     with stage("plan"):
@@ -121,7 +125,7 @@ def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
     result = _composited(brush, picture, one, plan, filled)
     again = replace(one.params, strength=one.params.refine_strength)
     for step in steps:
-        finer = Round(mask=step.mask, params=again, is_alpha=one.is_alpha)
+        finer = MaskedPass(mask=step.mask, params=again, is_alpha=one.is_alpha)
         sharp = _fill(brush, result, finer, step.regions, seed=so_far.seed)
         # Not onto the coarse result: a feather over a feather falls off twice as fast.
         kept = [plan[n] for n in step.kept], [filled[n] for n in step.kept]
@@ -141,7 +145,7 @@ def _round(brush: Brush, so_far: _Painted, one: Round) -> _Painted:
 
 
 def _fill(
-    brush: Brush, picture: Picture, one: Round, plan: Sequence[Region], *, seed: int
+    brush: Brush, picture: DecodedImage, one: MaskedPass, plan: Sequence[Region], *, seed: int
 ) -> list[Pixels]:
     """Submits all regions before waiting for the first, so that they can share batches.
 
@@ -172,8 +176,12 @@ def _fill(
 
 
 def _composited(
-    brush: Brush, picture: Picture, one: Round, plan: Sequence[Region], filled: Sequence[Pixels]
-) -> Picture:
+    brush: Brush,
+    picture: DecodedImage,
+    one: MaskedPass,
+    plan: Sequence[Region],
+    filled: Sequence[Pixels],
+) -> DecodedImage:
     with brush.stage("composite"):
         return compositing.composite(
             picture, one.mask, plan, filled, one.params, fill_alpha=one.is_alpha

@@ -19,7 +19,7 @@ from PIL import Image
 
 from shared.errors import InpaintError, InputError, PostprocessError
 from shared.geometry.regions import Box, Region
-from shared.images import Array, Picture, from_rgb
+from shared.images import Array, DecodedImage, from_rgb
 from shared.masks import Mask
 from shared.params import Params
 from workers.engines.protocol import Pixels
@@ -50,7 +50,7 @@ def find(name: str) -> Plugin:
     return plugin
 
 
-def finish(picture: Picture, repainted: Mask, params: Params) -> Picture:
+def finish(picture: DecodedImage, repainted: Mask, params: Params) -> DecodedImage:
     """The picture as ``params.postprocess`` leaves it, in its own mode.
 
     repainted: (H, W).
@@ -69,7 +69,7 @@ def finish(picture: Picture, repainted: Mask, params: Params) -> Picture:
     return compositing.composite(picture, repainted, [region], [result], as_it_is)
 
 
-def _called(plugin: Plugin, name: str, picture: Picture, repainted: Mask) -> Pixels:
+def _called(plugin: Plugin, name: str, picture: DecodedImage, repainted: Mask) -> Pixels:
     try:
         result: Any = plugin(np.ascontiguousarray(picture.rgb()), repainted.copy())
     except InpaintError:
@@ -94,7 +94,7 @@ def _wrong(name: str, got: str) -> PostprocessError:
     )
 
 
-def _resized(picture: Picture, result: Pixels) -> Picture:
+def _resized(picture: DecodedImage, result: Pixels) -> DecodedImage:
     """A picture of another size: no pixel of the source is left in it."""
     colours = from_rgb(result.astype(np.float32), picture.mode)
     alpha = picture.alpha()

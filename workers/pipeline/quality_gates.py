@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shared.errors import GateError
 from shared.geometry.regions import Box, Region
-from shared.images import Picture, as_rgb
+from shared.images import DecodedImage, as_rgb
 from shared.masks import Mask, slices
 
 Rgb = NDArray[np.uint8]  # (h, w, 3)
@@ -73,8 +73,8 @@ class Scores:
 
 
 def examine(
-    before: Picture,
-    after: Picture,
+    before: DecodedImage,
+    after: DecodedImage,
     mask: Mask,
     plan: Sequence[Region],
     results: Sequence[NDArray[Any]],
@@ -174,7 +174,9 @@ def _marks(mask: Mask, plan: Sequence[Region]) -> Iterator[Box]:
             yield tight.moved(box.left, box.top)
 
 
-def _examine_box(before: Picture, after: Picture, mask: Mask, box: Box, feather_px: int) -> Scores:
+def _examine_box(
+    before: DecodedImage, after: DecodedImage, mask: Mask, box: Box, feather_px: int
+) -> Scores:
     step = min(feather_px + 1, LONGEST_STEP_PX)
     reach = 2 * step
     around = Box(box.left - reach, box.top - reach, box.right + reach, box.bottom + reach)
@@ -192,11 +194,11 @@ def _examine_box(before: Picture, after: Picture, mask: Mask, box: Box, feather_
     )
 
 
-def _rgb(picture: Picture, where: tuple[slice, slice]) -> Rgb:
+def _rgb(picture: DecodedImage, where: tuple[slice, slice]) -> Rgb:
     return as_rgb(picture.pixels[where], picture.mode)
 
 
-def _visible(picture: Picture, where: tuple[slice, slice]) -> Mask:
+def _visible(picture: DecodedImage, where: tuple[slice, slice]) -> Mask:
     """(h, w) what alpha does not hide: hidden pixels may hold any colour."""
     alpha = picture.alpha()
     if alpha is None:

@@ -9,7 +9,7 @@ from hashlib import sha256
 import numpy as np
 
 from shared import images, masks
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.images.provenance import Provenance, mark
 from shared.jobs import AttemptRecord, LeasedJob
 from shared.jobs.submissions import joined_versions
@@ -17,12 +17,12 @@ from shared.masks import Grey, Mask
 from shared.params import Params, further_inputs, is_file, is_native
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import Stages
+from workers.active_jobs import StageTimer
 from workers.engines.protocol import Engine, Interruption
 from workers.pipeline import plugins
-from workers.pipeline.inpainting import Brush, Round, paint
+from workers.pipeline.inpainting import Brush, MaskedPass, paint
 from workers.pipeline.text_overlay import Lettering, draw, text_box
-from workers.pixel_budget import Room
+from workers.pixel_budget import PixelBudget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Kit:
     settings: Settings
     storage: Storage
     engine: Engine
-    room: Room = field(default_factory=Room)
+    room: PixelBudget = field(default_factory=PixelBudget)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def render(
 
     Raises every InpaintError there is, but publishes nothing.
     """
-    stage = Stages(record, interruption)
+    stage = StageTimer(record, interruption)
     with stage("fetch"):
         fetched = _fetch(kit, job, record)
     width, height = images.probe(fetched.image, max_pixels=kit.settings.max_pixels)
@@ -74,7 +74,7 @@ def _result(
     gates: bool,
 ) -> bytes:
     """All that needs decoded pixels: from the inputs' files to the result's."""
-    stage = Stages(record, interruption)
+    stage = StageTimer(record, interruption)
     with stage("decode"):
         picture = images.decode(fetched.image, max_pixels=kit.settings.max_pixels)
         rounds = _rounds(kit.settings, job, picture, fetched.files)
@@ -125,12 +125,12 @@ def _fetch(kit: Kit, job: LeasedJob, record: AttemptRecord) -> _Fetched:
 
 
 def _rounds(
-    settings: Settings, job: LeasedJob, picture: Picture, files: Mapping[str, bytes]
-) -> list[Round]:
+    settings: Settings, job: LeasedJob, picture: DecodedImage, files: Mapping[str, bytes]
+) -> list[MaskedPass]:
     """The job's passes, each with its mask as it lies over the picture."""
     read: dict[str, Grey] = {}
     rounds = []
-    for named, params in job.params.rounds():
+    for named, params in job.params.all_passes():
         name = named or job.mask
         if name not in read:
             read[name] = _mask(settings, name, picture, files)
@@ -144,11 +144,11 @@ def _rounds(
         )
         # An inverted one keeps the holes and repaints what is opaque already.
         is_alpha = name == "alpha" and not params.mask_invert
-        rounds.append(Round(mask=mask, params=params, is_alpha=is_alpha))
+        rounds.append(MaskedPass(mask=mask, params=params, is_alpha=is_alpha))
     return rounds
 
 
-def _mask(settings: Settings, name: str, picture: Picture, files: Mapping[str, bytes]) -> Grey:
+def _mask(settings: Settings, name: str, picture: DecodedImage, files: Mapping[str, bytes]) -> Grey:
     if is_file(name):
         return masks.decode_mask(files[name], max_pixels=settings.max_pixels)
     if name == "alpha":
@@ -157,7 +157,7 @@ def _mask(settings: Settings, name: str, picture: Picture, files: Mapping[str, b
 
 
 def _check(
-    job: LeasedJob, picture: Picture, rounds: Sequence[Round], files: Mapping[str, bytes]
+    job: LeasedJob, picture: DecodedImage, rounds: Sequence[MaskedPass], files: Mapping[str, bytes]
 ) -> None:
     """Finds what would fail after painting, before it: painting is what costs."""
     params = job.params
@@ -170,14 +170,14 @@ def _check(
         images.check(picture, format=_output_format(job))
 
 
-def _repainted(rounds: Sequence[Round]) -> Mask:
+def _repainted(rounds: Sequence[MaskedPass]) -> Mask:
     union: Mask = np.logical_or.reduce([one.mask for one in rounds])
     return union
 
 
 def _finished(
-    job: LeasedJob, picture: Picture, rounds: Sequence[Round], files: Mapping[str, bytes]
-) -> Picture:
+    job: LeasedJob, picture: DecodedImage, rounds: Sequence[MaskedPass], files: Mapping[str, bytes]
+) -> DecodedImage:
     """What comes after painting: the user's plugin, then text."""
     params = job.params
     repainted = _repainted(rounds)
@@ -187,8 +187,8 @@ def _finished(
 
 
 def _lettered(
-    params: Params, picture: Picture, repainted: Mask, files: Mapping[str, bytes]
-) -> Picture:
+    params: Params, picture: DecodedImage, repainted: Mask, files: Mapping[str, bytes]
+) -> DecodedImage:
     lettering = Lettering(
         text=params.text,
         box=text_box(params.text_box, repainted),
@@ -200,7 +200,7 @@ def _lettered(
     return draw(picture, lettering)
 
 
-def _encoded(kit: Kit, job: LeasedJob, picture: Picture, record: AttemptRecord) -> bytes:
+def _encoded(kit: Kit, job: LeasedJob, picture: DecodedImage, record: AttemptRecord) -> bytes:
     format = _output_format(job)
     xmp = None
     if job.params.provenance and picture.touched is not None:

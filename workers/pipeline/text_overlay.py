@@ -12,7 +12,7 @@ from PIL import ImageColor
 
 from shared.errors import ImageError, ParameterError
 from shared.geometry.regions import Box
-from shared.images import Array, Picture
+from shared.images import Array, DecodedImage
 from shared.masks import Mask, slices, tiles
 from shared.params import TextAlign
 from workers.pipeline.compositing import Weight, blend
@@ -65,7 +65,7 @@ def _parse_box(text: str) -> Box:
     return Box(left, top, right, bottom)
 
 
-def draw(picture: Picture, lettering: Lettering) -> Picture:
+def draw(picture: DecodedImage, lettering: Lettering) -> DecodedImage:
     """The picture with the text on it, blended in its own mode and depth.
 
     Where the picture is transparent it becomes as opaque as the text; opaque stays opaque.
@@ -123,7 +123,7 @@ def _colour(text: str) -> tuple[NDArray[np.float32], float]:
 
 def _print(
     pixels: Array,
-    picture: Picture,
+    picture: DecodedImage,
     place: Box,
     ink: NDArray[np.uint8],
     colour: NDArray[np.float32],
@@ -160,7 +160,7 @@ def _over(alpha: Array, cover: Weight) -> Weight:
     return np.divide(cover, opaque, out=np.zeros_like(cover), where=cover > 0)
 
 
-def _touched(picture: Picture, pixels: Array, place: Box) -> Mask:
+def _touched(picture: DecodedImage, pixels: Array, place: Box) -> Mask:
     where = slices(place)
     differs = pixels[where] != picture.pixels[where]
     found = np.zeros(pixels.shape[:2], np.bool_)

@@ -18,7 +18,7 @@ from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import GIB, Run, measured, wait
 from tests.benchmarks.gpu.models import Subject
 from workers.engines.protocol import Pixels
-from workers.engines.stable_diffusion.unet_runner import Forward
+from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 ROWS = (2, 8, 16, 32, 64)
 REPEATS = 5
@@ -45,7 +45,7 @@ def forwards(bench: Bench) -> list[list[str]]:
     rows = ROWS[:2] if bench.subject.is_tiny else ROWS
     found = []
     for name, options in ways:
-        forward = Forward(bench.subject.components, attention="auto", **options)
+        forward = UNetRunner(bench.subject.components, attention="auto", **options)
         found.append([name, *(f"{forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
         forward.forget()
     return [["rows", *map(str, rows)], *found]
@@ -57,7 +57,7 @@ def kernels(bench: Bench) -> list[list[str]]:
     rows = 2 if bench.subject.is_tiny else 32
     found = []
     for name in names:
-        forward = Forward(bench.subject.components, attention=name, compile="off", graphs=False)
+        forward = UNetRunner(bench.subject.components, attention=name, compile="off", graphs=False)
         found.append([name, f"{forward_ms(bench.subject, forward, rows):.1f}"])
     return [["attention", f"ms, {rows} rows"], *found]
 
@@ -122,7 +122,9 @@ def determinism(bench: Bench) -> list[list[str]]:
     return found
 
 
-def forward_ms(subject: Subject, forward: Forward, rows: int, *, repeats: int = REPEATS) -> float:
+def forward_ms(
+    subject: Subject, forward: UNetRunner, rows: int, *, repeats: int = REPEATS
+) -> float:
     """The mean of some forwards, after two to warm up."""
     given = forward_inputs(subject, rows)
     with torch.inference_mode():

@@ -18,7 +18,7 @@ from tests.benchmarks.gpu.models import Subject
 from tests.benchmarks.gpu.parts import REPEATS, ROUNDS, forward_inputs, forward_ms, paint
 from workers.engines.options import EngineOptions
 from workers.engines.stable_diffusion.quantization import check_quantization, quantize, unet_dtype
-from workers.engines.stable_diffusion.unet_runner import Forward
+from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 IMAGES = 8
 
@@ -38,7 +38,7 @@ def quantized_forwards(
     options = _options(subject, compile)
     kinds = _kinds(subject, options)
     forwards = {
-        kind: Forward(
+        kind: UNetRunner(
             one.components, attention=options.attention, compile=options.compile, graphs=True
         )
         for kind, one in kinds.items()
@@ -101,7 +101,7 @@ def _quantized(subject: Subject, options: EngineOptions) -> Subject:
     return replace(subject, components=replace(parts, unet=unet, quantization=kind))
 
 
-def _prediction(subject: Subject, forward: Forward, rows: int) -> Tensor:
+def _prediction(subject: Subject, forward: UNetRunner, rows: int) -> Tensor:
     with torch.inference_mode():
         return forward(*forward_inputs(subject, rows))
 

@@ -11,10 +11,10 @@ from threading import Thread
 
 import click
 import pytest
-from producer.cli.submit import INTERRUPTED, submit
 
 from producer.cli.command import friendly, parse_sets
 from producer.cli.jobs import jobs_command
+from producer.cli.submit import INTERRUPTED, submit
 from shared import jobs
 from shared.errors import ImageError, ParameterError
 from shared.jobs import AttemptRecord

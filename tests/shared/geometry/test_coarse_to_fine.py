@@ -25,7 +25,7 @@ def marked(*marks: tuple[int, int, int, int], size: tuple[int, int] = PHOTO) -> 
 
 def steps(
     mask: NDArray[np.bool_], params: Params, *, native: bool = False
-) -> list[coarse_to_fine.Step]:
+) -> list[coarse_to_fine.RefinementPass]:
     plan = plan_for(mask, params, native=native)
     return list(coarse_to_fine.steps(mask, plan, params))
 

@@ -87,7 +87,7 @@ def save(format: str, icc: bytes = PROFILE) -> bytes:
     return buffer.getvalue()
 
 
-def decode(file: bytes) -> images.Picture:
+def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=10**6)
 
 

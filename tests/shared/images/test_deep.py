@@ -41,11 +41,11 @@ def tiff(pixels: Pixels, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def decode(file: bytes) -> images.Picture:
+def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=10**6)
 
 
-def painted(picture: images.Picture, colour: Any, where: slice) -> images.Picture:
+def painted(picture: images.DecodedImage, colour: Any, where: slice) -> images.DecodedImage:
     """The picture with a square of one colour; alpha as it was, unless the colour has one."""
     pixels = picture.pixels.copy()
     pixels[where, where, : len(colour)] = colour

@@ -53,7 +53,7 @@ def exact(file: bytes) -> NDArray[Any]:
     return np.asarray(image if image.mode == "I;16" else image.convert("RGBA"))
 
 
-def decode(file: bytes) -> images.Picture:
+def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=LIMIT)
 
 

@@ -57,7 +57,7 @@ def by_opencv(file: bytes) -> Pixels:
     return decoded
 
 
-def decode(file: bytes) -> images.Picture:
+def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=20_000_000)
 
 
@@ -67,7 +67,7 @@ def boxed(shape: tuple[int, ...], box: Area) -> Mask:
     return touched
 
 
-def repainted(file: bytes, touched: Mask) -> images.Picture:
+def repainted(file: bytes, touched: Mask) -> images.DecodedImage:
     """The file's picture with other parts of itself where it is touched."""
     picture = decode(file)
     pixels = picture.pixels.copy()
@@ -214,7 +214,7 @@ def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
     assert np.abs(whole_blocks - colour).max() <= 3
 
 
-def as_whole(picture: images.Picture) -> tuple[Image.Image, images.Picture, None]:
+def as_whole(picture: images.DecodedImage) -> tuple[Image.Image, images.DecodedImage, None]:
     return Image.fromarray(np.array(picture.pixels)), picture, None
 
 

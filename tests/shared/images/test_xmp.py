@@ -47,11 +47,11 @@ def save(format: str, old: bytes = OLD) -> bytes:
     return buffer.getvalue()
 
 
-def decode(file: bytes) -> images.Picture:
+def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=10**6)
 
 
-def repainted(file: bytes) -> images.Picture:
+def repainted(file: bytes) -> images.DecodedImage:
     picture = decode(file)
     pixels, touched = picture.pixels.copy(), np.zeros((48, 64), np.bool_)
     pixels[3, 3] ^= 1

@@ -27,7 +27,7 @@ ROCKET = data.rocket()[:300, :400]
 WHEEL = Box(60, 80, 180, 160)
 
 
-def picture(mode: str, rgb: NDArray[np.uint8] = ROCKET) -> images.Picture:
+def picture(mode: str, rgb: NDArray[np.uint8] = ROCKET) -> images.DecodedImage:
     eight_bits = {"I;16": "L"}.get(mode, mode.partition(";")[0])
     image = Image.fromarray(rgb).convert("L" if eight_bits == "LA" else eight_bits)
     if eight_bits in ("LA", "RGBA"):
@@ -48,7 +48,7 @@ def marked(shape: tuple[int, ...], *boxes: Box) -> NDArray[np.bool_]:
 
 
 def inpainted(
-    source: images.Picture,
+    source: images.DecodedImage,
     mask: NDArray[np.bool_],
     *,
     mode: Mode = "auto",
@@ -56,7 +56,7 @@ def inpainted(
     paint: Any = lambda image, mask: np.where(mask[..., None] > 0, 99, image),
     fill_alpha: bool = False,
     **params: Any,
-) -> images.Picture:
+) -> images.DecodedImage:
     """The picture after an engine that ``paint`` describes; grey 99 in the mask by default."""
     settings = Params(**params)
     grown = dilate(mask, settings.mask_dilation)
@@ -66,7 +66,7 @@ def inpainted(
     return composite(source, grown, regions, results, settings, fill_alpha=fill_alpha)
 
 
-def changed(before: images.Picture, after: images.Picture) -> NDArray[np.bool_]:
+def changed(before: images.DecodedImage, after: images.DecodedImage) -> NDArray[np.bool_]:
     differs = before.pixels != after.pixels
     return differs if differs.ndim == 2 else differs.any(axis=-1)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from shared.errors import Cancelled, GateError
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.jobs import AttemptRecord
 from shared.params import MAX_SEED, Params
-from workers.active_jobs import Stages
+from workers.active_jobs import StageTimer
 from workers.engines.protocol import Interruption, Pixels, RegionWork
-from workers.pipeline.inpainting import RESEED, Brush, Round, paint
+from workers.pipeline.inpainting import RESEED, Brush, MaskedPass, paint
 
 SIZE = (700, 600)
 GREY = 120
@@ -58,38 +58,38 @@ class Engine:
         return [work.seed for work in self.works]
 
 
-def picture(*boxes: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> Picture:
+def picture(*boxes: tuple[int, int, int, int], size: tuple[int, int] = SIZE) -> DecodedImage:
     """Grey with a little noise, and a bright mark in each box."""
     noise = np.random.default_rng(1).integers(-3, 4, (size[1], size[0], 3))
     pixels = (GREY + noise).astype(np.uint8)
     for left, top, right, bottom in boxes:
         pixels[top:bottom, left:right] = MARK
-    return Picture(pixels=pixels, mode="RGB", format="PNG", source=b"the source")
+    return DecodedImage(pixels=pixels, mode="RGB", format="PNG", source=b"the source")
 
 
 def one_round(
     params: Params, *boxes: tuple[int, int, int, int], size: tuple[int, int] = SIZE
-) -> Round:
+) -> MaskedPass:
     mask = np.zeros((size[1], size[0]), np.bool_)
     for left, top, right, bottom in boxes:
         mask[top:bottom, left:right] = True
-    return Round(mask=mask, params=params)
+    return MaskedPass(mask=mask, params=params)
 
 
 BOX, OTHER = (100, 100, 160, 150), (400, 300, 440, 340)
 
 
 def painted(
-    engine: Engine, params: Params, *rounds: Round, before: Picture | None = None
-) -> tuple[Picture, AttemptRecord]:
+    engine: Engine, params: Params, *rounds: MaskedPass, before: DecodedImage | None = None
+) -> tuple[DecodedImage, AttemptRecord]:
     record, interruption = AttemptRecord(), Interruption()
-    stage = Stages(record, interruption)
+    stage = StageTimer(record, interruption)
     brush = Brush(engine=engine, interruption=interruption, stage=stage, record=record)
     before, rounds = before or picture(BOX, OTHER), rounds or (one_round(params, BOX),)
     return paint(brush, before, rounds, params=params), record
 
 
-def grey_in(result: Picture, box: tuple[int, int, int, int]) -> int:
+def grey_in(result: DecodedImage, box: tuple[int, int, int, int]) -> int:
     left, top, right, bottom = box
     return round(float(result.pixels[top:bottom, left:right].mean()))
 
@@ -203,13 +203,13 @@ WIDE = (2600, 1300)
 HOLE, MARK_BESIDE = (100, 100, 1200, 1200), (2200, 300, 2240, 340)
 
 
-def with_a_hole(engine: Engine, **asked: Any) -> tuple[Picture, AttemptRecord]:
+def with_a_hole(engine: Engine, **asked: Any) -> tuple[DecodedImage, AttemptRecord]:
     params = Params(seed=5, gate="off", **asked)
     one = one_round(params, HOLE, MARK_BESIDE, size=WIDE)
     return painted(engine, params, one, before=picture(HOLE, MARK_BESIDE, size=WIDE))
 
 
-def detail(result: Picture, box: tuple[int, int, int, int]) -> float:
+def detail(result: DecodedImage, box: tuple[int, int, int, int]) -> float:
     """How far neighbours differ, in levels."""
     left, top, right, bottom = box
     inside = result.pixels[top:bottom, left:right].astype(np.int32)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared.errors import InputError, PostprocessError
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.params import Params
 from workers.pipeline import plugins
 
@@ -63,10 +63,10 @@ def installed_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         sys.modules.pop(module, None)
 
 
-def picture(mode: str = "RGB") -> Picture:
+def picture(mode: str = "RGB") -> DecodedImage:
     shape = {"L": (40, 60), "RGB": (40, 60, 3), "RGBA": (40, 60, 4)}[mode]
     noise = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    return Picture(pixels=noise, mode=mode, format="PNG", source=b"the source")
+    return DecodedImage(pixels=noise, mode=mode, format="PNG", source=b"the source")
 
 
 def repainted() -> np.ndarray:
@@ -75,7 +75,7 @@ def repainted() -> np.ndarray:
     return mask
 
 
-def finish(name: str, mode: str = "RGB", feather: int = 0) -> tuple[Picture, Picture]:
+def finish(name: str, mode: str = "RGB", feather: int = 0) -> tuple[DecodedImage, DecodedImage]:
     before = picture(mode)
     params = Params(postprocess=name, mask_feather=feather)
     return before, plugins.finish(before, repainted(), params)

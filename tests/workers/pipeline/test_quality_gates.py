@@ -11,7 +11,7 @@ from PIL import Image
 
 from shared.errors import GateError
 from shared.geometry import regions
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.masks import Mask, dilate
 from tests import pictures
 from workers.pipeline import quality_gates
@@ -54,7 +54,9 @@ def scores(
     after = before.copy()
     after[mask] = fill[mask]
     plan = regions.plan(mask, mode="auto", window=(512, 512), native=True)
-    one, other = (Picture(pixels=pixels, mode=mode, format="PNG") for pixels in (before, after))
+    one, other = (
+        DecodedImage(pixels=pixels, mode=mode, format="PNG") for pixels in (before, after)
+    )
     return quality_gates.examine(one, other, mask, plan, results, feather_px=feather_px)
 
 
@@ -138,7 +140,7 @@ def test_a_seam_behind_a_feather_is_still_one() -> None:
         after = before + weight[..., None] * (fill.astype(float) - before)
         plan = regions.plan(HOLE, mode="auto", window=(512, 512), native=True)
         one, other = (
-            Picture(pixels=pixels, mode="RGB", format="PNG")
+            DecodedImage(pixels=pixels, mode="RGB", format="PNG")
             for pixels in (before, after.round().astype(np.uint8))
         )
         assert code(quality_gates.examine(one, other, HOLE, plan, (), feather_px=4)) == expected

@@ -14,7 +14,7 @@ from PIL import Image
 
 from shared import images, jobs
 from shared.jobs import Selection
-from shared.params import Pass
+from shared.params import PassSpec
 from tests.workers.bench import Workbench, pixels
 
 SIZE = (700, 600)
@@ -59,7 +59,7 @@ def test_a_job_of_two_rounds_repaints_both_masks_and_records_the_second_one(
 ) -> None:
     second = bench.mask("eyes.png", SIZE, OTHER)
     values = (("num_inference_steps", 20), ("prompt", "eyes"))
-    job = ran(bench, passes=(Pass(mask=second, values=values),))
+    job = ran(bench, passes=(PassSpec(mask=second, values=values),))
     found = changed(bench)
     assert not found[~inside(BOX, OTHER)].any()
     assert found[inside(BOX)].mean() > 0.9
@@ -135,7 +135,7 @@ def test_a_lower_quality_makes_a_smaller_file(bench: Workbench) -> None:
 
 def test_a_result_says_how_it_was_made_but_not_where_files_lie(bench: Workbench) -> None:
     eyes = bench.mask("eyes.png", SIZE, OTHER)
-    job = ran(bench, prompt="a cup", passes=(Pass(mask=eyes),))
+    job = ran(bench, prompt="a cup", passes=(PassSpec(mask=eyes),))
     said = xmp(bench.path("out/r.png"))
     assert "compositeWithTrainedAlgorithmicMedia" in said
     assert f">{job}<" in said or f'"{job}"' in said

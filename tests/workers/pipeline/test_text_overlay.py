@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from shared.errors import ImageError, ParameterError
 from shared.geometry.regions import Box
-from shared.images import Picture
+from shared.images import DecodedImage
 from shared.images.image import from_rgb, full_scale, has_alpha
 from workers.pipeline.text_overlay import Lettering, built_in_font, draw, text_box
 
@@ -19,23 +19,23 @@ OUTSIDE = np.ones((80, 200), np.bool_)
 OUTSIDE[10:70, 20:180] = False
 
 
-def picture(mode: str, *, alpha: int = 255, grey: int = 255) -> Picture:
+def picture(mode: str, *, alpha: int = 255, grey: int = 255) -> DecodedImage:
     """200x80, of one grey of 0 to 255, opaque unless told otherwise."""
     layers = [from_rgb(np.full((80, 200, 3), grey, np.float32), mode)]
     if has_alpha(mode):
         layers.append(np.full((80, 200, 1), alpha / 255 * full_scale(mode), np.float32))
     depth = np.bool_ if mode == "1" else np.uint16 if mode.endswith(";16") else np.uint8
     pixels = np.rint(np.concatenate(layers, axis=-1)).astype(depth)
-    return Picture(
+    return DecodedImage(
         pixels=pixels[..., 0] if pixels.shape[-1] == 1 else pixels, mode=mode, format="PNG"
     )
 
 
-def lettered(source: Picture, text: str = "Sale", **options: Any) -> Picture:
+def lettered(source: DecodedImage, text: str = "Sale", **options: Any) -> DecodedImage:
     return draw(source, Lettering(text=text, **({"box": BOX} | options)))
 
 
-def changed(before: Picture, after: Picture) -> NDArray[np.bool_]:
+def changed(before: DecodedImage, after: DecodedImage) -> NDArray[np.bool_]:
     differs: NDArray[np.bool_] = before.pixels != after.pixels
     return differs if differs.ndim == 2 else differs.any(axis=-1)
 

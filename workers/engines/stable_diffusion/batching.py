@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby, islice, zip_longest
 
-from workers.engines.stable_diffusion.region_state import Draft, Row, Sequence
+from workers.engines.stable_diffusion.region_state import BatchRow, DenoisingRegion, PreparedRegion
 from workers.engines.stable_diffusion.schedule_table import Formula
 
 Size = tuple[int, int]  # (height, width) of a window in latents
@@ -19,15 +19,17 @@ def buckets(max_rows: int) -> tuple[int, ...]:
     return (*(n for n in sizes if n < max_rows), max_rows)
 
 
-def pad(rows: list[Row], sizes: Iterable[int]) -> list[Row]:
+def pad(rows: list[BatchRow], sizes: Iterable[int]) -> list[BatchRow]:
     """As many rows as the next larger size has; what fills it up is thrown away."""
     wanted = min((size for size in sizes if size >= len(rows)), default=len(rows))
     return rows + rows[-1:] * (wanted - len(rows))
 
 
 def choose_joining(
-    waiting: Iterable[Draft], active: Iterable[Sequence], limit: Callable[[Size], int]
-) -> list[Draft]:
+    waiting: Iterable[PreparedRegion],
+    active: Iterable[DenoisingRegion],
+    limit: Callable[[Size], int],
+) -> list[PreparedRegion]:
     """By priority, then first come, first served, while one forward has room for all of a group.
 
     Groups never share a forward: by window size, and those that reuse features by themselves.
@@ -49,11 +51,11 @@ def choose_joining(
     return joining
 
 
-def _group(draft: Draft) -> Group:
+def _group(draft: PreparedRegion) -> Group:
     return draft.window_size, draft.work.params.cache_interval > 1
 
 
-def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[Row]:
+def pick_rows(active: Iterable[DenoisingRegion], limit: Callable[[Size], int]) -> list[BatchRow]:
     """Rows for one forward: of one window size and kind, by priority, a window of each in turn.
 
     So a region of one window has its step in every forward of its size, whatever canvas is
@@ -64,14 +66,14 @@ def pick_rows(active: Iterable[Sequence], limit: Callable[[Size], int]) -> list[
         return []
     size, kind = ordered[0].draft.window_size, ordered[0].kind
     room = limit(size)
-    rows: list[Row] = []
+    rows: list[BatchRow] = []
     same = [one for one in ordered if (one.draft.window_size, one.kind) == (size, kind)]
     for _, equals in groupby(same, key=lambda one: one.draft.work.priority):
         rows += _in_turns(list(equals), room - len(rows))
     return rows
 
 
-def _in_turns(active: list[Sequence], room: int) -> list[Row]:
+def _in_turns(active: list[DenoisingRegion], room: int) -> list[BatchRow]:
     """Up to ``room`` rows; each region's first pending window, then each one's second."""
     windows = [
         [one.pending[n : n + one.rows] for n in range(0, len(one.pending), one.rows)]
@@ -81,7 +83,7 @@ def _in_turns(active: list[Sequence], room: int) -> list[Row]:
     return list(islice((row for turn in turns for window in turn for row in window), max(room, 0)))
 
 
-def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]:
+def move_back(active: Iterable[DenoisingRegion], rows: Iterable[BatchRow]) -> list[DenoisingRegion]:
     """Those that had rows in a forward go behind those that had none, else in order.
 
     Not those that begin a step of kind reusing: they stay in front until their next whole one.
@@ -92,9 +94,9 @@ def move_back(active: Iterable[Sequence], rows: Iterable[Row]) -> list[Sequence]
     return sorted(active, key=lambda one: id(one) in served and not one.goes_on)
 
 
-def group_steps(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+def group_steps(sequences: Iterable[DenoisingRegion]) -> Iterator[list[DenoisingRegion]]:
     """Those whose steps can be taken together; a scheduler without a table goes alone."""
-    groups: dict[tuple[Size, Formula], list[Sequence]] = {}
+    groups: dict[tuple[Size, Formula], list[DenoisingRegion]] = {}
     for one in sequences:
         formula = one.draft.sampler.table.formula
         if formula is None:

@@ -20,9 +20,14 @@ from workers.engines.stable_diffusion.memory_modes import MemoryModes, Stage
 from workers.engines.stable_diffusion.multidiffusion import blend, crop
 from workers.engines.stable_diffusion.oom import RowLimit, attempt, release_memory, run_in_chunks
 from workers.engines.stable_diffusion.prompts import PromptEncoder
-from workers.engines.stable_diffusion.region_state import Draft, Row, Sequence, begin
+from workers.engines.stable_diffusion.region_state import (
+    BatchRow,
+    DenoisingRegion,
+    PreparedRegion,
+    begin,
+)
 from workers.engines.stable_diffusion.schedule_table import HEAD, guide
-from workers.engines.stable_diffusion.unet_runner import Forward, Pool
+from workers.engines.stable_diffusion.unet_runner import Pool, UNetRunner
 
 LARGEST = {"cuda": 64, "cpu": 8}  # rows; more is no faster
 DETERMINISTIC_BATCH = 8
@@ -48,7 +53,7 @@ class Denoiser:
         self._prompts = PromptEncoder(components, before=lambda: self._modes.use("text_encoder"))
         pool = Pool()
         self._forwards = {
-            kind: Forward(
+            kind: UNetRunner(
                 components,
                 attention=options.attention,
                 compile=options.compile,
@@ -89,7 +94,7 @@ class Denoiser:
         lowered = [f"batch {limit.rows}"] if limit.is_lowered else []
         return ", ".join([*lowered, *self._modes.active])
 
-    def begin(self, drafts: list[Draft]) -> list[Sequence]:
+    def begin(self, drafts: list[PreparedRegion]) -> list[DenoisingRegion]:
         """The drafts' first latents. Raises OutOfMemory where one window does not fit."""
         size = drafts[0].window_size
         moments = run_in_chunks(
@@ -109,7 +114,7 @@ class Denoiser:
             for draft in drafts
         ]
 
-    def predict(self, rows: list[Row]) -> list[Tensor]:
+    def predict(self, rows: list[BatchRow]) -> list[Tensor]:
         """One UNet forward: (C, h, w) float32 for each row, or none where memory ran out.
 
         The rows are of one kind; a state that the forward keeps goes to their sequences. After
@@ -124,7 +129,7 @@ class Denoiser:
             return []
         return list(predictions.unbind())
 
-    def step(self, sequences: list[Sequence]) -> None:
+    def step(self, sequences: list[DenoisingRegion]) -> None:
         """Guidance and one scheduler step for all; they are of one group of ``group_steps``."""
         without, prediction = (
             torch.cat(each) for each in zip(*(one.predictions() for one in sequences), strict=True)
@@ -143,7 +148,7 @@ class Denoiser:
         for one, *own in zip(sequences, *found, strict=True):
             one.move_on(*own)
 
-    def decode(self, sequences: list[Sequence]) -> list[Tensor]:
+    def decode(self, sequences: list[DenoisingRegion]) -> list[Tensor]:
         """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory.
 
         Whole windows: the decoder's attention and its normalisation read every pixel, so a
@@ -274,13 +279,13 @@ class Denoiser:
         posterior = self._components.vae.encode(batch).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
-    def _predict(self, rows: list[Row]) -> Tensor:
+    def _predict(self, rows: list[BatchRow]) -> Tensor:
         """(N, C, h, w) float32 for N rows"""
         kind = rows[0].sequence.kind
         found = self._run(kind, pad(rows, self._sizes()))[: len(rows)]
         return self._keep(rows, found) if kind == "keeping" else found
 
-    def _run(self, kind: Kind, rows: list[Row]) -> Tensor:
+    def _run(self, kind: Kind, rows: list[BatchRow]) -> Tensor:
         self._modes.use("unet")
         table = torch.stack([row.sequence.coefficients[: len(HEAD)] for row in rows])
         divisor = table[:, HEAD.index("divisor"), None, None, None]
@@ -303,7 +308,7 @@ class Denoiser:
             is_sliced=self._modes.is_slicing,
         )
 
-    def _keep(self, rows: list[Row], found: Tensor) -> Tensor:
+    def _keep(self, rows: list[BatchRow], found: Tensor) -> Tensor:
         """(N, C, h, w) of (N, C + state, h, w); copies, so that nothing holds the whole batch."""
         channels = self._components.latent_channels
         for row, state in zip(rows, found[:, channels:], strict=True):

@@ -26,8 +26,8 @@ from workers.engines.stable_diffusion.batching import (
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.loading import Components, choose_kernels, one_line
 from workers.engines.stable_diffusion.oom import is_out_of_memory
-from workers.engines.stable_diffusion.region_state import Draft, Sequence, draw_up
-from workers.engines.stable_diffusion.results import Delivery, as_product_error, telling
+from workers.engines.stable_diffusion.region_state import DenoisingRegion, PreparedRegion, draw_up
+from workers.engines.stable_diffusion.results import ResultSender, as_product_error, fail_futures
 from workers.engines.stable_diffusion.utilization import Usage
 
 log = logging.getLogger(__name__)
@@ -46,13 +46,13 @@ class DiffusionEngine:
         self._name = name
         self._components = components
         self._options = options
-        self._inbox: SimpleQueue[Draft | None] = SimpleQueue()
-        self._waiting: list[Draft] = []
-        self._active: list[Sequence] = []
-        self._finished: list[Sequence] = []
+        self._inbox: SimpleQueue[PreparedRegion | None] = SimpleQueue()
+        self._waiting: list[PreparedRegion] = []
+        self._active: list[DenoisingRegion] = []
+        self._finished: list[DenoisingRegion] = []
         self._forwards_since_decoding = 0
         self._usage = Usage()
-        self._delivery = Delivery()
+        self._delivery = ResultSender()
         self._closing = threading.Event()
         self._submitting = threading.Lock()
         self._ready: Future[Denoiser] = Future()
@@ -116,7 +116,7 @@ class DiffusionEngine:
                 return
             while not self._closing.is_set():
                 self._receive()
-                with telling(self._held()):
+                with fail_futures(self._held()):
                     self._advance()
         self._delivery.close()
         log.info(
@@ -126,7 +126,7 @@ class DiffusionEngine:
             self._usage.seconds,
             100 * self._usage.idle_share,
         )
-        with telling((*self._held(), *self._drained())):
+        with fail_futures((*self._held(), *self._drained())):
             raise Released("the engine was closed before the region was done")
 
     def _prepare(self) -> bool:
@@ -144,7 +144,7 @@ class DiffusionEngine:
         self._denoiser = self._ready.result()
         return True
 
-    def _held(self) -> list[Draft]:
+    def _held(self) -> list[PreparedRegion]:
         """Every region not answered yet that the device thread knows of."""
         return [*self._waiting, *(one.draft for one in (*self._active, *self._finished))]
 
@@ -154,8 +154,8 @@ class DiffusionEngine:
             self._waiting.extend(_known(self._inbox.get()))
         self._waiting.extend(self._drained())
 
-    def _drained(self) -> list[Draft]:
-        drafts: list[Draft] = []
+    def _drained(self) -> list[PreparedRegion]:
+        drafts: list[PreparedRegion] = []
         while not self._inbox.empty():
             drafts.extend(_known(self._inbox.get()))
         return drafts
@@ -169,7 +169,7 @@ class DiffusionEngine:
 
     def _stop_interrupted(self) -> None:
         for draft in self._held():
-            with telling((draft,)):
+            with fail_futures((draft,)):
                 draft.work.interruption.check()
         self._drop_answered()
 
@@ -183,7 +183,7 @@ class DiffusionEngine:
         self._waiting = [draft for draft in self._waiting if draft not in joining]
         for size in dict.fromkeys(draft.window_size for draft in joining):
             drafts = [draft for draft in joining if draft.window_size == size]
-            with telling(drafts), self._usage.running():
+            with fail_futures(drafts), self._usage.running():
                 self._active.extend(self._denoiser.begin(drafts))
 
     def _forward(self) -> None:
@@ -192,7 +192,7 @@ class DiffusionEngine:
         if not rows:
             return
         predictions: list[Tensor] = []
-        with telling(row.sequence.draft for row in rows), self._usage.running():
+        with fail_futures(row.sequence.draft for row in rows), self._usage.running():
             predictions = self._denoiser.predict(rows)
         complete = [
             row.sequence
@@ -200,7 +200,7 @@ class DiffusionEngine:
             if row.sequence.absorb(row, prediction)
         ]
         for group in group_steps(complete):
-            with telling(one.draft for one in group), self._usage.running():
+            with fail_futures(one.draft for one in group), self._usage.running():
                 self._denoiser.step(group)
         self._active = move_back(self._active, rows)
         self._drop_answered()
@@ -216,7 +216,7 @@ class DiffusionEngine:
             if self._is_worth_decoding(group):
                 self._decode(group)
 
-    def _is_worth_decoding(self, group: list[Sequence]) -> bool:
+    def _is_worth_decoding(self, group: list[DenoisingRegion]) -> bool:
         windows = sum(len(one.draft.canvas.windows) for one in group)
         return (
             windows >= self._denoiser.vae_rows(group[0].draft.window_size)
@@ -224,13 +224,13 @@ class DiffusionEngine:
             or self._forwards_since_decoding >= LONGEST_WAIT
         )
 
-    def _decode(self, group: list[Sequence]) -> None:
+    def _decode(self, group: list[DenoisingRegion]) -> None:
         self._forwards_since_decoding = 0
-        with telling(one.draft for one in group):
+        with fail_futures(one.draft for one in group):
             with self._usage.running():
                 pictures = self._denoiser.decode(group)
             for one, picture in zip(group, pictures, strict=True):
-                with telling((one.draft,)):
+                with fail_futures((one.draft,)):
                     one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
                     self._delivery.send(one.draft, picture, self._denoiser.transfer)
         self._finished = [one for one in self._finished if one not in group]
@@ -254,6 +254,6 @@ def as_unavailable(error: Exception, components: Components) -> InpaintError:
     return found
 
 
-def _known(draft: Draft | None) -> tuple[Draft, ...]:
+def _known(draft: PreparedRegion | None) -> tuple[PreparedRegion, ...]:
     """``close`` wakes the thread with None."""
     return () if draft is None else (draft,)

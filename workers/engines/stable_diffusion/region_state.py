@@ -27,7 +27,7 @@ from workers.engines.stable_diffusion.schedulers import Sampler
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Draft:
+class PreparedRegion:
     """A region before it has touched the device; all tensors float32 on the host.
 
     pictures: what the VAE must encode, (3, h, w) in -1 to 1: each window with 0 under the
@@ -73,7 +73,7 @@ class Draft:
         return len(self.prompts)
 
 
-def draw_up(work: RegionWork, future: Future[Pixels], components: Components) -> Draft:
+def draw_up(work: RegionWork, future: Future[Pixels], components: Components) -> PreparedRegion:
     """All that needs no device: pixels to tensors, and the noise in diffusers' order of draws.
 
     Raises ParameterError, and ValueError where windows break their contract.
@@ -86,7 +86,7 @@ def draw_up(work: RegionWork, future: Future[Pixels], components: Components) ->
     wholes = [image * (mask < 0.5), *([image] if sampler.needs_image else [])]
     shape = (1, components.latent_channels, *canvas.size)
     ready = partial(stage, device=components.device)
-    return Draft(
+    return PreparedRegion(
         work=work,
         future=future,
         canvas=canvas,
@@ -122,15 +122,15 @@ def to_mask(mask: Pixels) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Row:
+class BatchRow:
     """One row of a UNet forward: a window of a sequence, under one of its prompts."""
 
-    sequence: Sequence
+    sequence: DenoisingRegion
     window: int
     branch: int
 
 
-class Sequence:
+class DenoisingRegion:
     """A region being denoised: its latents, and what its present step still lacks.
 
     latents: (1, C, h, w) float32. history: the same shape each, see ``step_table.Formula``.
@@ -141,7 +141,7 @@ class Sequence:
 
     def __init__(
         self,
-        draft: Draft,
+        draft: PreparedRegion,
         *,
         latents: Tensor,
         table: Tensor,
@@ -188,27 +188,27 @@ class Sequence:
         """(columns,) on the device: this step's row of the table."""
         return self._table[self.step]
 
-    def row_latents(self, row: Row) -> Tensor:
+    def row_latents(self, row: BatchRow) -> Tensor:
         """(C, h, w) float32"""
         return crop(self.latents[0], self.draft.canvas.windows[row.window])
 
-    def row_fixed(self, row: Row) -> Tensor:
+    def row_fixed(self, row: BatchRow) -> Tensor:
         """(1 + C, h, w) float32"""
         return self._fixed[row.window]
 
-    def row_embedding(self, row: Row) -> Tensor:
+    def row_embedding(self, row: BatchRow) -> Tensor:
         """(1, tokens, embedding)"""
         return self._embeddings[row.branch]
 
-    def row_state(self, row: Row) -> Tensor:
+    def row_state(self, row: BatchRow) -> Tensor:
         """(state, h, w) in the model's dtype, as the last step of kind keeping left it."""
         return self._kept[row.window, row.branch]
 
-    def keep(self, row: Row, state: Tensor) -> None:
+    def keep(self, row: BatchRow, state: Tensor) -> None:
         """For the steps that reuse it: (state, h, w)."""
         self._kept[row.window, row.branch] = state
 
-    def absorb(self, row: Row, prediction: Tensor) -> bool:
+    def absorb(self, row: BatchRow, prediction: Tensor) -> bool:
         """Takes one row's (C, h, w) float32; True where it was the last of its step."""
         self._parts[row.branch][row.window] = prediction
         self.pending.remove(row)
@@ -236,7 +236,7 @@ class Sequence:
         if self.is_done or self.kind == "keeping":
             self._kept.clear()
         self.pending = [
-            Row(sequence=self, window=window, branch=branch)
+            BatchRow(sequence=self, window=window, branch=branch)
             for window in range(len(self._fixed))
             for branch in branches
             if not self.is_done
@@ -250,13 +250,13 @@ class Sequence:
 
 
 def begin(
-    draft: Draft,
+    draft: PreparedRegion,
     *,
     moments: Tensor,
     embeddings: list[Tensor],
     scaling_factor: float,
     transfer: Transfer,
-) -> Sequence:
+) -> DenoisingRegion:
     """The first latents, on the device.
 
     moments: (N, 2C, h, w) float32, mean and deviation of the VAE's posterior for each of
@@ -270,7 +270,7 @@ def begin(
         parts = _sample(image, image_noise[0], canvas)
         image_latents = scaling_factor * average(parts, canvas.size, canvas.windows)
     parts = _sample(masked, masked_noise, canvas)
-    return Sequence(
+    return DenoisingRegion(
         draft,
         latents=draft.sampler.start(start_noise, image_latents),
         table=table,

@@ -17,31 +17,31 @@ from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion.host_device_copy import Download, Transfer
 from workers.engines.stable_diffusion.multidiffusion import count_windows
 from workers.engines.stable_diffusion.oom import is_out_of_memory
-from workers.engines.stable_diffusion.region_state import Draft, to_bytes
+from workers.engines.stable_diffusion.region_state import PreparedRegion, to_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parcel:
+class FinishedRegion:
     """pixels: (H, W, 3) uint8. finite: one bool, False where the model made no numbers."""
 
-    draft: Draft
+    draft: PreparedRegion
     pixels: Download
     finite: Download
 
 
-class Delivery:
+class ResultSender:
     """Takes finished regions from the device thread and answers their futures."""
 
     def __init__(self) -> None:
-        self._parcels: SimpleQueue[Parcel | None] = SimpleQueue()
+        self._parcels: SimpleQueue[FinishedRegion | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self._thread.start()
 
-    def send(self, draft: Draft, picture: Tensor, transfer: Transfer) -> None:
+    def send(self, draft: PreparedRegion, picture: Tensor, transfer: Transfer) -> None:
         """picture: (3, H, W) float32 in about -1 to 1, on the device."""
         finite = torch.isfinite(picture).all()  # latents that are no numbers end here, too
         self._parcels.put(
-            Parcel(
+            FinishedRegion(
                 draft=draft,
                 pixels=transfer.download(to_bytes(picture)),
                 finite=transfer.download(finite),
@@ -55,13 +55,13 @@ class Delivery:
 
     def _run(self) -> None:
         while (parcel := self._parcels.get()) is not None:
-            with telling((parcel.draft,)):
+            with fail_futures((parcel.draft,)):
                 pixels, finite = parcel.pixels.wait(), parcel.finite.wait()
                 picture = unpack(parcel.draft, pixels.numpy(), is_finite=bool(finite))
                 parcel.draft.future.set_result(picture)
 
 
-def unpack(draft: Draft, pixels: Pixels, *, is_finite: bool) -> Pixels:
+def unpack(draft: PreparedRegion, pixels: Pixels, *, is_finite: bool) -> Pixels:
     """The pixels where windows lie, the region's own elsewhere; both (H, W, 3).
 
     Raises GateError for a picture of no numbers, as half precision that overflows leaves it.
@@ -77,7 +77,7 @@ def unpack(draft: Draft, pixels: Pixels, *, is_finite: bool) -> Pixels:
 
 
 @contextmanager
-def telling(drafts: Iterable[Draft]) -> Iterator[None]:
+def fail_futures(drafts: Iterable[PreparedRegion]) -> Iterator[None]:
     """Whatever is raised inside goes to these regions' futures, and no further.
 
     An exception that left its thread would leave every future waiting for ever.

@@ -30,7 +30,7 @@ Run = Callable[..., Any]
 Given = tuple[Tensor, Tensor, Tensor]  # inputs, timesteps, embeddings
 
 
-class Way(NamedTuple):
+class KernelChoice(NamedTuple):
     """How a forward may be computed."""
 
     attention: Attention
@@ -41,7 +41,7 @@ class Way(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captured:
+class CapturedGraph:
     """A graph, the tensors it reads and the one it writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -60,7 +60,7 @@ class Pool:
     handle: Any = None
 
 
-class Forward:
+class UNetRunner:
     """Predicts noise for a batch. For one thread, the one that made the first call."""
 
     def __init__(
@@ -89,8 +89,8 @@ class Forward:
             self._attentions = TRIED.get(device, self._attentions)
         self._stopwatch = stopwatch or stopwatch_for(components.device)
         self._has_graphs = graphs and device == "cuda"
-        self._ways: dict[torch.Size, Way] = {}
-        self._captured: dict[torch.Size, Captured] = {}
+        self._ways: dict[torch.Size, KernelChoice] = {}
+        self._captured: dict[torch.Size, CapturedGraph] = {}
         self._pool = pool or Pool()
 
     @property
@@ -115,7 +115,7 @@ class Forward:
         """
         embeddings = embeddings.to(self._components.unet_dtype)
         given = (self._laid_out(inputs), timesteps, embeddings)
-        way = Way(self._attentions[0]) if is_moving or is_sliced else self._way(given)
+        way = KernelChoice(self._attentions[0]) if is_moving or is_sliced else self._way(given)
         if self._has_graphs and not is_moving:
             found = self._replay(way, given)
         else:
@@ -133,23 +133,23 @@ class Forward:
             return inputs.to(self._components.unet_dtype, memory_format=torch.channels_last)
         return inputs.to(self._components.unet_dtype)
 
-    def _way(self, given: Given) -> Way:
+    def _way(self, given: Given) -> KernelChoice:
         """How forwards of this window size run: found at the first of them, then kept."""
         size = given[0].shape[2:]
         if size not in self._ways:
             self._ways[size] = self._find_way(given)
         return self._ways[size]
 
-    def _find_way(self, given: Given) -> Way:
+    def _find_way(self, given: Given) -> KernelChoice:
         """Attention first, on the plain model: compiled code keeps the kernel it was made with."""
-        way = self._fastest([Way(name) for name in self._attentions], given)
+        way = self._fastest([KernelChoice(name) for name in self._attentions], given)
         if self._compile == "off":
             return way
         log.info("compiling for windows of %s latents: minutes, the first time", _size(given))
-        compiled = Way(way.attention, is_compiled=True)
+        compiled = KernelChoice(way.attention, is_compiled=True)
         return self._fastest([way, compiled], given) if self._compile == "auto" else compiled
 
-    def _fastest(self, ways: Sequence[Way], given: Given) -> Way:
+    def _fastest(self, ways: Sequence[KernelChoice], given: Given) -> KernelChoice:
         if len(ways) == 1:
             return ways[0]
         found = fastest(ways, partial(self._ready, given), self._stopwatch)
@@ -157,12 +157,12 @@ class Forward:
         log.info("windows of %s latents: %s", _size(given), found)
         return found
 
-    def _ready(self, given: Given, way: Way) -> Callable[[], Tensor]:
+    def _ready(self, given: Given, way: KernelChoice) -> Callable[[], Tensor]:
         if self._has_graphs:
             return self._capture(way, given).replay
         return partial(self._call, way, given)
 
-    def _call(self, way: Way, given: Given) -> Tensor:
+    def _call(self, way: KernelChoice, given: Given) -> Tensor:
         inputs, timesteps, embeddings = given
         run = self._model
         if way.is_compiled:
@@ -179,7 +179,7 @@ class Forward:
         mode = COMPILE_MODES.get(self._compile)
         return torch.compile(self._model, mode=mode)
 
-    def _replay(self, way: Way, given: Given) -> Tensor:
+    def _replay(self, way: KernelChoice, given: Given) -> Tensor:
         shape = given[0].shape
         if shape not in self._captured:
             captured = self._capture(way, given)
@@ -190,7 +190,7 @@ class Forward:
             place.copy_(tensor)
         return captured.replay()
 
-    def _capture(self, way: Way, given: Given) -> Captured:
+    def _capture(self, way: KernelChoice, given: Given) -> CapturedGraph:
         """Warm-up runs on another stream first: they compile, and choose cuDNN's algorithms.
 
         All graphs of every kind share one pool of memory: never two of them are under way, and
@@ -210,7 +210,7 @@ class Forward:
             mode = "thread_local"  # other threads may allocate meanwhile, which no other allows
             with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode=mode):
                 output = self._call(way, own)
-        return Captured(graph=graph, inputs=own, output=output)
+        return CapturedGraph(graph=graph, inputs=own, output=output)
 
 
 def _size(given: Given) -> str:

@@ -26,7 +26,7 @@ from tests.workers.engines.stable_diffusion.test_parity import Pair
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.deepcache import Keeping, Reusing
 from workers.engines.stable_diffusion.loading import Components
-from workers.engines.stable_diffusion.unet_runner import Forward
+from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 pytestmark = DIFFUSERS_WARNS
 
@@ -233,8 +233,8 @@ def test_compiled_forwards_agree_with_plain_ones(
     monkeypatch.setattr(torch, "compile", lambda model, mode: compile(model, backend="eager"))
     for kind, channels in (("keeping", 9), ("reusing", 9 + 16)):
         chosen: Any = {"attention": "auto", "graphs": False, "kind": kind}
-        compiled = Forward(parts, compile="default", **chosen)
-        plain = Forward(parts, compile="off", **chosen)
+        compiled = UNetRunner(parts, compile="default", **chosen)
+        plain = UNetRunner(parts, compile="off", **chosen)
         with torch.inference_mode():
             for rows in (2, 4):
                 given = batch(rows, channels)

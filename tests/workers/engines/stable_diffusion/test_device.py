@@ -29,7 +29,12 @@ from workers.engines.stable_diffusion.batching import group_steps, pick_rows
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.host_device_copy import Transfer
 from workers.engines.stable_diffusion.loading import Components
-from workers.engines.stable_diffusion.region_state import Draft, Sequence, draw_up, to_bytes
+from workers.engines.stable_diffusion.region_state import (
+    DenoisingRegion,
+    PreparedRegion,
+    draw_up,
+    to_bytes,
+)
 
 pytestmark = DIFFUSERS_WARNS
 
@@ -86,7 +91,7 @@ def paint(parts: Components, *works: RegionWork) -> Counter[str]:
     return watched.copies
 
 
-def _advance(denoiser: Denoiser, drafts: list[Draft], watched: Watched) -> None:
+def _advance(denoiser: Denoiser, drafts: list[PreparedRegion], watched: Watched) -> None:
     watched.phase = "begin"
     active = sequences = denoiser.begin(drafts)
     watched.phase = "steps"
@@ -108,7 +113,7 @@ def _advance(denoiser: Denoiser, drafts: list[Draft], watched: Watched) -> None:
     _check_pictures(denoiser, sequences)
 
 
-def _check_pictures(denoiser: Denoiser, sequences: list[Sequence]) -> None:
+def _check_pictures(denoiser: Denoiser, sequences: list[DenoisingRegion]) -> None:
     for picture in denoiser.decode(sequences):
         pixels, finite = to_bytes(picture), torch.isfinite(picture).all()
         assert (pixels.device, pixels.dtype, finite.device) == (DEVICE, torch.uint8, DEVICE)

@@ -33,7 +33,7 @@ from workers.engines.stable_diffusion.quantization import (
     is_quantizable,
     quantize,
 )
-from workers.engines.stable_diffusion.unet_runner import Forward
+from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 KINDS: tuple[Quantization, ...] = ("int8_weights", "int8", "fp8")
 CUDA = torch.device("cuda", 0)
@@ -189,7 +189,7 @@ def test_half_precision_becomes_bfloat16_in_the_unet_alone(tiny_model: Path) -> 
     assert half.unet_dtype == torch.bfloat16
     assert Components(**{**vars(half), "quantization": "off"}).unet_dtype == torch.float16
     own.unet.to(torch.bfloat16)
-    run = Forward(half, attention="auto", compile="off", graphs=False)
+    run = UNetRunner(half, attention="auto", compile="off", graphs=False)
     words = torch.zeros(1, 77, 32, dtype=torch.float16)
     with torch.inference_mode():
         found = run(torch.zeros(1, 9, 8, 8), torch.ones(1), words)

@@ -16,7 +16,7 @@ from shared.errors import EngineError
 from tests.workers.engines.stable_diffusion.samples import components, engine, region
 from workers.engines.stable_diffusion import unet_runner as module
 from workers.engines.stable_diffusion.loading import Components
-from workers.engines.stable_diffusion.unet_runner import Captured, Forward, Way
+from workers.engines.stable_diffusion.unet_runner import CapturedGraph, KernelChoice, UNetRunner
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def plain(parts: Components, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 def test_a_plain_forward_is_the_model(parts: Components) -> None:
-    run = Forward(parts, attention="auto", compile="off", graphs=True)
+    run = UNetRunner(parts, attention="auto", compile="off", graphs=True)
     with torch.inference_mode():
         assert torch.equal(run(*batch(3)), plain(parts, batch(3)))
     assert not run.wants_buckets
@@ -52,7 +52,7 @@ FLASH, MATH = "_scaled_dot_product_flash_attention", "_scaled_dot_product_attent
 def test_only_the_kernel_that_was_chosen_is_used(
     parts: Components, attention: Any, used: str, unused: str
 ) -> None:
-    run = Forward(parts, attention=attention, compile="off", graphs=False)
+    run = UNetRunner(parts, attention=attention, compile="off", graphs=False)
     with torch.inference_mode():
         with torch.profiler.profile() as profile:
             found = run(*batch(2))
@@ -75,7 +75,7 @@ def test_compiled_code_is_made_once_for_all_batch_sizes(
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda unet, mode: compile(unet, backend=backend))
-    run = Forward(parts, attention="auto", compile="default", graphs=True)
+    run = UNetRunner(parts, attention="auto", compile="default", graphs=True)
     assert run.wants_buckets
     with torch.inference_mode():
         for rows in (2, 4, 8):
@@ -106,15 +106,17 @@ def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
 ) -> None:
     captured: list[int] = []
 
-    def capture(self: Forward, way: Way, given: tuple[Tensor, Tensor, Tensor]) -> Captured:
+    def capture(
+        self: UNetRunner, way: KernelChoice, given: tuple[Tensor, Tensor, Tensor]
+    ) -> CapturedGraph:
         captured.append(len(given[0]))
         inputs = (given[0].clone(), given[1].clone(), given[2].clone())
         output = torch.zeros(len(given[0]), 4, 8, 8)
         graph: Any = Recording(parts.unet, inputs, output)
-        return Captured(graph=graph, inputs=inputs, output=output)
+        return CapturedGraph(graph=graph, inputs=inputs, output=output)
 
-    monkeypatch.setattr(Forward, "_capture", capture)
-    run = Forward(parts, attention="auto", compile="off", graphs=True)
+    monkeypatch.setattr(UNetRunner, "_capture", capture)
+    run = UNetRunner(parts, attention="auto", compile="off", graphs=True)
     monkeypatch.setattr(run, "_has_graphs", True)
     with torch.inference_mode():
         first, second = run(*batch(2, seed=1)), run(*batch(2, seed=2))
@@ -139,7 +141,7 @@ class Trials:
         return self.left.pop(0)
 
 
-def kernels(run: Forward, rows: int, side: int = 8) -> str:
+def kernels(run: UNetRunner, rows: int, side: int = 8) -> str:
     inputs, timesteps, words = batch(rows)
     with torch.inference_mode(), torch.profiler.profile() as profile:
         run(inputs[..., :side, :side], timesteps, words)
@@ -151,7 +153,7 @@ def test_the_faster_kernel_is_used_and_measured_once_for_a_window_size(
 ) -> None:
     monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "cudnn", "math")})  # no cudnn here
     trials = Trials(2.0, 1.0)
-    run = Forward(parts, attention="auto", compile="off", graphs=False, stopwatch=trials)
+    run = UNetRunner(parts, attention="auto", compile="off", graphs=False, stopwatch=trials)
     kernels(run, 4)
     assert not trials.left
     found = kernels(run, 2)
@@ -167,10 +169,10 @@ def test_nothing_is_measured_where_a_kernel_is_named_or_the_engine_is_determinis
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "math")})
-    named = Forward(parts, attention="math", compile="off", graphs=False, stopwatch=Trials())
+    named = UNetRunner(parts, attention="math", compile="off", graphs=False, stopwatch=Trials())
     assert MATH in kernels(named, 2)
     fixed: dict[str, Any] = {"attention": "auto", "compile": "auto", "graphs": False}
-    run = Forward(parts, **fixed, deterministic=True, stopwatch=Trials())
+    run = UNetRunner(parts, **fixed, deterministic=True, stopwatch=Trials())
     assert FLASH in kernels(run, 2)
     assert not run.wants_buckets
 
@@ -197,7 +199,7 @@ def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
 
     monkeypatch.setattr(torch, "compile", compile)
     trials = Trials(2.0, seconds)
-    run = Forward(parts, attention="auto", compile="auto", graphs=False, stopwatch=trials)
+    run = UNetRunner(parts, attention="auto", compile="auto", graphs=False, stopwatch=trials)
     assert run.wants_buckets
     with torch.inference_mode():
         run(*batch(4))
