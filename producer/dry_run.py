@@ -11,10 +11,11 @@ from itertools import islice
 from producer.manifest import Problem
 from producer.validate import CheckedManifest
 from shared import images, masks
+from shared.engines import engine_spec
 from shared.errors import ImageError, InpaintError, ObjectMissing
 from shared.geometry import coarse_to_fine, regions
 from shared.jobs.submissions import NewJob
-from shared.params import Params, is_file, is_native
+from shared.params import Params, is_file
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -114,7 +115,7 @@ class _Stage:
             invert=params.mask_invert,
             fit=params.mask_fit,
         )
-        plan = regions.plan_for(repainted, params, native=is_native(job.engine))
+        plan = regions.plan_for(repainted, params, any_size=engine_spec(job.engine).any_size)
         finer = coarse_to_fine.steps(repainted, plan, params)
         return plan + tuple(region for step in finer for region in step.regions)
 

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shared import embedded_redis, processes
+from shared.engines import engine_spec
 from shared.errors import EngineUnavailable
-from shared.params import is_native
 from shared.settings import Settings
 
 GRACE_SECONDS = 12.0
@@ -25,11 +25,11 @@ def require_engines(engines: Iterable[str]) -> None:
     recorded.
     """
     for engine in sorted(engines):
-        library, extra = ("cv2", "opencv") if is_native(engine) else ("torch", "worker")
-        if find_spec(library) is None:
+        spec = engine_spec(engine)
+        if find_spec(spec.library) is None:
             raise EngineUnavailable(
-                f"{engine} cannot run here: {library} is not installed; pip install "
-                f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere"
+                f"{engine} cannot run here: {spec.library} is not installed; pip install "
+                f"'inpaint-batch[{spec.extra}]', or submit without --local for workers elsewhere"
             )
 
 

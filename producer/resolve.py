@@ -9,11 +9,12 @@ from typing import Any
 
 from producer.manifest import COLUMNS, LOCATION_COLUMNS, PASS_COLUMNS, ManifestRow, Problem
 from shared import masks
+from shared.engines import engine_name
 from shared.errors import InputError, ParameterError
 from shared.images import format_of
 from shared.jobs import content_key, derived_seed
 from shared.jobs.submissions import NewJob
-from shared.params import PARAMETERS, PRIORITY, Params, engine_name, is_file
+from shared.params import PARAMETERS, PRIORITY, Params, is_file
 from shared.presets import RowPasses, placeholders, presets, resolve
 from shared.storage import Storage
 from shared.storage.locations import absolute, name, parent

@@ -5,11 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from shared.errors import ParameterError
@@ -36,7 +34,6 @@ TextAlign = Literal["left", "center", "right"]
 Format = Literal["jpeg", "png", "webp", "tiff", "bmp"]
 
 MAX_SEED = 2**63 - 1
-NATIVE_ENGINE = "opencv"
 PROMPT_LIMIT = 4000
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -382,23 +379,3 @@ def further_inputs(params: str) -> tuple[str, ...]:
 def is_file(mask: str) -> bool:
     """Whether a manifest's mask names a file, and not ``alpha`` or ``box:...``."""
     return mask != "alpha" and not mask.startswith("box:")
-
-
-def engine_name(text: str) -> str:
-    """One name per engine and queue: a model's folder becomes absolute. Raises ParameterError."""
-    kind, _, model = text.partition(":")
-    if text in ("sd2", "opencv"):
-        return text
-    if kind != "diffusers" or not model:
-        raise ParameterError(
-            f"engine: {text!r} is not known; use sd2, opencv or "
-            "diffusers:FOLDER_OR_HUB_ID[@REVISION]"
-        )
-    if Path(model).is_dir():
-        return f"diffusers:{os.path.realpath(model)}"
-    return text
-
-
-def is_native(engine: str) -> bool:
-    """Whether the engine takes regions of any size as they are, without a model's window."""
-    return engine == NATIVE_ENGINE

@@ -10,6 +10,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from shared.engines import engine_spec
 from shared.errors import ParameterError
 from shared.params import (
     PARAMETERS,
@@ -19,11 +20,7 @@ from shared.params import (
     changed,
     did_you_mean,
     find_parameter,
-    is_native,
 )
-
-# Measured: docs/benchmarks.md. An engine without a model leaves the rest as it is and needs none.
-MODEL_MASK: Mapping[str, int] = {"mask_dilation": 1, "mask_feather": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +132,7 @@ def resolve(
     """
     passes = passes or RowPasses()
     chosen = find_presets(preset) if preset else ()
-    merged: dict[str, Any] = {} if is_native(engine) else dict(MODEL_MASK)
+    merged: dict[str, Any] = dict(engine_spec(engine).mask_defaults)
     defaults: dict[str, str] = {}
     template = prompt or ""
     for one in chosen:

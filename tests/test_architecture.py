@@ -142,8 +142,9 @@ def test_a_submission_of_local_files_loads_neither_boto3_nor_celery(
     code = (
         "import sys\n"
         "from click.testing import CliRunner\n"
-        "from producer.cli import submit\n"
-        "from shared import schema, settings\n"
+        "from producer.cli.submit import submit\n"
+        "from shared import settings\n"
+        "from shared.db import schema\n"
         "from shared.db import Database\n"
         "schema.ensure(db := Database(settings.load().database))\n"  # alembic, once
         "db.close()\n"

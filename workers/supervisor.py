@@ -19,8 +19,8 @@ import click
 
 from shared import embedded_redis, jobs, processes, settings
 from shared.db import Database, schema
+from shared.engines import engine_name, engine_spec
 from shared.errors import EngineUnavailable, InpaintError, UnavailableError
-from shared.params import engine_name, is_native
 from shared.processes import (
     EX_DEVICE_LOST,
     EX_DEVICE_LOST_LATER,
@@ -113,9 +113,9 @@ def find_places(devices: str, *, engine: str) -> list[Place]:
     """One place per device. Raises EngineUnavailable where a device is not there."""
     host = socket.gethostname()
     cpu = [Place(name=f"{host}-cpu", cuda=None)]
-    if is_native(engine) and devices not in ("all", "cpu"):
+    if engine_spec(engine).device == "cpu" and devices not in ("all", "cpu"):
         raise EngineUnavailable(f"--devices: {engine} runs on the CPU, not on {devices!r}; use cpu")
-    if devices == "cpu" or is_native(engine):
+    if devices == "cpu" or engine_spec(engine).device == "cpu":
         return cpu
     found = _cuda_indexes()
     if devices == "all":

@@ -24,6 +24,7 @@ from celery.worker.state import maybe_shutdown
 
 from shared import embedded_redis, settings
 from shared.db import Database, schema
+from shared.engines import engine_spec
 from shared.errors import (
     EngineError,
     EngineUnavailable,
@@ -33,7 +34,6 @@ from shared.errors import (
 from shared.jobs import Holder
 from shared.jobs.queue import TASK, Queue, celery_app, queue_name
 from shared.jobs.retry import RetryPolicy
-from shared.params import is_native
 from shared.processes import (
     EX_DEVICE_LOST,
     EX_DEVICE_LOST_LATER,
@@ -54,7 +54,6 @@ from workers.pixel_budget import PixelBudget
 log = logging.getLogger(__name__)
 
 EX_OK = 0
-JOB_THREADS_PER_BATCH = 2
 GRACE_SECONDS = 2.0
 FAILURES_OF_A_DEVICE = 5
 SWITCH_SECONDS = 0.0005
@@ -102,9 +101,8 @@ def main(
 
 def _default_concurrency(engine: Engine) -> int:
     """Enough jobs in hand that fetching, decoding and encoding never keep the device waiting."""
-    if is_native(engine.name):
-        return os.cpu_count() or 1
-    return JOB_THREADS_PER_BATCH * engine.max_batch
+    jobs = engine_spec(engine.name).jobs_per_batch_row * engine.max_batch
+    return jobs or os.cpu_count() or 1
 
 
 def _bench(configured: Settings, engine: Any, worker: str) -> Bench:

@@ -23,8 +23,9 @@ from producer.submit import submit as submit_rows
 from producer.validate import MANY_FOLDERS, CheckedManifest, check, check_owners
 from shared import embedded_redis, masks, settings
 from shared.db import Database, schema
+from shared.engines import engine_name
 from shared.jobs.queue import Queue
-from shared.params import PRIORITY, engine_name, find_parameter, is_file
+from shared.params import PRIORITY, find_parameter, is_file
 from shared.presets import find_presets, placeholders
 from shared.settings import Settings
 from shared.storage import Storage

@@ -46,7 +46,7 @@ def steps(mask: Mask, plan: Sequence[Region], params: Params) -> Iterator[Refine
         kept = tuple(n for n, one in enumerate(plan) if one.scale <= STRIDE * next_scale)
         soft = _within(mask, [one for n, one in enumerate(plan) if n not in kept])
         finer = replace(params, mode="auto", scale=scale)
-        yield RefinementPass(mask=soft, regions=plan_for(soft, finer, native=False), kept=kept)
+        yield RefinementPass(mask=soft, regions=plan_for(soft, finer, any_size=False), kept=kept)
 
 
 def _scales(coarsest: float) -> list[float]:

@@ -1,7 +1,7 @@
 """Where to inpaint: boxes and windows from a mask; integers only, no images, no I/O.
 
 Two kinds of engine ask for two kinds of plan. One with a window (a diffusion model) gets
-regions whose windows all have its size; one without (``native``) gets the box it needs.
+regions whose windows all have its size; one without (``any_size``) gets the box it needs.
 
 How many picture pixels go to an engine pixel (the scale) depends on how thick the marks are:
 strokes, however long, are painted 1:1; a solid area that no window holds with its context is
@@ -87,13 +87,13 @@ def plan(
     *,
     mode: Mode,
     window: tuple[int, int],
-    native: bool = False,
+    any_size: bool = False,
     scale: float | None = None,
 ) -> tuple[Region, ...]:
     """The regions that together hold every nonzero pixel of the mask, top to bottom.
 
     mask: (H, W), nonzero = repaint. window: the engine's (width, height), multiples of 64.
-    native: the engine takes any size, so a region is one window at 1:1; ``window`` then only
+    any_size: the engine takes any size, so a region is one window at 1:1; ``window`` then only
     sets the tiles of mode ``tile``. scale: picture pixels to an engine pixel for mode ``auto``,
     in steps of 1/64, from 1/4 to what lets a window span the picture; None chooses by the
     thickness of the marks. An empty mask gives no region.
@@ -102,31 +102,31 @@ def plan(
     if not marked.any():
         return ()
     if mode == "full":
-        regions = [_whole(marked, window, native=native)]
+        regions = [_whole(marked, window, any_size=any_size)]
     elif mode == "tile":
-        regions = _tiles(marked, window, native=native)
-    elif native:
+        regions = _tiles(marked, window, any_size=any_size)
+    elif any_size:
         regions = _contexts(marked)
     else:
         regions = _placed(marked, _frame((mask.shape[1], mask.shape[0]), window, scale))
     return tuple(sorted(regions, key=lambda region: (region.box.top, region.box.left)))
 
 
-def plan_for(mask: Mask, params: Params, *, native: bool) -> tuple[Region, ...]:
+def plan_for(mask: Mask, params: Params, *, any_size: bool) -> tuple[Region, ...]:
     """The plan that a job's parameters ask for."""
     return plan(
         mask,
         mode=params.mode,
         window=(params.width, params.height),
-        native=native,
+        any_size=any_size,
         scale=params.scale or None,
     )
 
 
-def _whole(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) -> Region:
+def _whole(mask: NDArray[np.bool_], window: tuple[int, int], *, any_size: bool) -> Region:
     """The image fitted into the window; the box grows to the size's exact aspect."""
     size = (mask.shape[1], mask.shape[0])
-    if native:
+    if any_size:
         return _one_window(Box(0, 0, *size))
     longest = max(size[0] * window[1], size[1] * window[0])
     fitted = tuple(
@@ -140,7 +140,7 @@ def _whole(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) ->
     return Region(box=box, size=engine.size, windows=(engine,))
 
 
-def _tiles(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) -> list[Region]:
+def _tiles(mask: NDArray[np.bool_], window: tuple[int, int], *, any_size: bool) -> list[Region]:
     """Dirty tiles of a regular grid; tiles that overlap form one region."""
     height, width = mask.shape
     grid = [
@@ -150,7 +150,7 @@ def _tiles(mask: NDArray[np.bool_], window: tuple[int, int], *, native: bool) ->
     ]
     dirty = [tile for tile in grid if _is_dirty(mask, tile)]
     joined = components.merged(np.array(dirty, np.int64), reach=lambda boxes: boxes)
-    if native:
+    if any_size:
         return [_one_window(_box(group).clipped((width, height))) for group in joined]
     return [_canvas(_box(group), dirty) for group in joined]
 

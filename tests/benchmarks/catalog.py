@@ -29,15 +29,15 @@ import torch
 from PIL import Image
 
 from shared import jobs
+from shared.engines import engine_spec
 from shared.jobs.queue import Queue
-from shared.params import is_native
 from tests import servers
 from tests.benchmarks.side_by_side import row
 from tests.benchmarks.simulated_device import Clock, simulate
 from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
 from tests.tiny_pipeline import build
 from tests.workers.bench import Workbench
-from workers.engines.registry import LOADERS
+from workers.engines.stable_diffusion import load as sd_loaders
 
 Size = tuple[int, int]
 
@@ -57,7 +57,7 @@ def main() -> None:
         shop = stack.enter_context(_open_shop(folder))
         engine = asked.engine or f"diffusers:{model}"
         _compare_loop(shop, engine, model, asked)
-        if not is_native(engine):
+        if engine_spec(engine).is_trained:
             _watch_device(shop, engine, asked)
 
 
@@ -118,7 +118,7 @@ def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
     ours = 60 * asked.photographs / seconds
     row(f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each")
     row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
-    if is_native(engine):
+    if not engine_spec(engine).is_trained:
         return
     boxes = tile_boxes(LARGE)
     theirs = 60 / _loop_seconds(image, mask, model, tiles=asked.tiles)
@@ -234,7 +234,7 @@ def _work() -> None:
     from workers.worker_process import main as worker
 
     name, tflops = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_TFLOPS"])
-    load, clocks = LOADERS["diffusers"], []
+    load, clocks = sd_loaders.load_diffusers, []
 
     def load_simulated(name: str, options: Any) -> Any:
         engine = load(name, options)
@@ -243,7 +243,7 @@ def _work() -> None:
 
     torch.set_num_threads(1 if tflops else os.cpu_count() or 1)
     if tflops:
-        LOADERS["diffusers"] = load_simulated  # type: ignore[index]
+        sd_loaders.load_diffusers = load_simulated
     atexit.register(_say, clocks)
     worker(
         [

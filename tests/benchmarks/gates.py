@@ -80,9 +80,9 @@ def _code(case: Case, after: Rgb) -> str:
         DecodedImage(pixels=pixels, mode="RGB", format="PNG") for pixels in (case.marked, after)
     )
     size = (WINDOW_PX, WINDOW_PX)
-    plan = regions.plan(case.mask, mode="auto", window=size, native=True)
+    plan = regions.plan(case.mask, mode="auto", window=size, any_size=True)
     scores = quality_gates.examine(before, result, case.mask, plan, (), feather_px=case.feather_px)
-    error = quality_gates.verdict(scores)
+    error = quality_gates.verdict(scores, remedy="try another seed")
     return error.code if error else ""
 
 

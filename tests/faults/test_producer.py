@@ -26,7 +26,12 @@ def write_manifest(path: Path, rows: range) -> Path:
 
 
 def start(site: Site, manifest: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "from producer.cli import submit; submit()", str(manifest)]
+    command = [
+        sys.executable,
+        "-c",
+        "from producer.cli.submit import submit; submit()",
+        str(manifest),
+    ]
     command += ["--engine", "opencv", "--output", site.outputs, "--json", *options]
     return subprocess.Popen(
         command,

@@ -11,9 +11,10 @@ import pytest
 
 from producer.manifest import ManifestRow, Problem
 from producer.resolve import Options, Resolver
+from shared.engines import engine_name
 from shared.errors import ParameterError
 from shared.jobs.submissions import NewJob
-from shared.params import Params, engine_name
+from shared.params import Params
 from shared.storage import Storage
 
 OPTIONS = Options(manifest="/data/m.csv", output="/data/m-out", engine="sd2")

@@ -121,7 +121,7 @@ def test_it_dies_with_an_owner_that_was_killed(configured: Settings) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from shared.embedded import EmbeddedRedis\n"
+        "from shared.embedded_redis import EmbeddedRedis\n"
         "from shared.settings import Settings\n"
         "EmbeddedRedis(Settings(_env_file=None, home=Path(sys.argv[1]))).ensure()\n"
         "print('up', flush=True)\n"

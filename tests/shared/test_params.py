@@ -377,7 +377,7 @@ def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ([{"seed": 1}], "passes: 'seed' cannot differ between rounds"),
+        ([{"seed": 1}], "passes: 'seed' cannot differ between passes"),
         ([{}, {"promt": "x"}], "did you mean 'prompt'?"),
         ([{}, {"strength": 2}], "strength: '2' is not allowed"),
         ([{}, {"eta": 0.5, "scheduler": "euler"}], "eta: 0.5 has no meaning"),

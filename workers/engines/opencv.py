@@ -10,6 +10,7 @@ import numpy as np
 
 from shared.errors import EngineError, InpaintError, MaskError, OutOfMemory, Released
 from shared.params import OpenCVMethod
+from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
 
 METHODS: Mapping[OpenCVMethod, int] = {
@@ -17,6 +18,10 @@ METHODS: Mapping[OpenCVMethod, int] = {
     "navier-stokes": cv2.INPAINT_NS,
 }
 NO_MEMORY = -4  # cv::Error::StsNoMem, which the Python bindings do not name
+
+
+def load(name: str, options: EngineOptions) -> OpenCVEngine:  # noqa: ARG001 - has no choices
+    return OpenCVEngine()
 
 
 class OpenCVEngine:

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shared.engines import engine_spec
 from shared.errors import GateError
 from shared.geometry import coarse_to_fine
 from shared.geometry.regions import Region, plan_for
 from shared.images import DecodedImage
 from shared.jobs import AttemptRecord
 from shared.masks import Mask
-from shared.params import MAX_SEED, Params, is_native
+from shared.params import MAX_SEED, Params
 from workers.active_jobs import StageTimer
 from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
 from workers.pipeline import compositing, quality_gates
@@ -56,7 +57,7 @@ def paint(
     what is to be reviewed.
     """
     seeds = [params.seed]
-    if not is_native(brush.engine.name):
+    if engine_spec(brush.engine.name).has_seeds:
         seeds.append((params.seed + RESEED) % (MAX_SEED + 1))
     best: _Painted | None = None
     error: GateError | None = None
@@ -115,9 +116,9 @@ def _all_rounds(
 
 def _round(brush: Brush, so_far: _Painted, one: MaskedPass) -> _Painted:
     """Adds a round; the scores become the worse ones, the finding the first."""
-    picture, stage, native = so_far.picture, brush.stage, is_native(brush.engine.name)
+    picture, stage, spec = so_far.picture, brush.stage, engine_spec(brush.engine.name)
     with stage("plan"):
-        plan = plan_for(one.mask, one.params, native=native)
+        plan = plan_for(one.mask, one.params, any_size=spec.any_size)
         steps = list(coarse_to_fine.steps(one.mask, plan, one.params))
     if not plan:
         return so_far
@@ -140,7 +141,7 @@ def _round(brush: Brush, so_far: _Painted, one: MaskedPass) -> _Painted:
         so_far,
         picture=result,
         scores=scores if worse else so_far.scores,
-        finding=so_far.finding or quality_gates.verdict(scores, native=native),
+        finding=so_far.finding or quality_gates.verdict(scores, remedy=spec.gate_remedy),
     )
 
 

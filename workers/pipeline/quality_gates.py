@@ -43,8 +43,6 @@ SEAM_ERRORS, COLOUR_ERRORS = 1.25, 2.0
 OPAQUE = 128
 HOPELESS = 100.0
 
-_NATIVE_REMEDY = "try another opencv_method or opencv_radius, a mask that covers all of the mark"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
@@ -97,9 +95,8 @@ def examine(
     )
 
 
-def verdict(scores: Scores, *, native: bool = False) -> GateError | None:
-    """The first gate that fails, with its figures; None: publish. native: by OpenCV, unseeded."""
-    remedy = _NATIVE_REMEDY if native else "try another seed"
+def verdict(scores: Scores, *, remedy: str) -> GateError | None:
+    """The first gate that fails, with its figures; None: publish. remedy: said with the error."""
     for gate in _GATES:
         if gate.excess(scores) >= 1:
             message = f"{gate.message(scores)}; {remedy}, or gate=review to look at it"

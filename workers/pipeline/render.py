@@ -9,12 +9,13 @@ from hashlib import sha256
 import numpy as np
 
 from shared import images, masks
+from shared.engines import engine_spec
 from shared.images import DecodedImage
 from shared.images.provenance import Provenance, mark
 from shared.jobs import AttemptRecord, LeasedJob
 from shared.jobs.submissions import joined_versions
 from shared.masks import Grey, Mask
-from shared.params import Params, further_inputs, is_file, is_native
+from shared.params import Params, further_inputs, is_file
 from shared.settings import Settings
 from shared.storage import Storage
 from workers.active_jobs import StageTimer
@@ -210,7 +211,7 @@ def _encoded(kit: Kit, job: LeasedJob, picture: DecodedImage, record: AttemptRec
             engine=_nameless(job.engine),
             revision=kit.engine.revision,
             params_json=_nameless_params(job.params).to_json(),
-            trained=not is_native(job.engine),
+            trained=engine_spec(job.engine).is_trained,
         )
         xmp = mark(picture.metadata.xmp, note)
     return images.encode(picture, format=format, quality=job.params.quality or None, xmp=xmp)

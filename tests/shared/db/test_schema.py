@@ -85,7 +85,7 @@ def test_two_upgrades_at_once_queue_up(database_url: str) -> None:
     script = (
         "import sys\n"
         "from sqlalchemy.engine import make_url\n"
-        "from shared import schema\n"
+        "from shared.db import schema\n"
         "from shared.db import Database\n"
         "schema.upgrade(db := Database(make_url(sys.argv[1])))\n"
         "print(schema.revision(db))\n"

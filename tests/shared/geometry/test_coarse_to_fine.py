@@ -24,9 +24,9 @@ def marked(*marks: tuple[int, int, int, int], size: tuple[int, int] = PHOTO) -> 
 
 
 def steps(
-    mask: NDArray[np.bool_], params: Params, *, native: bool = False
+    mask: NDArray[np.bool_], params: Params, *, any_size: bool = False
 ) -> list[coarse_to_fine.RefinementPass]:
-    plan = plan_for(mask, params, native=native)
+    plan = plan_for(mask, params, any_size=any_size)
     return list(coarse_to_fine.steps(mask, plan, params))
 
 
@@ -86,7 +86,7 @@ def test_what_is_coarse_is_painted_again_in_finer_and_finer_windows(case: str) -
 def test_nothing_is_painted_again_unless_asked_for_nor_where_no_window_is() -> None:
     assert steps(marked(HOLE), Params()) == []
     assert steps(marked(), Params(refine_strength=0.4)) == []
-    assert steps(marked(HOLE), Params(refine_strength=0.4), native=True) == []
+    assert steps(marked(HOLE), Params(refine_strength=0.4), any_size=True) == []
 
 
 def test_a_picture_smaller_than_a_window_has_nothing_finer() -> None:

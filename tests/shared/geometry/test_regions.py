@@ -357,15 +357,15 @@ NATIVE: dict[str, tuple[Mode, list[tuple[int, int, int, int]], list[tuple[int, i
 @pytest.mark.parametrize("case", NATIVE)
 def test_native_regions_are_one_window_at_their_own_size(case: str) -> None:
     mode, marks, boxes = NATIVE[case]
-    found = plan(marked((1000, 1000), *marks), mode=mode, window=WINDOW, native=True)
+    found = plan(marked((1000, 1000), *marks), mode=mode, window=WINDOW, any_size=True)
     assert [region.box for region in found] == boxes
     assert all(region.windows == ((0, 0, *region.box.size),) for region in found)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("native", [True, False])
-def test_an_empty_mask_has_no_region(mode: Mode, native: bool) -> None:
-    assert plan(marked(PHOTO), mode=mode, window=WINDOW, native=native) == ()
+@pytest.mark.parametrize("any_size", [True, False])
+def test_an_empty_mask_has_no_region(mode: Mode, any_size: bool) -> None:
+    assert plan(marked(PHOTO), mode=mode, window=WINDOW, any_size=any_size) == ()
 
 
 def test_a_grey_mask_counts_wherever_it_is_not_zero() -> None:
@@ -419,57 +419,59 @@ def covered(regions: tuple[Region, ...], shape: tuple[int, ...]) -> NDArray[np.u
 
 @drawn
 @given(
-    mask=masks(), mode=st.sampled_from(MODES), window=WINDOWS, native=st.booleans(), scale=SCALES
+    mask=masks(), mode=st.sampled_from(MODES), window=WINDOWS, any_size=st.booleans(), scale=SCALES
 )
 def test_every_masked_pixel_lies_in_the_windows_of_exactly_one_region(
     mask: NDArray[np.bool_],
     mode: Mode,
     window: tuple[int, int],
-    native: bool,
+    any_size: bool,
     scale: float | None,
 ) -> None:
-    regions = plan(mask, mode=mode, window=window, native=native, scale=scale)
+    regions = plan(mask, mode=mode, window=window, any_size=any_size, scale=scale)
     assert (covered(regions, mask.shape)[mask] == 1).all()
-    assert regions == plan(mask * np.uint8(9), mode=mode, window=window, native=native, scale=scale)
+    assert regions == plan(
+        mask * np.uint8(9), mode=mode, window=window, any_size=any_size, scale=scale
+    )
 
 
 @drawn
 @given(
-    mask=masks(), mode=st.sampled_from(MODES), window=WINDOWS, native=st.booleans(), scale=SCALES
+    mask=masks(), mode=st.sampled_from(MODES), window=WINDOWS, any_size=st.booleans(), scale=SCALES
 )
 def test_windows_are_dirty_lie_in_their_region_and_keep_its_aspect(
     mask: NDArray[np.bool_],
     mode: Mode,
     window: tuple[int, int],
-    native: bool,
+    any_size: bool,
     scale: float | None,
 ) -> None:
-    for region in plan(mask, mode=mode, window=window, native=native, scale=scale):
+    for region in plan(mask, mode=mode, window=window, any_size=any_size, scale=scale):
         box, size = region.box, region.size
         assert box.width * size[1] == box.height * size[0]
-        assert not (native and size != box.size)
+        assert not (any_size and size != box.size)
         assert region.windows
         for one in region.windows:
-            assert one.size == (size if native or mode == "full" else window)
+            assert one.size == (size if any_size or mode == "full" else window)
             assert Box(*one).clipped(size) == one
             place = reached(region, one)
             assert mask[place.top : place.bottom, place.left : place.right].any()
-        if not native:
+        if not any_size:
             edges = [*size, *(edge for one in region.windows for edge in one)]
             assert not any(edge % 8 for edge in edges)
 
 
 @drawn
-@given(mask=masks(), mode=st.sampled_from(["auto", "tile"]), native=st.booleans(), scale=SCALES)
+@given(mask=masks(), mode=st.sampled_from(["auto", "tile"]), any_size=st.booleans(), scale=SCALES)
 def test_boxes_leave_the_image_only_where_it_is_too_small_or_no_multiple_of_a_step(
-    mask: NDArray[np.bool_], mode: Mode, native: bool, scale: float | None
+    mask: NDArray[np.bool_], mode: Mode, any_size: bool, scale: float | None
 ) -> None:
     height, width = mask.shape
-    for region in plan(mask, mode=mode, window=WINDOW, native=native, scale=scale):
+    for region in plan(mask, mode=mode, window=WINDOW, any_size=any_size, scale=scale):
         assert min(region.box.left, region.box.top) >= 0
         step = Fraction(region.box.width, region.size[0]) * (64 if mode == "auto" else 8)
         for end, length in ((region.box.right, width), (region.box.bottom, height)):
-            if native:
+            if any_size:
                 assert end <= length
             else:
                 assert end < max(length + step, 129 if mode == "auto" else 513)
@@ -486,9 +488,9 @@ def test_thin_marks_in_a_photograph_are_painted_1_to_1(
 
 
 @settings(drawn, max_examples=25)
-@given(mask=masks(), right=st.integers(0, 200), down=st.integers(0, 200), native=st.booleans())
+@given(mask=masks(), right=st.integers(0, 200), down=st.integers(0, 200), any_size=st.booleans())
 def test_a_shifted_mask_shifts_the_plan_away_from_borders(
-    mask: NDArray[np.bool_], right: int, down: int, native: bool
+    mask: NDArray[np.bool_], right: int, down: int, any_size: bool
 ) -> None:
     height, width = mask.shape
     margin = 800
@@ -497,7 +499,7 @@ def test_a_shifted_mask_shifts_the_plan_away_from_borders(
         canvas = np.zeros((height + 2 * margin + 200, width + 2 * margin + 200), np.bool_)
         top, left = margin + dy, margin + dx
         canvas[top : top + height, left : left + width] = mask
-        plans.append(plan(canvas, mode="auto", window=WINDOW, native=native))
+        plans.append(plan(canvas, mode="auto", window=WINDOW, any_size=any_size))
     before, after = plans
     assert [(one.box.moved(right, down), one.size, one.windows) for one in before] == [
         (one.box, one.size, one.windows) for one in after

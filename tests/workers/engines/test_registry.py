@@ -20,7 +20,7 @@ from tests.tiny_pipeline import build, change_config, tokenizer
 from tests.workers.engines.stable_diffusion.samples import region
 from workers.engines import load_engine
 from workers.engines.options import engine_options
-from workers.engines.registry import split_revision
+from workers.engines.stable_diffusion.load import split_revision
 from workers.engines.stable_diffusion.loading import choose_kernels
 
 
@@ -96,7 +96,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
 
 def test_unknown_names_are_answered_with_the_nearest() -> None:
     assert why_not("opencvv") == "engine 'opencvv' is not known; did you mean 'opencv'?"
-    assert "known: opencv, sd2, diffusers:" in why_not("flux")
+    assert "known: sd2, opencv, diffusers:" in why_not("flux")
     assert why_not("./sd2") == "engine './sd2' is not known; write 'diffusers:./sd2'"
     assert "names no model" in why_not("diffusers:")
     assert "names no model" in why_not("diffusers:@main")

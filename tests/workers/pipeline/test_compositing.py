@@ -52,7 +52,7 @@ def inpainted(
     mask: NDArray[np.bool_],
     *,
     mode: Mode = "auto",
-    native: bool = False,
+    any_size: bool = False,
     paint: Any = lambda image, mask: np.where(mask[..., None] > 0, 99, image),
     fill_alpha: bool = False,
     **params: Any,
@@ -60,7 +60,7 @@ def inpainted(
     """The picture after an engine that ``paint`` describes; grey 99 in the mask by default."""
     settings = Params(**params)
     grown = dilate(mask, settings.mask_dilation)
-    regions = plan(grown, mode=mode, window=(512, 512), native=native)
+    regions = plan(grown, mode=mode, window=(512, 512), any_size=any_size)
     cuts = [cut(source.rgb(), grown, region) for region in regions]
     results = [paint(image, part).astype(np.uint8) for image, part in cuts]
     return composite(source, grown, regions, results, settings, fill_alpha=fill_alpha)
@@ -92,14 +92,14 @@ def test_only_masked_pixels_change_in_every_mode(mode: str) -> None:
 )
 def test_masked_pixels_take_the_engines_value(mode: str, value: int) -> None:
     before = picture(mode)
-    after = inpainted(before, marked(ROCKET.shape, WHEEL), native=True)
+    after = inpainted(before, marked(ROCKET.shape, WHEEL), any_size=True)
     inside = after.pixels[WHEEL.top : WHEEL.bottom, WHEEL.left : WHEEL.right]
     colours = inside[..., :-1] if before.has_alpha else inside
     assert (colours == value).all()
 
 
 def test_cmyk_takes_the_engines_colour() -> None:
-    after = inpainted(picture("CMYK"), marked(ROCKET.shape, WHEEL), native=True)
+    after = inpainted(picture("CMYK"), marked(ROCKET.shape, WHEEL), any_size=True)
     inside = after.rgb()[WHEEL.top : WHEEL.bottom, WHEEL.left : WHEEL.right]
     assert np.abs(inside.astype(int) - 99).max() <= 1
 
@@ -115,14 +115,14 @@ def test_alpha_stays_unless_holes_are_to_be_filled(mode: str) -> None:
     assert np.array_equal(filled.alpha()[outside], before.alpha()[outside])
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("any_size", [True, False])
 @pytest.mark.parametrize("mode", ["auto", "tile", "full"])
 def test_an_engine_that_changes_nothing_changes_nothing_at_its_own_scale(
-    mode: Mode, native: bool
+    mode: Mode, any_size: bool
 ) -> None:
     before, mask = picture("RGB"), marked(ROCKET.shape, WHEEL, Box(390, 290, 400, 300))
-    same = inpainted(before, mask, mode=mode, native=native, paint=lambda image, _: image)
-    if native or mode == "tile":
+    same = inpainted(before, mask, mode=mode, any_size=any_size, paint=lambda image, _: image)
+    if any_size or mode == "tile":
         assert same.touched is None
     difference = np.abs(same.pixels.astype(int) - before.pixels)
     assert difference.mean() < 0.5
@@ -165,7 +165,7 @@ def test_a_wide_feather_ends_inside_its_region() -> None:
     after = inpainted(
         before,
         mask,
-        native=True,
+        any_size=True,
         mask_feather=200,
         paint=lambda image, _: np.broadcast_to(stripes[: image.shape[1], None], image.shape),
     )
@@ -183,7 +183,7 @@ def test_a_feather_goes_on_to_the_pictures_own_edge() -> None:
     after = inpainted(
         before,
         mask,
-        native=True,
+        any_size=True,
         mask_feather=30,
         colour_fit="off",
         paint=lambda image, _: np.full_like(image, 200),
@@ -197,7 +197,7 @@ def test_uneven_light_is_undone_across_tiles() -> None:
     after = inpainted(
         picture("RGB", rgb),
         marked(rgb.shape, Box(40, 50, 1360, 70)),
-        native=True,
+        any_size=True,
         paint=lambda image, _: np.rint(image + light[:, 8 : 8 + image.shape[1]]),
     )
     assert np.abs(after.pixels.astype(int) - 120).max() <= 2
@@ -257,7 +257,7 @@ def test_a_pixel_outside_the_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
         inpainted(
             picture("RGB"),
             marked(ROCKET.shape, WHEEL),
-            native=True,
+            any_size=True,
             paint=lambda image, _: np.full_like(image, 99),
         )
 

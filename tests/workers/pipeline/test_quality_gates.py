@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from shared.engines import engine_spec
 from shared.errors import GateError
 from shared.geometry import regions
 from shared.images import DecodedImage
@@ -18,6 +19,9 @@ from workers.pipeline import quality_gates
 from workers.pipeline.quality_gates import Scores
 
 Array = NDArray[Any]
+
+
+SD2, OPENCV = engine_spec("sd2"), engine_spec("opencv")
 
 
 def photograph(name: str = "coffee.png", mode: str = "RGB") -> Array:
@@ -53,7 +57,7 @@ def scores(
     """``fill`` pasted into the mask, and what the gates make of it."""
     after = before.copy()
     after[mask] = fill[mask]
-    plan = regions.plan(mask, mode="auto", window=(512, 512), native=True)
+    plan = regions.plan(mask, mode="auto", window=(512, 512), any_size=True)
     one, other = (
         DecodedImage(pixels=pixels, mode=mode, format="PNG") for pixels in (before, after)
     )
@@ -61,7 +65,7 @@ def scores(
 
 
 def code(found: Scores) -> str | None:
-    error = quality_gates.verdict(found)
+    error = quality_gates.verdict(found, remedy=SD2.gate_remedy)
     assert (found.score <= 0.5) == (error is not None)
     return error.code if error else None
 
@@ -138,7 +142,7 @@ def test_a_seam_behind_a_feather_is_still_one() -> None:
         weight[dilate(HOLE, px)] = 1 - px / 5
     for fill, expected in ((TRUTH, None), (photograph("astronaut.png"), "gate_seam")):
         after = before + weight[..., None] * (fill.astype(float) - before)
-        plan = regions.plan(HOLE, mode="auto", window=(512, 512), native=True)
+        plan = regions.plan(HOLE, mode="auto", window=(512, 512), any_size=True)
         one, other = (
             DecodedImage(pixels=pixels, mode="RGB", format="PNG")
             for pixels in (before, after.round().astype(np.uint8))
@@ -213,7 +217,7 @@ def test_what_alpha_hides_is_no_surroundings() -> None:
 
 
 def test_a_verdict_names_the_figure_and_the_remedy() -> None:
-    error = quality_gates.verdict(Scores(seam=4.2))
+    error = quality_gates.verdict(Scores(seam=4.2), remedy=SD2.gate_remedy)
     assert isinstance(error, GateError)
     assert str(error) == (
         "a seam: the picture is 4.2 times as steep across the mask's edge as beside it "
@@ -223,7 +227,7 @@ def test_a_verdict_names_the_figure_and_the_remedy() -> None:
 
 
 def test_without_seeds_the_remedy_is_the_method_or_the_mask() -> None:
-    assert str(quality_gates.verdict(Scores(colour_jump=40.0), native=True)).endswith(
+    assert str(quality_gates.verdict(Scores(colour_jump=40.0), remedy=OPENCV.gate_remedy)).endswith(
         "; try another opencv_method or opencv_radius, a mask that covers all of the mark, "
         "or gate=review to look at it"
     )

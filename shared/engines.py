@@ -1,0 +1,126 @@
+"""The engines there are: one EngineSpec each, all that is known of an engine without loading it.
+
+A new engine is a module with a ``load`` function and one entry in ``ENGINES``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shared.errors import ParameterError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSpec:
+    """What producer and workers need to know of an engine before it is loaded.
+
+    kind: its name up to the first colon. usage: how a user writes it.
+    loader: ``module:function``; the function takes the engine's name and EngineOptions and
+    returns an Engine. library: the module whose absence means that ``extra`` is not installed.
+    takes_model: the name goes on with ``:MODEL``.
+    device: what one worker process runs on.
+    any_size: takes a region of any size as it is; otherwise regions consist of windows of
+    ``width`` x ``height`` pixels.
+    has_seeds: another seed gives another result. is_trained: results are those of a trained
+    model, which their provenance says.
+    mask_defaults: mask parameters where neither preset nor row gives them, in pixels.
+    jobs_per_batch_row: concurrent jobs of a worker process for each row of the engine's
+    largest batch; 0: one for each CPU core.
+    gate_remedy: what helps where a result fails a quality gate.
+    """
+
+    kind: str
+    usage: str
+    loader: str
+    library: str
+    extra: str
+    takes_model: bool = False
+    device: Literal["cpu", "cuda"]
+    any_size: bool
+    has_seeds: bool
+    is_trained: bool
+    mask_defaults: Mapping[str, int] = field(default_factory=dict)
+    jobs_per_batch_row: int
+    gate_remedy: str
+
+
+_OPENCV = EngineSpec(
+    kind="opencv",
+    usage="opencv",
+    loader="workers.engines.opencv:load",
+    library="cv2",
+    extra="opencv",
+    device="cpu",
+    any_size=True,
+    has_seeds=False,
+    is_trained=False,
+    jobs_per_batch_row=0,
+    gate_remedy=("try another opencv_method or opencv_radius, a mask that covers all of the mark"),
+)
+
+
+def _diffusion(*, kind: str, usage: str, loader: str, takes_model: bool) -> EngineSpec:
+    return EngineSpec(
+        kind=kind,
+        usage=usage,
+        loader=loader,
+        library="torch",
+        extra="worker",
+        takes_model=takes_model,
+        device="cuda",
+        any_size=False,
+        has_seeds=True,
+        is_trained=True,
+        # Measured: the table of mask margins in docs/benchmarks.md.
+        mask_defaults={"mask_dilation": 1, "mask_feather": 2},
+        # While one batch is on the device, a second one is fetched, decoded and encoded.
+        jobs_per_batch_row=2,
+        gate_remedy="try another seed",
+    )
+
+
+ENGINES: Mapping[str, EngineSpec] = {
+    spec.kind: spec
+    for spec in (
+        _diffusion(
+            kind="sd2",
+            usage="sd2",
+            loader="workers.engines.stable_diffusion.load:load_sd2",
+            takes_model=False,
+        ),
+        _OPENCV,
+        _diffusion(
+            kind="diffusers",
+            usage="diffusers:FOLDER_OR_HUB_ID[@REVISION]",
+            loader="workers.engines.stable_diffusion.load:load_diffusers",
+            takes_model=True,
+        ),
+    )
+}
+
+*_FIRST, _LAST = (spec.usage for spec in ENGINES.values())
+USAGE = f"{', '.join(_FIRST)} or {_LAST}"
+
+
+def engine_spec(name: str) -> EngineSpec:
+    """The spec of an engine by its full name; raises ParameterError where there is none."""
+    kind, colon, _ = name.partition(":")
+    spec = ENGINES.get(kind)
+    if spec is None or bool(colon) != spec.takes_model:
+        raise ParameterError(f"engine: {name!r} is not known; use {USAGE}")
+    return spec
+
+
+def engine_name(text: str) -> str:
+    """One name per engine and queue: a model's folder becomes absolute. Raises ParameterError."""
+    spec = engine_spec(text)
+    model = text.partition(":")[2]
+    if spec.takes_model and not model:
+        raise ParameterError(f"engine: {text!r} names no model; use {USAGE}")
+    if spec.takes_model and Path(model).is_dir():
+        return f"{spec.kind}:{os.path.realpath(model)}"
+    return text

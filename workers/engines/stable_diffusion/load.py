@@ -1,0 +1,52 @@
+"""Loads the engines ``sd2`` and ``diffusers:MODEL[@REVISION]``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.errors import EngineUnavailable
+from workers.engines.options import EngineOptions
+from workers.engines.protocol import Engine
+from workers.engines.stable_diffusion.library_logs import expected_lines_at_debug
+
+SD2_ID = "sd2-community/stable-diffusion-2-inpainting"
+SD2_REVISION = "main"  # a branch: the hub, where the commit can be read, was never at hand
+SD2_GONE = "stabilityai/stable-diffusion-2-inpainting"
+
+
+def load_sd2(name: str, options: EngineOptions) -> Engine:
+    return _load(name, SD2_ID, SD2_REVISION, options)
+
+
+def load_diffusers(name: str, options: EngineOptions) -> Engine:
+    """name: ``diffusers:MODEL[@REVISION]``, a folder with a diffusers pipeline or a hub id."""
+    model, revision = split_revision(name.removeprefix("diffusers:"))
+    if model == SD2_GONE:
+        raise EngineUnavailable(
+            f"{SD2_GONE} left the hub in November 2025; use engine 'sd2' "
+            f"(diffusers:{SD2_ID}) or diffusers:FOLDER with a local copy"
+        )
+    return _load(name, model, revision, options)
+
+
+def split_revision(text: str) -> tuple[str, str | None]:
+    """``owner/model@v2`` is the model and its revision; an ``@`` in a folder's name is kept.
+
+    Raises EngineUnavailable where no model is named.
+    """
+    model, at, revision = text.rpartition("@")
+    if not at or Path(text).expanduser().is_dir():
+        model, revision = text, ""
+    if not model:
+        raise EngineUnavailable("engine 'diffusers:' names no model; write diffusers:FOLDER_OR_ID")
+    return model, revision or None
+
+
+def _load(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
+    with expected_lines_at_debug():
+        from workers.engines.stable_diffusion.attention import choose_attention
+        from workers.engines.stable_diffusion.engine import DiffusionEngine
+        from workers.engines.stable_diffusion.loading import load_components
+    components = load_components(model, revision, options)
+    choose_attention(components, options.attention, options.compile)
+    return DiffusionEngine(name=name, components=components, options=options)
