@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PROGRAM = """
 import json, sys
 from shared.errors import EngineUnavailable
-from workers.engines.model_files import find_model
+from workers.engines.stable_diffusion.model_files import find_model
 try:
     found = find_model(sys.argv[1], sys.argv[2] or None)
     names = sorted(p.relative_to(found.path).as_posix() for p in found.path.glob("*/*"))
