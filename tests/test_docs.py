@@ -28,10 +28,11 @@ README = (ROOT / "README.md").read_text()
 PACKAGES = ("producer", "workers", "shared")
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the first table after a heading, without its header."""
-    lines = README.partition(f"\n## {heading}\n")[2].splitlines()
-    start = next(n for n, line in enumerate(lines) if line.startswith("| --- "))
+def table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading of ``docs/PAGE.md``, without its header."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    lines = text.partition(f"\n## {heading}\n")[2].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| --- "))
     rows = []
     for line in lines[start + 1 :]:
         if not line.startswith("|"):
@@ -46,7 +47,7 @@ def test_the_settings_table_names_every_field_with_its_default_and_meaning() -> 
         default = "`.`" if name == "roots" else f"`{field.default}`"
         shown = "" if field.default in (None, ()) else default
         expected.append([f"`INPAINT_{name.upper()}`", shown, str(field.description)])
-    assert table("Settings") == expected
+    assert table("settings", "Variables") == expected
 
 
 def test_the_presets_table_is_the_presets() -> None:
@@ -60,14 +61,20 @@ def test_the_presets_table_is_the_presets() -> None:
         ]
         for preset in presets().values()
     ]
-    assert table("Stable Diffusion") == expected
+    assert table("parameters", "Presets") == expected
 
 
-def test_every_column_and_parameter_is_documented() -> None:
-    text = README.partition("## Manifest columns")[2].partition("\nA manifest with mistakes")[0]
-    documented = set(re.findall(r"`([a-z_]+)`", text))
-    assert set(COLUMNS) <= documented
-    assert set(PARAMETERS) <= documented
+def names(page: str, heading: str) -> set[str]:
+    """The names in the first cells of a table."""
+    return {name for row in table(page, heading) for name in re.findall(r"`([a-z_]+)`", row[0])}
+
+
+def test_every_column_of_a_manifest_is_documented_and_exists() -> None:
+    assert names("manifest", "Columns") == set(COLUMNS) - set(PARAMETERS)
+
+
+def test_every_parameter_is_documented_and_exists() -> None:
+    assert names("parameters", "Parameters") == set(PARAMETERS)
 
 
 def options(command: click.Command) -> set[str]:
@@ -84,7 +91,8 @@ def documented_options(row: str) -> set[str]:
 
 
 def test_every_command_and_option_is_documented_and_exists() -> None:
-    documented = {tuple(re.findall(r"[a-z-]+", row[0])): row for row in table("Commands")}
+    rows = table("commands", "Options")
+    documented = {tuple(re.findall(r"[a-z-]+", row[0])): row for row in rows}
     for command, name in ((submit, ("inpaint-submit",)), (worker, ("inpaint-worker",))):
         assert documented_options(" ".join(documented[name])) == options(command)
     for name, subcommand in jobs_command.commands.items():
