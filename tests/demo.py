@@ -26,7 +26,7 @@ from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
 
-from tests import pictures
+from tests import sample_images
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -62,14 +62,14 @@ def demo(folder: Path, engine: str) -> None:
         raise click.UsageError(f"{folder.parent}/.env may lead to a real installation; move it")
     _clear(folder)
     manifests = [
-        pictures.write_catalog(folder / "catalog"),
-        pictures.write_archive(folder / "archive"),
+        sample_images.write_catalog(folder / "catalog"),
+        sample_images.write_archive(folder / "archive"),
     ]
     for manifest, (_, preset) in zip(manifests, RUNS, strict=True):
         _submit(manifest, preset=preset, engine=engine, folder=folder)
     records = _records(folder)
     outcomes = [one for manifest in manifests for one in _outcomes(manifest, records)]
-    pictures.contact_sheet([_row(one) for one in outcomes], folder / SHEET)
+    sample_images.contact_sheet([_row(one) for one in outcomes], folder / SHEET)
     _report(outcomes, manifests, folder)
 
 
@@ -143,7 +143,7 @@ def _outcome(
         after=after,
         psnr_before=_psnr(clean, before, inside),
         psnr_after=_psnr(clean, after, inside),
-        outside=int(np.sum(guarded & (np.asarray(pictures.changed(before, after)) > 0))),
+        outside=int(np.sum(guarded & (np.asarray(sample_images.changed(before, after)) > 0))),
         record=records.get(f"{folder.name}/{row['image']}", {}),
     )
 
@@ -179,9 +179,11 @@ def _touched(mask: Image.Image, *, jpeg: bool) -> npt.NDArray[np.bool_]:
     return np.asarray(grown) > 0
 
 
-def _row(one: Outcome) -> pictures.Row:
+def _row(one: Outcome) -> sample_images.Row:
     note = f"{one.psnr_before:.1f} to {one.psnr_after:.1f} dB inside the mask"
-    return pictures.Row(name=one.file, note=note, before=one.before, mask=one.mask, after=one.after)
+    return sample_images.Row(
+        name=one.file, note=note, before=one.before, mask=one.mask, after=one.after
+    )
 
 
 def _report(outcomes: Sequence[Outcome], manifests: Sequence[Path], folder: Path) -> None:

@@ -18,7 +18,7 @@ from producer.manifest import COLUMNS
 from shared.params import PARAMETERS
 from shared.presets import presets
 from shared.settings import Settings
-from tests import pictures
+from tests import sample_images
 from tests.conftest import Bucket
 from tests.test_end_to_end import Shell, upload
 from workers.supervisor import worker
@@ -139,7 +139,7 @@ def test_every_command_of_ours_in_the_readme_is_run() -> None:
 
 
 def test_the_laptop_s_commands_work_as_written(tmp_path: Path) -> None:
-    pictures.write_catalog(tmp_path / "catalog")
+    sample_images.write_catalog(tmp_path / "catalog")
     shell = Shell(tmp_path)
     for command in commands("laptop"):
         shell.run(*command)
@@ -151,7 +151,7 @@ def test_the_fleet_s_commands_work_as_written(
 ) -> None:
     s3.client.create_bucket(Bucket="shop")
     shop = Bucket(name="shop", client=s3.client)
-    pictures.write_archive(tmp_path / "archive")
+    sample_images.write_archive(tmp_path / "archive")
     upload(shop, tmp_path / "archive", "2026")
     shell = Shell(
         tmp_path,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import pictures
+from tests import sample_images
 from tests.conftest import Bucket
 from tests.tiny_pipeline import build
 from tests.workers.bench import pixels
@@ -74,7 +74,7 @@ def kind(path: Path) -> tuple[object, ...]:
 
 
 def test_on_a_laptop_one_command_does_it_all(shell: Shell) -> None:
-    manifest = pictures.write_catalog(shell.folder / "catalog")
+    manifest = sample_images.write_catalog(shell.folder / "catalog")
     output = shell.run("inpaint-submit", str(manifest), "--local", "--engine", "opencv", "--json")
     summary = json.loads(output)
     rows = table(manifest)
@@ -89,7 +89,7 @@ def test_on_a_laptop_one_command_does_it_all(shell: Shell) -> None:
 
 
 def test_submitting_again_adds_nothing_and_force_runs_everything(shell: Shell) -> None:
-    manifest = str(pictures.write_archive(shell.folder / "archive"))
+    manifest = str(sample_images.write_archive(shell.folder / "archive"))
     local = ("inpaint-submit", manifest, "--local", "--engine", "opencv")
     shell.run(*local)
     again = json.loads(shell.run(*local, "--json"))
@@ -100,7 +100,7 @@ def test_submitting_again_adds_nothing_and_force_runs_everything(shell: Shell) -
 
 
 def test_a_failed_job_exits_1_and_says_why(shell: Shell) -> None:
-    manifest = pictures.write_archive(shell.folder / "archive")
+    manifest = sample_images.write_archive(shell.folder / "archive")
     rows = manifest.read_text().splitlines()
     broken = manifest.parent / rows[1].split(",")[1]
     broken.write_bytes(b"<html>not found</html>")
@@ -109,7 +109,7 @@ def test_a_failed_job_exits_1_and_says_why(shell: Shell) -> None:
     assert "bad_image" in output
     listed = shell.run("inpaint-jobs", "list", "--state", "failed", "--json").splitlines()
     assert json.loads(listed[0])["error_code"] == "bad_image"
-    pictures.write_archive(shell.folder / "archive")
+    sample_images.write_archive(shell.folder / "archive")
     assert "1 job to run again" in shell.run("inpaint-jobs", "retry", "--error", "bad_image")
 
 
@@ -148,7 +148,7 @@ def opened(bucket: Bucket, key: str) -> np.ndarray[Any, Any]:
 
 def test_a_fleet_works_on_a_manifest_on_s3(fleet: tuple[Shell, Bucket], tmp_path: Path) -> None:
     shell, bucket = fleet
-    pictures.write_catalog(tmp_path / "catalog")
+    sample_images.write_catalog(tmp_path / "catalog")
     upload(bucket, tmp_path / "catalog", "shop/day 1")
     manifest = bucket.uri("shop/day 1/manifest.csv")
     submit = ("inpaint-submit", manifest, "--engine", "opencv", "--preset", "ecommerce")
@@ -184,7 +184,7 @@ def _looked_at(shell: Shell, submission: int) -> None:
 
 def test_only_what_changed_on_s3_runs_again(fleet: tuple[Shell, Bucket], tmp_path: Path) -> None:
     shell, bucket = fleet
-    pictures.write_archive(tmp_path / "archive")
+    sample_images.write_archive(tmp_path / "archive")
     upload(bucket, tmp_path / "archive", "scans")
     submit = (
         *("inpaint-submit", bucket.uri("scans/manifest.csv")),

@@ -14,9 +14,9 @@ from PIL import Image
 from shared.errors import ImageError
 from shared.images import tiff_ifd as tags
 from shared.images import xmp as packets
-from shared.images.codecs import imagecodecs
 from shared.images.header import Header
 from shared.images.image import DEEP, Array, DecodedImage, Metadata, pillow_image
+from shared.images.optional_libraries import imagecodecs
 
 LEVEL = 4
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from shared.images import tiff_ifd as tags
-from shared.images.codecs import tifffile
 from shared.images.header import Header, truncated
 from shared.images.image import DEEP, Array, DecodedImage, pillow_image
+from shared.images.optional_libraries import tifffile
 from shared.images.photoshop import without_thumbnail
 from shared.images.tiff_ifd import Directory
 

@@ -32,7 +32,7 @@ from PIL import (
 )
 
 from shared import images
-from tests import pictures
+from tests import sample_images
 
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -469,7 +469,7 @@ KINDS: Mapping[str, Writer] = {**JPEGS, **PNGS, **TIFFS, **OTHERS}
 
 
 def main() -> None:
-    photographs = [pictures.read_photograph(name) for name in PHOTOGRAPHS]
+    photographs = [sample_images.read_photograph(name) for name in PHOTOGRAPHS]
     photographs = [
         one.crop((0, 0, min(one.width, 701), min(one.height, 523))) for one in photographs
     ]

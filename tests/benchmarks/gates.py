@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shared.geometry import regions
 from shared.images import DecodedImage
 from shared.masks import Mask, dilate
-from tests import pictures
+from tests import sample_images
 from tests.benchmarks.side_by_side import row
 from workers.pipeline import quality_gates
 
@@ -106,7 +106,7 @@ def _is_gross(case: Case, after: Rgb) -> bool:
 
 def _cases() -> Iterator[Case]:
     for number, name in enumerate(PHOTOGRAPHS):
-        whole = np.asarray(pictures.read_photograph(name).convert("RGB"))
+        whole = np.asarray(sample_images.read_photograph(name).convert("RGB"))
         for turn in range(ROUNDS):
             random = np.random.default_rng([number, turn, 7])
             truth = _window(whole, random)
@@ -218,7 +218,7 @@ def _noise(case: Case, random: Random) -> Rgb:
 
 def _another(case: Case, random: Random) -> Rgb:
     others = [name for name in PHOTOGRAPHS if name != case.photograph]
-    other = pictures.read_photograph(str(random.choice(others))).convert("RGB")
+    other = sample_images.read_photograph(str(random.choice(others))).convert("RGB")
     return np.asarray(other.resize((case.truth.shape[1], case.truth.shape[0])))
 
 

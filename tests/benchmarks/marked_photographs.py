@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from shared.masks import dilate
-from tests.pictures import read_photograph
+from tests.sample_images import read_photograph
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 Grey = NDArray[np.uint8]  # (H, W), 255 = repaint

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests import pictures
+from tests import sample_images
 from tests.benchmarks import fidelity
 
-COFFEE = pictures.read_photograph("coffee.png").crop((100, 50, 303, 221))  # no whole blocks
+COFFEE = sample_images.read_photograph("coffee.png").crop((100, 50, 303, 221))  # no whole blocks
 LARGER = {"WebP, lossy": 9.0}  # it loses nothing more
 LOST = {"JPEG progressive restarts": ("restarts",)}  # no library writes those
 

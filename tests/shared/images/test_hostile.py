@@ -9,10 +9,10 @@ import pytest
 
 from shared import images
 from shared.errors import ImageError, ObjectTooLarge
-from tests import pictures
+from tests import sample_images
 from tests.benchmarks import fidelity
 
-SMALL = pictures.read_photograph("coffee.png").crop((100, 50, 187, 121))
+SMALL = sample_images.read_photograph("coffee.png").crop((100, 50, 187, 121))
 
 
 def damaged(file: bytes, random: np.random.Generator) -> bytes:

@@ -14,7 +14,7 @@ from shared.errors import GateError
 from shared.geometry import regions
 from shared.images import DecodedImage
 from shared.masks import Mask, dilate
-from tests import pictures
+from tests import sample_images
 from workers.pipeline import quality_gates
 from workers.pipeline.quality_gates import Scores
 
@@ -25,7 +25,7 @@ SD2, OPENCV = engine_spec("sd2"), engine_spec("opencv")
 
 
 def photograph(name: str = "coffee.png", mode: str = "RGB") -> Array:
-    return np.asarray(pictures.read_photograph(name).convert(mode))[:300, :400].copy()
+    return np.asarray(sample_images.read_photograph(name).convert(mode))[:300, :400].copy()
 
 
 def box(left: int, top: int, right: int, bottom: int, *, like: Array) -> Mask:

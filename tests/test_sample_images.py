@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import pictures
+from tests import sample_images
 
 
 def _open(path: Path) -> Image.Image:
@@ -19,7 +19,7 @@ def _open(path: Path) -> Image.Image:
         return picture.copy()
 
 
-WRITERS = [pictures.write_catalog, pictures.write_archive]
+WRITERS = [sample_images.write_catalog, sample_images.write_archive]
 writers = pytest.mark.parametrize("write", WRITERS, ids=["catalog", "archive"])
 
 
@@ -51,7 +51,7 @@ def test_all_damage_lies_inside_the_mask(write: Callable[[Path], Path], tmp_path
         share = np.mean(np.asarray(mask) == 255)
         assert 0.01 < share < 0.25, row
         if not row["image"].endswith(".jpg"):
-            differs = np.asarray(pictures.changed(original, image)) == 255
+            differs = np.asarray(sample_images.changed(original, image)) == 255
             assert differs.any()
             assert not (differs & (np.asarray(mask) == 0)).any(), row
 
@@ -59,9 +59,9 @@ def test_all_damage_lies_inside_the_mask(write: Callable[[Path], Path], tmp_path
 def test_a_contact_sheet_has_a_line_for_each_picture(tmp_path: Path) -> None:
     picture, mask = Image.new("L", (300, 200), 90), Image.new("L", (300, 200))
     mask.paste(255, (10, 10, 40, 40))
-    row = pictures.Row(name="a.png", note="", before=picture, mask=mask, after=picture)
-    pictures.contact_sheet([row], tmp_path / "one.png")
-    pictures.contact_sheet([row, row], tmp_path / "two.png")
+    row = sample_images.Row(name="a.png", note="", before=picture, mask=mask, after=picture)
+    sample_images.contact_sheet([row], tmp_path / "one.png")
+    sample_images.contact_sheet([row, row], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.width == two.width <= 1600
         assert two.height > one.height
