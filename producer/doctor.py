@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from shared import embedded_redis
+from shared.command_errors import last_error
 from shared.db import Database, schema
 from shared.errors import DatabaseUnavailable, InpaintError, UnavailableError
 from shared.jobs.queue import Queue
@@ -129,6 +130,7 @@ def _engine(engine: str, devices: str) -> Verdict:
         return Verdict(what="engine", verdict="bad", text=f"did not load in {CHECK_SECONDS} s")
     if answer.returncode == 0:
         return Verdict(what="engine", verdict="ok", text="; ".join(answer.stdout.splitlines()))
-    said = [line for line in answer.stderr.splitlines() if line.startswith("inpaint-worker: ")]
-    reason = (said or answer.stderr.splitlines() or ["no reason given"])[-1]
-    return Verdict(what="engine", verdict="bad", text=reason.removeprefix("inpaint-worker: "))
+    reason = last_error(
+        answer.stderr, "inpaint-worker", default="the check exited without an error message"
+    )
+    return Verdict(what="engine", verdict="bad", text=reason)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from shared import embedded_redis, processes
+from shared.command_errors import last_error
 from shared.engines import engine_spec
 from shared.errors import EngineUnavailable
 from shared.settings import Settings
@@ -62,10 +63,11 @@ class LocalWorkers:
             raise EngineUnavailable(f"{self._reason()} (see {self.log})")
 
     def _reason(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        said = [line for line in lines if line.startswith("inpaint-worker: ")]
-        last = said or lines or ["the worker ended without a word"]
-        return last[-1].removeprefix("inpaint-worker: ")
+        return last_error(
+            self.log.read_text(errors="replace"),
+            "inpaint-worker",
+            default="the worker exited without an error message",
+        )
 
     def close(self) -> None:
         for process in self._processes:

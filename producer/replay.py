@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.command_errors import last_error
 from shared.errors import EngineUnavailable, InpaintError
 from shared.processes import EX_UNAVAILABLE
 from shared.settings import Settings
@@ -32,7 +33,7 @@ def replay(settings: Settings, job: int, *, device: str, roots: Sequence[Path]) 
     if ran.returncode == 0:
         found: dict[str, Any] = json.loads(ran.stdout)
         return found
-    said = [line for line in ran.stderr.splitlines() if line.startswith("inpaint-jobs: ")]
-    message = (said or ran.stderr.splitlines() or ["it ended without a word"])[-1]
-    kind = EngineUnavailable if ran.returncode == EX_UNAVAILABLE else InpaintError
-    raise kind(message.removeprefix("inpaint-jobs: "))
+    error_class = EngineUnavailable if ran.returncode == EX_UNAVAILABLE else InpaintError
+    raise error_class(
+        last_error(ran.stderr, "inpaint-jobs", default="the replay exited without an error message")
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import click
 
 from producer import reports
 from shared import settings
+from shared.command_errors import exit_with_error
 from shared.db import Database, schema
 from shared.errors import InpaintError, InputError, ParameterError
 from shared.params import find_parameter
@@ -42,11 +42,10 @@ def friendly(command: str, *, interrupted: str = "interrupted") -> Iterator[None
         with _raising_terminated():
             yield
     except KeyboardInterrupt as error:
-        click.echo(f"{command}: {interrupted}", err=True)
-        sys.exit(EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED)
+        status = EXIT_TERMINATED if isinstance(error, Terminated) else EXIT_INTERRUPTED
+        exit_with_error(command, interrupted, status=status)
     except InpaintError as error:
-        click.echo(f"{command}: {error}", err=True)
-        sys.exit(2)
+        exit_with_error(command, error)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from producer.submit import RerunOptions, Summary
 from producer.submit import submit as submit_rows
 from producer.validate import MANY_FOLDERS, CheckedManifest, check, check_owners
 from shared import embedded_redis, masks, settings
+from shared.command_errors import exit_with_error
 from shared.db import Database, schema
 from shared.engines import engine_name
 from shared.jobs.queue import Queue
@@ -165,12 +166,11 @@ def _report(problem: Problem) -> None:
 def _refuse_invalid(checked: CheckedManifest, *, skip: bool) -> None:
     if not checked.invalid or (skip and checked.invalid < checked.rows):
         return
-    click.echo(
-        f"inpaint-submit: {checked.invalid:,} of {checked.rows:,} rows are not valid; nothing was "
-        f"enqueued. Mend them{'' if skip else ', or submit the others with --skip-invalid'}.",
-        err=True,
+    exit_with_error(
+        "inpaint-submit",
+        f"{checked.invalid:,} of {checked.rows:,} rows are not valid; nothing was enqueued. "
+        f"Fix them{'' if skip else ', or submit the others with --skip-invalid'}.",
     )
-    sys.exit(2)
 
 
 def _rehearse(

@@ -303,7 +303,7 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
     assert "line 6: image: empty; name the picture" in ran.err
     assert lines[-1] == (
         "inpaint-submit: 4 of 5 rows are not valid; nothing was enqueued. "
-        "Mend them, or submit the others with --skip-invalid."
+        "Fix them, or submit the others with --skip-invalid."
     )
     assert (job_ids(table), table.submissions()) == ([], [])
 
