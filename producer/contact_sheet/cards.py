@@ -16,7 +16,7 @@ from sqlalchemy import RowMapping
 
 from shared import images, masks
 from shared.errors import InpaintError
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.images import DecodedImage
 from shared.masks import Mask
 from shared.params import Params, is_file

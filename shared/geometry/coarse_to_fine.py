@@ -13,7 +13,7 @@ from math import ceil, log
 import numpy as np
 
 from shared.geometry.regions import Region, plan_for
-from shared.masks import Mask, slices
+from shared.masks.morphology import Mask, slices
 from shared.params import Params
 
 # Times finer at once. What is enlarged more is so soft that a strength which keeps its layout

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.geometry import components
+from shared.geometry.box import Box
 from shared.geometry.components import Boxes
 from shared.params import Mode, Params
 
@@ -30,36 +31,6 @@ UNIT = 64  # engine pixels; a scale counts the picture pixels that go to so many
 FINEST = 16  # a quarter: enlarged more, a picture has nothing more to show
 
 Mask = NDArray[np.bool_] | NDArray[np.uint8]
-
-
-class Box(NamedTuple):
-    """Half open, in pixels of whatever frame the owner names."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    @property
-    def width(self) -> int:
-        return self.right - self.left
-
-    @property
-    def height(self) -> int:
-        return self.bottom - self.top
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.width, self.height
-
-    def clipped(self, size: tuple[int, int]) -> Box:
-        """The part inside a picture of that (width, height)."""
-        return Box(
-            max(self.left, 0), max(self.top, 0), min(self.right, size[0]), min(self.bottom, size[1])
-        )
-
-    def moved(self, dx: int, dy: int) -> Box:
-        return Box(self.left + dx, self.top + dy, self.right + dx, self.bottom + dy)
 
 
 @dataclass(frozen=True, kw_only=True)

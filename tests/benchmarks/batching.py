@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Params
 from tests.benchmarks.side_by_side import in_turns, row, seconds
 from tests.tiny_pipeline import build

@@ -19,7 +19,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from shared.geometry.regions import Box, Region
+from shared.geometry.box import Box
+from shared.geometry.regions import Region
 from shared.images import decode
 from shared.masks import binary, dilate
 from shared.params import Params

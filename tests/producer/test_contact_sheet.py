@@ -20,7 +20,7 @@ from producer import reports
 from producer.contact_sheet.cards import SIDE_PX, cards, close_up_place, usual_params
 from shared import jobs, settings
 from shared.errors import GateError, InpaintError, ObjectMissing
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.jobs import AttemptRecord
 from shared.params import Params, PassSpec
 from shared.storage import Object, Storage

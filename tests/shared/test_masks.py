@@ -305,7 +305,7 @@ def test_thin_black_lines_survive_inversion_and_scaling() -> None:
 
 @pytest.mark.parametrize("px", [1, 2, 5, 17, 40])
 def test_dilation_is_the_exact_disc(px: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "TILE_PX", 32)
+    monkeypatch.setattr(masks.morphology, "TILE_PX", 32)
     mask = np.random.default_rng(px).random((90, 110)) < 0.002
     y, x = np.nonzero(mask)
     rows, columns = np.mgrid[:90, :110]

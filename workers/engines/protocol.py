@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import Interrupted
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Params
 
 Pixels = NDArray[np.uint8]

@@ -13,7 +13,7 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.masks import TILE_PX, Mask, slices, squared_distances
 from shared.params import ColourFit
 

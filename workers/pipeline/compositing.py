@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shared.errors import FidelityError
-from shared.geometry.regions import Box, Region
+from shared.geometry.box import Box
+from shared.geometry.regions import Region
 from shared.images import Array, DecodedImage, as_rgb, from_rgb, full_scale, has_alpha
 from shared.masks import Mask, dilate, slices, squared_distances, tiles
 from shared.params import ColourFit, Params

@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from shared.errors import InpaintError, InputError, PostprocessError
-from shared.geometry.regions import Box, Region
+from shared.geometry.box import Box
+from shared.geometry.regions import Region
 from shared.images import Array, DecodedImage, from_rgb
 from shared.masks import Mask
 from shared.params import Params

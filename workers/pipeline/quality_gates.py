@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import GateError
-from shared.geometry.regions import Box, Region
+from shared.geometry.box import Box
+from shared.geometry.regions import Region
 from shared.images import DecodedImage, as_rgb
 from shared.masks import Mask, slices
 

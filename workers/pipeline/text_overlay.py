@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import ImageColor
 
 from shared.errors import ImageError, ParameterError
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.images import Array, DecodedImage
 from shared.masks import Mask, slices, tiles
 from shared.params import TextAlign

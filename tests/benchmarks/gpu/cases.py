@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Params
 from tests.benchmarks.gpu.measuring import Run, Work, measured
 from tests.benchmarks.gpu.models import Subject

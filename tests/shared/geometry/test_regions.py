@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shared.geometry.regions import Box, Region, plan
+from shared.geometry.box import Box
+from shared.geometry.regions import Region, plan
 from shared.params import Mode
 
 WINDOW = (512, 512)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shared.errors import Cancelled, EngineError, MaskError, Released
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Params
 from workers.engines import load_engine
 from workers.engines.protocol import Interruption, Pixels, RegionWork

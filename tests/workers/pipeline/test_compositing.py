@@ -14,7 +14,8 @@ from skimage import data
 
 from shared import images
 from shared.errors import FidelityError
-from shared.geometry.regions import Box, Region, plan
+from shared.geometry.box import Box
+from shared.geometry.regions import Region, plan
 from shared.masks import dilate
 from shared.params import Mode, Params
 from tests.benchmarks import compositing

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from shared.errors import ImageError, ParameterError
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.images import DecodedImage
 from shared.images.image import from_rgb, full_scale, has_alpha
 from workers.pipeline.text_overlay import Lettering, built_in_font, draw, text_box

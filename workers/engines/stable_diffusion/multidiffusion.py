@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from workers.engines.protocol import RegionWork
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Params
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Interruption, Pixels, RegionWork

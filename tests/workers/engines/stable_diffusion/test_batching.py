@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import (
     DIFFUSERS_WARNS,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS, components, region
 from workers.engines.options import EngineOptions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import Cancelled, EngineError, GateError, OutOfMemory, ParameterError, Released
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from tests.workers.engines.stable_diffusion.samples import (
     DIFFUSERS_WARNS,
     Watch,

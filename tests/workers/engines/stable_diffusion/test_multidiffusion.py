@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from tests.workers.engines.stable_diffusion.samples import components, engine, region
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.engine import DiffusionEngine

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shared.geometry.regions import Box
+from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import (
     DIFFUSERS_WARNS,

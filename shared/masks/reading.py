@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared.errors import MaskError
-from shared.images import DecodedImage, Pixels
+from shared.errors import ImageError, MaskError
+from shared.images import DecodedImage, Pixels, decode
+from shared.masks.morphology import Grey
 
 _DARK = 64  # below it a pixel counts as black
 _COLOURFUL = 64  # between the strongest and the weakest channel
@@ -14,7 +15,35 @@ _HUE_SHARE = 0.02  # the same for colours, which JPEG smears over edges
 _HUE_SAMPLES = 100_000
 
 
-def read(picture: DecodedImage) -> Pixels:
+def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
+    """(H, W) uint8 grey, upright, 255 = repaint, from any picture that ``decode`` reads.
+
+    White is repainted, black and transparent are kept; ``_to_grey`` says what else is read.
+    Raises ObjectTooLarge as ``decode`` does, and MaskError for what it cannot read or what can
+    be read in two ways.
+    """
+    try:
+        picture = decode(data, max_pixels=max_pixels)
+    except ImageError as error:
+        raise MaskError(f"the mask: {error}") from error
+    return _to_grey(picture)
+
+
+def alpha_mask(picture: DecodedImage) -> Grey:
+    """The mask in a picture's own alpha: the more transparent, the whiter.
+
+    With the default threshold of 48, alpha below 208 is repainted. Raises MaskError where the
+    picture has no alpha channel.
+    """
+    alpha = picture.alpha()
+    if alpha is None:
+        raise MaskError(
+            f"the mask is 'alpha', but the {picture.format} has no alpha channel; give a mask"
+        )
+    return np.uint8(255) - alpha
+
+
+def _to_grey(picture: DecodedImage) -> Grey:
     """(H, W) uint8, 255 = repaint: white is repainted, black and transparent are kept.
 
     A drawing in one colour, on black or on a transparent layer, counts by its shape alone. A
