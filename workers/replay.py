@@ -17,9 +17,10 @@ import numpy as np
 from sqlalchemy import select
 
 from shared import images, settings
+from shared.console_errors import exit_on_error
 from shared.db import Database, schema
 from shared.db.models import Attempt, Job
-from shared.errors import EngineUnavailable, InpaintError, InputError
+from shared.errors import EngineUnavailable, InputError
 from shared.jobs import AttemptRecord, LeasedJob
 from shared.params import Params
 from shared.processes import EX_UNAVAILABLE
@@ -35,16 +36,10 @@ from workers.pipeline.render import Kit, render
 @click.option("--job", type=int, required=True)
 @click.option("--device", required=True)
 def main(job: int, device: str) -> None:
-    try:
+    with exit_on_error("inpaint-jobs", status=1, engine_unavailable=EX_UNAVAILABLE):
         configured = settings.load()
         logging.basicConfig(level=configured.log_level, stream=sys.stderr)
         click.echo(json.dumps(replay(configured, job, device=device)))
-    except EngineUnavailable as error:
-        click.echo(f"inpaint-jobs: {error}", err=True)
-        sys.exit(EX_UNAVAILABLE)
-    except InpaintError as error:
-        click.echo(f"inpaint-jobs: {error}", err=True)
-        sys.exit(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,10 @@ from typing import get_args
 import click
 
 from shared import embedded_redis, jobs, processes, settings
+from shared.console_errors import exit_on_error, print_error
 from shared.db import Database, schema
 from shared.engines import engine_name, engine_spec
-from shared.errors import EngineUnavailable, InpaintError, UnavailableError
+from shared.errors import EngineUnavailable, UnavailableError
 from shared.processes import (
     EX_DEVICE_LOST,
     EX_DEVICE_LOST_LATER,
@@ -30,6 +31,7 @@ from shared.processes import (
 from shared.settings import Compile, Quantization, Settings
 from workers.pixel_budget import default_megapixels
 
+PROGRAM = "inpaint-worker"
 MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
 MAX_DEVICE_LOSSES = 5
@@ -64,7 +66,7 @@ def worker(
         "compile": compile,
         "quantization": quantization,
     }
-    try:
+    with exit_on_error(PROGRAM):
         configured = settings.load(**{k: v for k, v in given.items() if v is not None})
         chosen = engine_name(engine or configured.engine)
         places = find_places(devices, engine=chosen)
@@ -80,9 +82,6 @@ def worker(
             sys.exit(_check(places, options))
         schema.ensure(db := Database(configured.database, pool_size=1))
         sys.exit(Supervisor(configured, db, places, options).run())
-    except InpaintError as error:
-        click.echo(f"inpaint-worker: {error}", err=True)
-        sys.exit(2)
 
 
 def _megapixels_in_hand(configured: Settings, processes: int) -> int:
@@ -205,16 +204,16 @@ class Supervisor:
         try:
             reaped = jobs.reap_worker(self._db, worker=worker, reason=reason)
         except UnavailableError as error:
-            click.echo(f"inpaint-worker: {error}; its jobs wait for their leases to end", err=True)
+            print_error(PROGRAM, f"{error}; its jobs wait for their leases to end")
             return
         for lost in reaped:
-            click.echo(f"inpaint-worker: job {lost.job}: {reason}; now {lost.state}", err=True)
+            print_error(PROGRAM, f"job {lost.job}: {reason}; now {lost.state}")
 
     def _tend(self) -> None:
         try:
             self._redis.ensure()
         except UnavailableError as error:
-            click.echo(f"inpaint-worker: {error}", err=True)
+            print_error(PROGRAM, error)
         for child in self._children:
             child.tend(time.monotonic())
 
@@ -280,10 +279,9 @@ class _Child:
         longest = max(self._stable_seconds / 2, MIN_PAUSE_SECONDS)
         self._pause = MIN_PAUSE_SECONDS if is_stable else min(self._pause * 2, longest)
         self._start_after = now + self._pause
-        click.echo(
-            f"inpaint-worker: {self._place.name} ended with {reason}; "
-            f"starting it again in {self._pause:g} s",
-            err=True,
+        print_error(
+            PROGRAM,
+            f"{self._place.name} ended with {reason}; starting it again in {self._pause:g} s",
         )
 
     def _count_device_losses(self, status: int) -> None:
@@ -293,11 +291,11 @@ class _Child:
         self._device_losses += 1
         if self._device_losses >= MAX_DEVICE_LOSSES:
             self.given_up = True
-            click.echo(
-                f"inpaint-worker: {self._place.name} was lost {self._device_losses} times in a "
-                "row without finishing a job; it is not started again. See what its log and "
-                "nvidia-smi say of it, then start inpaint-worker again",
-                err=True,
+            print_error(
+                PROGRAM,
+                f"{self._place.name} was lost {self._device_losses} times in a row without "
+                "finishing a job; it is not started again. Look at its log and at nvidia-smi, "
+                "then start inpaint-worker again",
             )
 
     def terminate(self) -> None:

@@ -23,14 +23,10 @@ from celery.worker import state as celery_state
 from celery.worker.state import maybe_shutdown
 
 from shared import embedded_redis, settings
+from shared.console_errors import exit_on_error, print_error
 from shared.db import Database, schema
 from shared.engines import engine_spec
-from shared.errors import (
-    EngineError,
-    EngineUnavailable,
-    InpaintError,
-    OutOfMemory,
-)
+from shared.errors import EngineError, InpaintError, OutOfMemory
 from shared.jobs import Holder
 from shared.jobs.queue import TASK, Queue, celery_app, queue_name
 from shared.jobs.retry import RetryPolicy
@@ -80,7 +76,7 @@ def main(
     check: bool,
     **how: Any,
 ) -> None:
-    try:
+    with exit_on_error("inpaint-worker", status=1, engine_unavailable=EX_UNAVAILABLE):
         configured = settings.load(**how)
         _configure_logging(configured.log_level, name)
         loaded = load_engine(engine, engine_options(configured, device))
@@ -89,12 +85,6 @@ def main(
             loaded.close()
             return
         bench = _bench(configured, loaded, worker)
-    except EngineUnavailable as error:
-        click.echo(f"inpaint-worker: {error}", err=True)
-        sys.exit(EX_UNAVAILABLE)
-    except InpaintError as error:
-        click.echo(f"inpaint-worker: {error}", err=True)
-        sys.exit(1)
     threads = concurrency or _default_concurrency(loaded)
     sys.exit(_consume(bench, name, threads))
 
@@ -185,10 +175,10 @@ class Health:
             self.status = EX_DEVICE_LOST_LATER if self._succeeded else EX_DEVICE_LOST
         elif len(self._failed) >= FAILURES_OF_A_DEVICE:
             self.status = EX_UNAVAILABLE
-            click.echo(
-                f"inpaint-worker: {len(self._failed)} jobs in a row failed on {self._device}, "
+            print_error(
+                "inpaint-worker",
+                f"{len(self._failed)} jobs in a row failed on {self._device}, "
                 f"which takes no more of them: {ended.code}: {ended}",
-                err=True,
             )
         return bool(self.status)
 
