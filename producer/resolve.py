@@ -12,7 +12,7 @@ from shared import masks
 from shared.engines import engine_name
 from shared.errors import InputError, ParameterError
 from shared.images import format_of
-from shared.jobs import content_key, derived_seed
+from shared.jobs import content_key, derive_seed
 from shared.jobs.submissions import NewJob
 from shared.params import PARAMETERS, PRIORITY, Params, is_file
 from shared.presets import RowPasses, placeholders, presets, resolve
@@ -246,6 +246,6 @@ def _new_job(row: ManifestRow, found: Mapping[str, object], params: str) -> NewJ
         mask=mask,
         output=output,
         params=params,
-        seed=derived_seed(key) if given is None else given,
+        seed=derive_seed(key) if given is None else given,
         priority=int(str(found["priority"])),
     )

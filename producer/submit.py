@@ -19,7 +19,7 @@ from shared.db.models import FINAL_STATES, Job
 from shared.errors import BrokerUnavailable
 from shared.jobs import submissions
 from shared.jobs.queue import Queue
-from shared.jobs.submissions import NewJob, joined_versions
+from shared.jobs.submissions import NewJob, join_versions
 from shared.params import further_inputs, is_file
 from shared.storage import Storage
 
@@ -89,7 +89,7 @@ def submit(
         rows=checked.rows,
         invalid=checked.invalid,
         resumed=opened.resumed,
-        cut_off=opened.cut_off,
+        cut_off=opened.interrupted,
         again=again.everything or again.changed,
     )
     for chunk in checked.chunks():
@@ -128,9 +128,9 @@ def _run_again(
         return 0
     chosen = existing if again.everything else _changed(db, storage, existing)
     keys = {job.content_key: (submission, job.line) for job in chosen}
-    reopened = jobs.rerun(db, keys, replace=again.everything)
+    reopened = jobs.reopen_by_content_key(db, keys, replace=again.everything)
     if again.everything:
-        reopened += jobs.restore(db, submission, chosen)
+        reopened += jobs.reopen_as_submitted(db, submission, chosen)
     return reopened
 
 
@@ -181,7 +181,7 @@ def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Ver
 def _versions(storage: Storage, job: NewJob) -> _Versions:
     masks = [*([job.mask] if is_file(job.mask) else []), *further_inputs(job.params)]
     image, output, *rest = (_version(storage, place) for place in (job.image, job.output, *masks))
-    return image, joined_versions(rest), output
+    return image, join_versions(rest), output
 
 
 def _version(storage: Storage, place: str) -> str | None:

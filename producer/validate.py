@@ -214,7 +214,7 @@ def check_owners(
 ) -> None:
     """Reports rows whose output belongs to a job that asks for something else."""
     for chunk in checked.chunks():
-        for taken in submissions.find_taken(db, checked.digest, chunk):
+        for taken in submissions.find_contested_outputs(db, checked.digest, chunk):
             checked.invalid += taken.row.line not in checked.skipped
             checked.skipped.add(taken.row.line)
             text = f"{taken}; give the row an output of its own, or replace that one with --force"

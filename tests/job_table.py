@@ -117,10 +117,10 @@ class JobTable:
     def succeed(self, job: int, **found: Any) -> None:
         jobs.succeed(self.db, self.run(job), AttemptRecord(**found))
 
-    def cancel(self, *ids: int) -> jobs.Cancellation:
+    def cancel(self, *ids: int) -> jobs.CancelResult:
         return jobs.cancel(self.db, Selection(jobs=ids))
 
-    def retry(self, *ids: int, **changes: Any) -> jobs.Reopened:
+    def retry(self, *ids: int, **changes: Any) -> jobs.RetryResult:
         return jobs.retry(self.db, Selection(jobs=ids), changes=changes)
 
     def set(self, job: int, **values: Any) -> None:

@@ -211,7 +211,7 @@ def _say_that_it_waits(bench: Bench, job: LeasedJob, refused: OutputRefused) -> 
     log.warning("job %s: pausing until it can be written: %s", job.id, refused)
     # Only for whoever looks on; heartbeats say it where the database is away as well.
     with suppress(DatabaseUnavailable):
-        jobs.note(bench.db, job, refused)
+        jobs.record_blocked_reason(bench.db, job, refused)
 
 
 def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
@@ -231,7 +231,7 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
 
 def _put_once(bench: Bench, job: LeasedJob, data: bytes, seen: str | None) -> str:
     lease = bench.settings.lease_seconds
-    _persist(bench, lambda: jobs.confirm(bench.db, job, lease_seconds=lease))
+    _persist(bench, lambda: jobs.renew_lease(bench.db, job, lease_seconds=lease))
     token = f"{job.id}-{job.attempt}"
     return bench.storage.put(job.output, data, if_version=seen, token=token)
 

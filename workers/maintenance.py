@@ -117,7 +117,7 @@ def beat(bench: Bench) -> None:
             one.interruption.set(Cancelled(f"job {job} was cancelled"))
 
 
-def _release_orphans(bench: Bench, beats: Sequence[jobs.Beat]) -> None:
+def _release_orphans(bench: Bench, beats: Sequence[jobs.RenewedLease]) -> None:
     """Gives back what is leased to us and in none of our threads' hands.
 
     Without that we would renew it for as long as we live.
@@ -167,6 +167,6 @@ def dispatch(bench: Bench, queue: Queue) -> None:
 def redeliver(bench: Bench, queue: Queue) -> None:
     grace = redelivery_seconds(bench.settings)
     found = jobs.redeliver(bench.db, queue, bench.engine.name, grace_seconds=grace)
-    jobs.sweep(bench.db, queue, bench.engine.name)
+    jobs.discard_stale_messages(bench.db, queue, bench.engine.name)
     if found:
         log.warning("queued %s jobs again whose messages were lost", found)

@@ -31,7 +31,7 @@ def prune(age: str, submission: int | None, dry_run: bool, yes: bool) -> None:
     seconds = _age_seconds(age)
     with opened() as (_, db):
         require_submission(db, submission)
-        chosen = jobs.prunable(db, older_than_seconds=seconds, submission=submission)
+        chosen = jobs.find_prunable(db, older_than_seconds=seconds, submission=submission)
         if not chosen:
             click.echo(f"no submission was finished longer ago than {age}")
             return

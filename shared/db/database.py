@@ -15,7 +15,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.functions import FunctionElement
 
-from shared.db.models import Instant
+from shared.db.models import UtcDateTime
 from shared.errors import DatabaseUnavailable
 
 BUSY_TIMEOUT_SECONDS = 30
@@ -25,7 +25,7 @@ _INSUFFICIENT_PRIVILEGE = "42501"
 class clock(FunctionElement[datetime]):
     """The database's time now plus a number of seconds: ``clock(60)``."""
 
-    type = Instant()
+    type = UtcDateTime()
     inherit_cache = True
     name = "clock"
 

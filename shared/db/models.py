@@ -39,7 +39,7 @@ FINAL_STATES = ("succeeded", "failed", "cancelled")
 OUTCOMES = ("succeeded", "failed", "retried", "released", "lost", "cancelled")
 
 
-class Instant(TypeDecorator[datetime]):
+class UtcDateTime(TypeDecorator[datetime]):
     """A moment, in UTC; SQLite keeps it as text that sorts."""
 
     impl = DateTime(timezone=True)
@@ -65,7 +65,7 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {datetime: Instant, str: Text, int: Integer}
+    type_annotation_map = {datetime: UtcDateTime, str: Text, int: Integer}
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ from sqlalchemy import Update, bindparam, case, null, update
 from shared.db import Database, clock
 from shared.db.models import Attempt, Job
 from shared.errors import InpaintError, OutputReplaced
-from shared.jobs.leases import HELD, UNLEASED, Beat, LeasedJob, lost, token
+from shared.jobs.leases import HOLDS_LEASE, NO_LEASE, LeasedJob, RenewedLease, lease_lost, token
 from shared.jobs.retry import RetryPolicy
 
 
@@ -59,9 +59,9 @@ NO_ERROR: Mapping[str, Any] = {"error_code": null(), "error_message": null()}
 # A job that its user cancelled meanwhile neither waits again nor counts as failed.
 _waits = (
     update(Job)
-    .where(*HELD)
+    .where(*HOLDS_LEASE)
     .values(
-        **UNLEASED,
+        **NO_LEASE,
         state=case((Job.cancel_requested, "cancelled"), else_="pending"),
         finished_at=case((Job.cancel_requested, clock()), else_=null()),
         run_after=clock(bindparam("wait")),
@@ -70,9 +70,9 @@ _waits = (
 )
 _fails = (
     update(Job)
-    .where(*HELD)
+    .where(*HOLDS_LEASE)
     .values(
-        **UNLEASED,
+        **NO_LEASE,
         state=case((Job.cancel_requested, "cancelled"), else_="failed"),
         finished_at=clock(),
     )
@@ -80,17 +80,17 @@ _fails = (
 )
 _cancels = (
     update(Job)
-    .where(*HELD)
-    .values(**UNLEASED, state="cancelled", finished_at=clock())
+    .where(*HOLDS_LEASE)
+    .values(**NO_LEASE, state="cancelled", finished_at=clock())
     .returning(Job.state)
 )
 # A job that was superseded while it ran leaves the output to the job that took it over.
 _superseded = Job.error_code == OutputReplaced.code
 _succeeds = (
     update(Job)
-    .where(*HELD)
+    .where(*HOLDS_LEASE)
     .values(
-        **UNLEASED,
+        **NO_LEASE,
         state="succeeded",
         finished_at=clock(),
         error_code=case((_superseded, Job.error_code), else_=null()),
@@ -150,7 +150,7 @@ def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
     _finish(db, job, record, _waits, {"wait": 0.0}, outcome="released")
 
 
-def release_orphan(db: Database, beat: Beat) -> None:
+def release_orphan(db: Database, beat: RenewedLease) -> None:
     """Gives back a lease that its own worker knows nothing of, as ``release`` does.
 
     The connection broke while the job was acquired, or before its end could be written.
@@ -188,7 +188,7 @@ def _finish(
     with db.write() as connection:
         state = connection.execute(ends, {**token(job), **found}).scalar()
         if state is None:
-            raise lost(job)
+            raise lease_lost(job)
         if outcome == "retried" and state == "cancelled":
             ended["outcome"] = "failed"
         connection.execute(_end_attempt, ended)

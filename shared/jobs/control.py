@@ -32,7 +32,7 @@ from shared.db.models import FINAL_STATES, BigId, Job
 from shared.errors import InputError, OutputReplaced
 from shared.jobs.completion import NO_ERROR
 from shared.jobs.identity import content_key
-from shared.jobs.leases import locked
+from shared.jobs.leases import lock_in_id_order
 from shared.params import Params, changed
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cancellation:
+class CancelResult:
     """cancelled: at once. requested: running, stops at its next step or heartbeat."""
 
     cancelled: int
     requested: int
 
 
-def cancel(db: Database, selection: Selection) -> Cancellation:
+def cancel(db: Database, selection: Selection) -> CancelResult:
     where = selection.conditions()
     with db.write() as connection:
         # Running ones first: what is queued now may not slip past both statements.
@@ -92,26 +92,28 @@ def cancel(db: Database, selection: Selection) -> Cancellation:
                 cancel_requested=true()
             )
         ).rowcount
-    return Cancellation(cancelled=cancelled, requested=requested + late)
+    return CancelResult(cancelled=cancelled, requested=requested + late)
 
 
 def _of(*where: ColumnElement[bool]) -> Update:
-    return update(Job).where(Job.id.in_(locked(*where)), *where)
+    return update(Job).where(Job.id.in_(lock_in_id_order(*where)), *where)
 
 
-def owns(job: Any) -> ColumnElement[bool]:
+def owns_output(job: Any) -> ColumnElement[bool]:
     """What lies at the job's output is the job's, or will be. job: Job or an alias of it."""
     succeeded = and_(job.state == "succeeded", job.error_code.is_distinct_from(OutputReplaced.code))
     return or_(job.state.in_(("pending", "queued", "running")), succeeded)
 
 
 _owner = aliased(Job)
-_OWNED_BY_ANOTHER = exists().where(_owner.output == Job.output, _owner.id != Job.id, owns(_owner))
+_OWNED_BY_ANOTHER = exists().where(
+    _owner.output == Job.output, _owner.id != Job.id, owns_output(_owner)
+)
 
 
 def supersede(connection: Connection, ids: Sequence[int], *, submission: int) -> None:
     """Takes their outputs from jobs, for a submission that writes there from now on."""
-    where = (Job.id.in_(ids), owns(Job))
+    where = (Job.id.in_(ids), owns_output(Job))
     replaced = {
         "error_code": OutputReplaced.code,
         "error_message": f"submission {submission} writes this output since",
@@ -140,7 +142,7 @@ _REOPENED: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reopened:
+class RetryResult:
     """How many jobs wait again, and the engines they wait for.
 
     replaced: how many stay as they are, because another job writes their output.
@@ -153,7 +155,7 @@ class Reopened:
 
 def retry(
     db: Database, selection: Selection, *, changes: Mapping[str, Any] | None = None
-) -> Reopened:
+) -> RetryResult:
     """Reopens final jobs, with changed parameters if given.
 
     A job whose output belongs to another job stays as it is, and so do all but the newest of
@@ -172,7 +174,7 @@ def retry(
             _change(connection, where, changes)
         rows = connection.execute(_of(*where).values(**_REOPENED).returning(Job.engine)).all()
     engines = {row.engine for row in rows}
-    return Reopened(count=len(rows), replaced=total - len(rows), engines=engines)
+    return RetryResult(count=len(rows), replaced=total - len(rows), engines=engines)
 
 
 def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:
@@ -201,7 +203,9 @@ def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, 
             ) from error
 
 
-def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]], *, replace: bool = False) -> int:
+def reopen_by_content_key(
+    db: Database, keys: Mapping[bytes, tuple[int, int]], *, replace: bool = False
+) -> int:
     """Reopens final jobs by content key and moves each to a (submission, line).
 
     replace: also those whose output belongs to another job, which has lost it by then.
@@ -234,10 +238,10 @@ def rerun(db: Database, keys: Mapping[bytes, tuple[int, int]], *, replace: bool 
         return sum(connection.execute(moved, row).rowcount for row in rows)
 
 
-def restore(db: Database, submission: int, rows: Sequence[NewJob]) -> int:
+def reopen_as_submitted(db: Database, submission: int, rows: Sequence[NewJob]) -> int:
     """Gives final jobs that were changed since back what their rows say, and reopens them.
 
-    A row whose content key another job has is that job's; see ``rerun``.
+    A row whose content key another job has is that job's; see ``reopen_by_content_key``.
     """
     other = aliased(Job)
     key = bindparam("to_key", type_=LargeBinary)

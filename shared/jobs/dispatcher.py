@@ -13,7 +13,7 @@ from shared.jobs.queue import PRIORITY_CLASSES, Message, Queue
 
 # A statement holds at most 32,766 parameters on SQLite, 65,535 on PostgreSQL.
 _IDS_PER_STATEMENT = 10_000
-_CARRIED = (Job.id, Job.attempt, Job.priority, Job.losses)
+_MESSAGE_COLUMNS = (Job.id, Job.attempt, Job.priority, Job.losses)
 
 
 def dispatch(db: Database, queue: Queue, engine: str, *, bound: int) -> int:
@@ -55,7 +55,7 @@ def _claim_due(connection: Connection, engine: str, priorities: range, bound: in
         update(Job)
         .where(Job.id.in_(select(chosen.c.id)), Job.state == "pending")
         .values(state="queued", queued_at=clock())
-        .returning(*_CARRIED)
+        .returning(*_MESSAGE_COLUMNS)
     ).all()
     return _messages(engine, rows)
 
@@ -90,25 +90,25 @@ def redeliver(db: Database, queue: Queue, engine: str, *, grace_seconds: float) 
         }
     if not expected:
         return 0
-    missing = sorted(job for job, _ in expected - queue.waiting(engine))
+    missing = sorted(job for job, _ in expected - queue.ready_messages(engine))
     rows: list[Any] = []
     for start in range(0, len(missing), _IDS_PER_STATEMENT):
         ids = missing[start : start + _IDS_PER_STATEMENT]
         with db.write() as connection:
             again = update(Job).where(Job.id.in_(ids), overdue).values(queued_at=clock())
-            rows += connection.execute(again.returning(*_CARRIED)).all()
+            rows += connection.execute(again.returning(*_MESSAGE_COLUMNS)).all()
     messages = _messages(engine, rows)
     queue.publish(messages)
     return len(messages)
 
 
-def sweep(db: Database, queue: Queue, engine: str) -> None:
+def discard_stale_messages(db: Database, queue: Queue, engine: str) -> None:
     """Removes from Redis what dead workers took and never answered.
 
     A message stays while its job may still run by it; one whose job has moved on would run
     nothing, and Redis would keep it for ``visibility_timeout``.
     """
-    taken = queue.taken(engine)
+    taken = queue.unacked_messages(engine)
     if not taken:
         return
     ids = {job for job, _ in taken.values()}
@@ -120,4 +120,4 @@ def sweep(db: Database, queue: Queue, engine: str) -> None:
         ).all()
     # Acquiring counts the attempt up: a running job's message names the number before.
     live = {(row.id, row.attempt - (row.state == "running")) for row in rows}
-    queue.forget([tag for tag, message in taken.items() if message not in live])
+    queue.discard_unacked([tag for tag, message in taken.items() if message not in live])

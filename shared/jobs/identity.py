@@ -13,6 +13,6 @@ def content_key(
     return blake2b("\x00".join(parts).encode(), digest_size=16).digest()
 
 
-def derived_seed(key: bytes) -> int:
+def derive_seed(key: bytes) -> int:
     """The seed of a row that names none: 32 bits of its content key, so reruns agree."""
     return int.from_bytes(key[:4], "big")

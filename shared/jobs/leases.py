@@ -28,7 +28,7 @@ from shared.errors import InpaintError, LeaseLost, OutputReplaced
 from shared.params import Params
 
 LOSSES_BEFORE_QUARANTINE = 2
-UNLEASED: Mapping[str, Any] = {"worker": null(), "lease_expires_at": null()}
+NO_LEASE: Mapping[str, Any] = {"worker": null(), "lease_expires_at": null()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def acquire(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beat:
+class RenewedLease:
     """What a heartbeat found: a lease renewed, and whether its job is to be cancelled."""
 
     job: int
@@ -129,22 +129,23 @@ class Beat:
         return {"of_job": self.job, "of_attempt": self.attempt}
 
 
-def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[Beat]:
+def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[RenewedLease]:
     """Renews all leases of one worker; a job that is not in the answer was lost."""
     held = (Job.state == "running", Job.worker == worker)
     with db.write() as connection:
         rows = connection.execute(
             update(Job)
-            .where(Job.id.in_(locked(*held)), *held)
+            .where(Job.id.in_(lock_in_id_order(*held)), *held)
             .values(lease_expires_at=clock(lease_seconds))
             .returning(Job.id, Job.attempt, Job.cancel_requested)
         ).all()
     return [
-        Beat(job=row.id, attempt=row.attempt, cancel_requested=row.cancel_requested) for row in rows
+        RenewedLease(job=row.id, attempt=row.attempt, cancel_requested=row.cancel_requested)
+        for row in rows
     ]
 
 
-def locked(*where: ColumnElement[bool]) -> Select[int]:
+def lock_in_id_order(*where: ColumnElement[bool]) -> Select[int]:
     """The ids of the jobs chosen, their rows locked in the order of the ids.
 
     PostgreSQL locks rows as an UPDATE comes upon them; two that meet the same rows in another
@@ -153,32 +154,35 @@ def locked(*where: ColumnElement[bool]) -> Select[int]:
     return select(Job.id).where(*where).order_by(Job.id).with_for_update()
 
 
-HELD = (
+HOLDS_LEASE = (
     Job.id == bindparam("of_job"),
     Job.state == "running",
     Job.attempt == bindparam("of_attempt"),
 )
 _confirm = (
-    update(Job).where(*HELD).values(lease_expires_at=clock(bindparam("lease"))).returning(Job.id)
+    update(Job)
+    .where(*HOLDS_LEASE)
+    .values(lease_expires_at=clock(bindparam("lease")))
+    .returning(Job.id)
 )
 
 
-def confirm(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
+def renew_lease(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
     """Renews one lease; raises LeaseLost where it is not ours any more."""
     with db.write() as connection:
         held = connection.execute(_confirm, {**token(job), "lease": lease_seconds}).first()
     if held is None:
-        raise lost(job)
+        raise lease_lost(job)
 
 
 _note = (
     update(Job)
-    .where(*HELD, Job.error_code.is_distinct_from(OutputReplaced.code))
+    .where(*HOLDS_LEASE, Job.error_code.is_distinct_from(OutputReplaced.code))
     .values(error_code=bindparam("code"), error_message=bindparam("message"))
 )
 
 
-def note(db: Database, job: LeasedJob, error: InpaintError) -> None:
+def record_blocked_reason(db: Database, job: LeasedJob, error: InpaintError) -> None:
     """Writes down what a running job waits for, so that whoever looks at it can see."""
     with db.write() as connection:
         connection.execute(_note, {**token(job), "code": error.code, "message": str(error)})
@@ -188,18 +192,18 @@ def token(job: LeasedJob) -> dict[str, int]:
     return {"of_job": job.id, "of_attempt": job.attempt}
 
 
-def lost(job: LeasedJob) -> LeaseLost:
+def lease_lost(job: LeasedJob) -> LeaseLost:
     return LeaseLost(f"job {job.id}: attempt {job.attempt} lost its lease; its work is dropped")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reaped:
+class ReapedLease:
     job: int
     attempt: int
     state: str
 
 
-def reap(db: Database) -> list[Reaped]:
+def reap(db: Database) -> list[ReapedLease]:
     """Takes back leases that ran out. The second lost worker quarantines the job.
 
     The condition is inside the UPDATE, so a heartbeat that comes in time wins.
@@ -208,12 +212,12 @@ def reap(db: Database) -> list[Reaped]:
     return _take_back(db, expired, reason="the worker stopped sending heartbeats")
 
 
-def reap_worker(db: Database, *, worker: str, reason: str) -> list[Reaped]:
+def reap_worker(db: Database, *, worker: str, reason: str) -> list[ReapedLease]:
     """Takes back every lease of a worker whose process is known to have ended."""
     return _take_back(db, Job.worker == worker, reason=reason)
 
 
-def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> list[Reaped]:
+def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> list[ReapedLease]:
     quarantined = Job.losses + 1 >= LOSSES_BEFORE_QUARANTINE
     state = case((Job.cancel_requested, "cancelled"), (quarantined, "failed"), else_="pending")
     message = "two workers were lost while they ran this job; retry it once the cause is known"
@@ -221,10 +225,12 @@ def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> lis
         rows = connection.execute(
             update(Job)
             .where(
-                Job.id.in_(locked(Job.state == "running", chosen)), Job.state == "running", chosen
+                Job.id.in_(lock_in_id_order(Job.state == "running", chosen)),
+                Job.state == "running",
+                chosen,
             )
             .values(
-                **UNLEASED,
+                **NO_LEASE,
                 state=state,
                 losses=Job.losses + 1,
                 run_after=clock(),
@@ -248,4 +254,4 @@ def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> lis
                     error_message=reason,
                 )
             )
-    return [Reaped(job=row.id, attempt=row.attempt, state=row.state) for row in rows]
+    return [ReapedLease(job=row.id, attempt=row.attempt, state=row.state) for row in rows]

@@ -15,7 +15,7 @@ _JOBS_PER_TRANSACTION = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prunable:
+class PrunableSubmission:
     """A submission that may be forgotten, and how many jobs go with it."""
 
     submission: int
@@ -23,9 +23,9 @@ class Prunable:
     jobs: int
 
 
-def prunable(
+def find_prunable(
     db: Database, *, older_than_seconds: float, submission: int | None = None
-) -> list[Prunable]:
+) -> list[PrunableSubmission]:
     """Submissions that were made, and whose every job was finished, longer ago than that."""
     where = [Submission.created_at < clock(-older_than_seconds)]
     if submission is not None:
@@ -35,12 +35,14 @@ def prunable(
     chosen = select(Submission.id, Submission.manifest, counted.label("jobs"))
     with db.read() as connection:
         rows = connection.execute(chosen.where(*where, ~unfinished).order_by(Submission.id)).all()
-    return [Prunable(submission=row.id, manifest=row.manifest, jobs=row.jobs) for row in rows]
+    return [
+        PrunableSubmission(submission=row.id, manifest=row.manifest, jobs=row.jobs) for row in rows
+    ]
 
 
 def prune(
     db: Database,
-    chosen: Sequence[Prunable],
+    chosen: Sequence[PrunableSubmission],
     *,
     older_than_seconds: float,
     progress: Callable[[int], None] = lambda _jobs: None,

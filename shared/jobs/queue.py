@@ -84,7 +84,7 @@ class Queue:
                 for message in messages:
                     _publish(producer, message)
 
-    def waiting(self, engine: str) -> set[tuple[int, int]]:
+    def ready_messages(self, engine: str) -> set[tuple[int, int]]:
         """(job, attempt) of every message that waits for a worker.
 
         One that a worker has taken is not among them: a live worker acquires its job within
@@ -96,7 +96,7 @@ class Queue:
         found = [json.loads(raw) for messages in lists for raw in messages]
         return {_parse_id(message["headers"]["id"]) for message in found if _is_ours(message)}
 
-    def taken(self, engine: str) -> dict[str, tuple[int, int]]:
+    def unacked_messages(self, engine: str) -> dict[str, tuple[int, int]]:
         """(job, attempt) of every message that a worker has taken and not answered, by its tag."""
         with self._translated():
             channel = self._channel()
@@ -108,7 +108,7 @@ class Queue:
             if _is_ours(message) and routing_key == queue_name(engine)
         }
 
-    def forget(self, tags: Sequence[str]) -> None:
+    def discard_unacked(self, tags: Sequence[str]) -> None:
         """Removes messages that were taken; their workers' own answers then do nothing."""
         if not tags:
             return

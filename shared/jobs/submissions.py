@@ -15,7 +15,7 @@ from shared.db import Database, clock
 from shared.db.models import Job, Submission
 from shared.errors import InputError
 
-_RECORDING = 0x696E7061696E74  # any number that all producers share
+_RECORD_LOCK = 0x696E7061696E74  # any number that all producers share
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,23 +34,23 @@ class NewJob:
     priority: int
 
 
-def joined_versions(versions: Sequence[str | None]) -> str | None:
+def join_versions(versions: Sequence[str | None]) -> str | None:
     """``Job.mask_version``: of the mask and of each further input; None where there is no file."""
     return " ".join(version or "-" for version in versions) or None
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenSubmission:
-    """``resumed``: the same rows were submitted before; ``cut_off``: and not to the end."""
+class OpenedSubmission:
+    """``resumed``: the same rows were submitted before; ``interrupted``: and not to the end."""
 
     id: int
     resumed: bool = False
-    cut_off: bool = False
+    interrupted: bool = False
 
 
 def open_submission(
     db: Database, *, manifest: str, digest: str, options: str, rows: int, invalid: int
-) -> OpenSubmission:
+) -> OpenedSubmission:
     """Finds or makes the submission of this digest; safe for two producers at once."""
     same = select(Submission.id, Submission.recorded_at).where(Submission.digest == digest)
     made = (
@@ -69,15 +69,15 @@ def open_submission(
         with db.write() as connection:
             found = connection.execute(same).first()
             if found is None:
-                return OpenSubmission(id=connection.execute(made).scalar_one())
+                return OpenedSubmission(id=connection.execute(made).scalar_one())
     except IntegrityError:
         with db.read() as connection:
             found = connection.execute(same).one()
-    return OpenSubmission(id=found.id, resumed=True, cut_off=found.recorded_at is None)
+    return OpenedSubmission(id=found.id, resumed=True, interrupted=found.recorded_at is None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class ContestedOutput:
     """A row whose output another job writes, or has written."""
 
     row: NewJob
@@ -91,26 +91,28 @@ class Taken:
         )
 
 
-def find_taken(db: Database, digest: str, rows: Sequence[NewJob]) -> list[Taken]:
+def find_contested_outputs(
+    db: Database, digest: str, rows: Sequence[NewJob]
+) -> list[ContestedOutput]:
     """The rows that may not be recorded because of their outputs.
 
     digest: of their submission. A job at the row's own line there was changed since by a person.
     """
     own = select(Submission.id).where(Submission.digest == digest)
     with db.read() as connection:
-        return _find_taken(connection, connection.execute(own).scalar(), rows, new=True)
+        return _find_contested(connection, connection.execute(own).scalar(), rows, new=True)
 
 
-def _find_taken(
+def _find_contested(
     connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new: bool
-) -> list[Taken]:
+) -> list[ContestedOutput]:
     """new: only rows that have no job yet; the others write nothing unless they are forced.
 
     A changed job at the row's own line keeps the output, unless another job does what the row
     asks for: forced, that one writes it.
     """
     chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
-        Job.output.in_({row.output for row in rows}), jobs.owns(Job)
+        Job.output.in_({row.output for row in rows}), jobs.owns_output(Job)
     )
     owners: dict[str, list[Any]] = {}
     for owner in connection.execute(chosen):
@@ -122,7 +124,7 @@ def _find_taken(
     having = select(Job.content_key).where(Job.content_key.in_(keys))
     known = set(connection.execute(having).scalars())
     return [
-        Taken(row=row, job=owner.id, submission=owner.submission_id)
+        ContestedOutput(row=row, job=owner.id, submission=owner.submission_id)
         for row in suspects
         if not (new and row.content_key in known)
         for owner in owners[row.output]
@@ -145,8 +147,8 @@ def record(
         if not db.is_sqlite:
             # Two producers that insert the same keys in another order would wait for each
             # other; and of two rows with one output only the first may come in.
-            connection.execute(select(func.pg_advisory_xact_lock(_RECORDING)))
-        _hold(connection, submission)
+            connection.execute(select(func.pg_advisory_xact_lock(_RECORD_LOCK)))
+        _lock_submission(connection, submission)
         _take_outputs(connection, submission, rows, replace=replace)
         insert_rows = _insert_sqlite if db.is_sqlite else _insert_postgresql
         lines = insert_rows(connection, submission, rows)
@@ -155,7 +157,7 @@ def record(
     return [row for row in rows if row.line not in lines]
 
 
-def _hold(connection: Connection, submission: int) -> None:
+def _lock_submission(connection: Connection, submission: int) -> None:
     """Keeps the submission from being pruned until the transaction ends."""
     there = select(Submission.id).where(Submission.id == submission)
     if connection.execute(there.with_for_update(read=True, key_share=True)).first() is None:
@@ -167,7 +169,7 @@ def _hold(connection: Connection, submission: int) -> None:
 def _take_outputs(
     connection: Connection, submission: int, rows: Sequence[NewJob], *, replace: bool
 ) -> None:
-    taken = _find_taken(connection, submission, rows, new=not replace)
+    taken = _find_contested(connection, submission, rows, new=not replace)
     if taken and not replace:
         raise InputError(
             f"line {taken[0].row.line}: {taken[0]}; it was submitted a moment ago. "

@@ -178,7 +178,9 @@ class Site:
         assert not wrong, "\n".join(wrong)
 
     def _is_quiet(self) -> bool:
-        return not self.fleet.queue.waiting("opencv") and not self.fleet.queue.taken("opencv")
+        return not self.fleet.queue.ready_messages(
+            "opencv"
+        ) and not self.fleet.queue.unacked_messages("opencv")
 
     def _violations(self, failed: dict[int, str]) -> list[str]:
         with self.db.read() as connection:

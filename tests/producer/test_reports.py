@@ -130,8 +130,8 @@ def test_an_export_tells_of_the_last_attempt(table: JobTable) -> None:
 def test_progress_tells_what_waits_because_of_an_error(table: JobTable) -> None:
     failing, paused, again = (table.run(job) for job in table.add(3))
     jobs.fail(table.db, failing, AttemptRecord(), StorageUnavailable("'/a.png': busy"), LATER)
-    jobs.note(table.db, paused, OutputRefused("'/b.png': No space left on device"))
-    jobs.note(table.db, again, StorageUnavailable("'/c.png': busy"))
+    jobs.record_blocked_reason(table.db, paused, OutputRefused("'/b.png': No space left on device"))
+    jobs.record_blocked_reason(table.db, again, StorageUnavailable("'/c.png': busy"))
     found = reports.progress(table.db, 1)
     full, retried = found.troubles
     assert full.summary == "1 paused until it is mended"

@@ -100,7 +100,7 @@ def test_every_row_becomes_a_queued_job(desk: Desk, either: JobTable, redis_url:
     assert [row.output for row in rows] == [f"{desk.folder}/m-out/{n}.png" for n in (1, 2, 3)]
     assert {row.state for row in rows} == {"queued"}
     queue = Queue(redis_url)
-    assert queue.waiting("opencv") == {(row.id, 0) for row in rows}
+    assert queue.ready_messages("opencv") == {(row.id, 0) for row in rows}
     queue.close()
     (submission,) = either.submissions()
     assert (submission.rows, submission.invalid) == (3, 0)

@@ -13,7 +13,7 @@ from shared.engines import engine_spec
 from shared.images import DecodedImage
 from shared.images.provenance import Provenance, mark
 from shared.jobs import AttemptRecord, LeasedJob
-from shared.jobs.submissions import joined_versions
+from shared.jobs.submissions import join_versions
 from shared.masks import Grey, Mask
 from shared.params import Params, further_inputs, is_file
 from shared.settings import Settings
@@ -115,7 +115,7 @@ def _fetch(kit: Kit, job: LeasedJob, record: AttemptRecord) -> _Fetched:
     record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
     places = [*([job.mask] if is_file(job.mask) else []), *further_inputs(job.params.to_json())]
     found = {place: kit.storage.get(place, max_bytes=cap) for place in places}
-    record.mask_version = joined_versions([one.version for one in found.values()])
+    record.mask_version = join_versions([one.version for one in found.values()])
     record.inputs = {place: sha256(one.data).hexdigest() for place, one in found.items()}
     record.mask_sha256 = record.inputs.pop(job.mask, None)
     return _Fetched(

@@ -205,7 +205,7 @@ def test_retry_queues_a_finished_job_again(desk: Desk, table: JobTable, redis_ur
     assert (ran.status, ran.out) == (0, "1 job to run again\n")
     assert table.state(job) == "queued"
     queue = Queue(redis_url)
-    assert queue.waiting("opencv") == {(job, 1)}
+    assert queue.ready_messages("opencv") == {(job, 1)}
     queue.close()
 
 

@@ -30,7 +30,7 @@ class JobMachine(Submitting, Working):
         done = jobs.cancel(self.db, Selection(jobs=tuple(one.id for one in chosen)))
         running = [one for one in chosen if one.state == "running"]
         waiting = [one for one in chosen if one.state in ("pending", "queued")]
-        assert done == jobs.Cancellation(cancelled=len(waiting), requested=len(running))
+        assert done == jobs.CancelResult(cancelled=len(waiting), requested=len(running))
         for one in running:
             one.cancelling = True
         for one in waiting:
@@ -55,7 +55,7 @@ class JobMachine(Submitting, Working):
         engines = {one.row.engine for one in reopened}
         replaced = len(final) - len(reopened)
         found = jobs.retry(self.db, selection)
-        assert found == jobs.Reopened(count=len(reopened), engines=engines, replaced=replaced)
+        assert found == jobs.RetryResult(count=len(reopened), engines=engines, replaced=replaced)
         for one in reopened:
             one.reopen()
 
@@ -80,7 +80,7 @@ class JobMachine(Submitting, Working):
     @rule()
     def prune(self) -> None:
         """Whatever is finished is forgotten; its messages and leases are still about."""
-        chosen = jobs.prunable(self.db, older_than_seconds=-1)
+        chosen = jobs.find_prunable(self.db, older_than_seconds=-1)
         finished = {
             submission
             for submission in self.submissions

@@ -82,5 +82,5 @@ class Wire:
             raise BrokerUnavailable("nobody answers")
         self.messages.extend(messages)
 
-    def waiting(self, engine: str) -> set[tuple[int, int]]:
+    def ready_messages(self, engine: str) -> set[tuple[int, int]]:
         return {(one.job, one.attempt) for one in self.messages if one.engine == engine}

@@ -129,7 +129,7 @@ class Submitting(Table):
                         one.submission, one.line = place
                     one.reopen()
                     reopened += 1
-        assert jobs.rerun(self.db, keys, replace=True) == reopened
+        assert jobs.reopen_by_content_key(self.db, keys, replace=True) == reopened
         self._restore(submission, rows)
 
     def _restore(self, submission: int, rows: list[NewJob]) -> None:
@@ -141,4 +141,4 @@ class Submitting(Table):
                 here[0].key, here[0].seed = row.content_key, row.seed
                 here[0].reopen()
                 restored += 1
-        assert jobs.restore(self.db, submission, rows) == restored
+        assert jobs.reopen_as_submitted(self.db, submission, rows) == restored

@@ -54,7 +54,7 @@ class Working(Table):
 
     @rule(engine=st.sampled_from(ENGINES), answers=st.booleans())
     def redeliver(self, engine: str, answers: bool) -> None:
-        there = self.wire.waiting(engine)
+        there = self.wire.ready_messages(engine)
         expected = {
             (one.id, one.attempt)
             for one in self.model.values()
@@ -167,7 +167,7 @@ class Working(Table):
         elif how == "cancel":
             jobs.finish_cancelled(self.db, lease, AttemptRecord())
         else:
-            jobs.confirm(self.db, lease, lease_seconds=LEASE_SECONDS)
+            jobs.renew_lease(self.db, lease, lease_seconds=LEASE_SECONDS)
 
     def _expect_end(self, one: Expected, how: str, later: bool) -> None:
         if how in ("fail", "retry"):
@@ -235,7 +235,7 @@ class Working(Table):
         """A worker beats for a lease that it knows nothing of, or that is no longer its own."""
         lease = data.draw(st.sampled_from(self.leases))
         held = self._holds(lease)
-        beat = jobs.Beat(job=lease.id, attempt=lease.attempt, cancel_requested=False)
+        beat = jobs.RenewedLease(job=lease.id, attempt=lease.attempt, cancel_requested=False)
         jobs.release_orphan(self.db, beat)
         if held:
             one = self.model[lease.id]

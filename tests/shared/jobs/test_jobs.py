@@ -41,7 +41,7 @@ ENDS: dict[str, Callable[[Database, LeasedJob], Any]] = {
     "retry": lambda db, job: jobs.fail(db, job, AttemptRecord(), BROKEN, AT_ONCE),
     "release": lambda db, job: jobs.release(db, job, AttemptRecord()),
     "cancel": lambda db, job: jobs.finish_cancelled(db, job, AttemptRecord()),
-    "confirm": lambda db, job: jobs.confirm(db, job, lease_seconds=60),
+    "confirm": lambda db, job: jobs.renew_lease(db, job, lease_seconds=60),
 }
 
 
@@ -128,7 +128,7 @@ def test_two_dispatchers_at_once_do_not_overfill_the_queue(table: JobTable, redi
     with ThreadPoolExecutor(4) as pool:
         sent = sum(pool.map(top_up, range(4)))
     queue = Queue(redis_url)
-    assert sent == queue.length(ENGINE) == len(queue.waiting(ENGINE)) == 10
+    assert sent == queue.length(ENGINE) == len(queue.ready_messages(ENGINE)) == 10
     assert table.states().count("queued") == 10
     queue.close()
 
@@ -145,7 +145,7 @@ def test_what_redis_lost_is_published_again_and_only_that(table: JobTable, redis
         client.flushall()
     assert table.acquire(ids[0])
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 4
-    assert queue.waiting(ENGINE) == {(job, 0) for job in ids[1:]}
+    assert queue.ready_messages(ENGINE) == {(job, 0) for job in ids[1:]}
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 0
     queue.close()
 
@@ -167,7 +167,7 @@ def test_a_job_that_is_taken_while_redis_is_asked_is_not_published_again(table: 
     table.dispatch()
 
     class TakenMeanwhile(Sent):
-        def waiting(self, _engine: str) -> set[tuple[int, int]]:
+        def ready_messages(self, _engine: str) -> set[tuple[int, int]]:
             assert table.acquire(job)
             return set()
 
@@ -186,7 +186,7 @@ def test_more_lost_messages_than_a_statement_may_name_come_back(
     ids = table.add(5)
     table.dispatch()
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 5
-    assert queue.waiting(ENGINE) == {(job, 0) for job in ids}
+    assert queue.ready_messages(ENGINE) == {(job, 0) for job in ids}
     queue.close()
 
 
@@ -293,7 +293,7 @@ def test_a_heartbeat_reports_a_cancellation_and_leaves_out_what_was_lost(table: 
 
 def test_confirm_renews_one_lease(table: JobTable) -> None:
     leased = table.run(table.one(), lease=5)
-    jobs.confirm(table.db, leased, lease_seconds=60)
+    jobs.renew_lease(table.db, leased, lease_seconds=60)
     assert seconds_until(table.job(leased.id).lease_expires_at) > 50
 
 
@@ -404,7 +404,7 @@ def test_a_lease_that_ran_out_is_taken_back(table: JobTable) -> None:
     lost, held = table.add(2)
     table.run(lost, lease=-1)
     table.run(held)
-    assert jobs.reap(table.db) == [jobs.Reaped(job=lost, attempt=1, state="pending")]
+    assert jobs.reap(table.db) == [jobs.ReapedLease(job=lost, attempt=1, state="pending")]
     row, (attempt,) = table.job(lost), table.attempts(lost)
     assert (row.losses, row.failures, row.worker, row.error_code) == (1, 0, None, None)
     assert (attempt.outcome, attempt.error_code) == ("lost", "worker_lost")
@@ -446,7 +446,7 @@ def test_many_reapers_take_a_job_back_once(table: JobTable) -> None:
         table.run(job, lease=-1)
     together = Barrier(4)
 
-    def reap(_: int) -> list[jobs.Reaped]:
+    def reap(_: int) -> list[jobs.ReapedLease]:
         together.wait()
         return jobs.reap(table.db)
 
@@ -464,7 +464,7 @@ def test_waiting_jobs_are_cancelled_at_once_and_running_ones_asked(table: JobTab
     table.run(running)
     table.succeed(done)
     table.set(pending, state="pending")
-    assert table.cancel(running, queued, pending, done) == jobs.Cancellation(
+    assert table.cancel(running, queued, pending, done) == jobs.CancelResult(
         cancelled=2, requested=1
     )
     assert table.states() == ["running", "cancelled", "cancelled", "succeeded"]
@@ -476,7 +476,7 @@ def test_waiting_jobs_are_cancelled_at_once_and_running_ones_asked(table: JobTab
 def test_cancelling_again_changes_nothing(table: JobTable) -> None:
     job = table.one()
     table.cancel(job)
-    assert table.cancel(job) == jobs.Cancellation(cancelled=0, requested=0)
+    assert table.cancel(job) == jobs.CancelResult(cancelled=0, requested=0)
 
 
 @pytest.mark.parametrize("end", ["fail", "retry", "release", "cancel"])
@@ -528,7 +528,7 @@ def ended(table: JobTable, state: str) -> int:
 @pytest.mark.parametrize("state", ["succeeded", "failed", "cancelled"])
 def test_a_retry_reopens_a_final_job(table: JobTable, state: str) -> None:
     job = ended(table, state)
-    assert table.retry(job) == jobs.Reopened(count=1, engines={ENGINE})
+    assert table.retry(job) == jobs.RetryResult(count=1, engines={ENGINE})
     row = table.job(job)
     assert (row.state, row.failures, row.losses, row.error_code) == ("pending", 0, 0, None)
     assert (row.finished_at, row.cancel_requested) == (None, False)
@@ -612,7 +612,7 @@ def test_a_rerun_reopens_final_jobs_and_moves_them_to_who_asks(table: JobTable) 
     table.set(waiting, state="pending")
     newer = table.submission("newer")
     keys = {table.job(job).content_key: (newer, line) for job, line in ((done, 11), (waiting, 12))}
-    assert jobs.rerun(table.db, keys | {b"unknown": (newer, 13)}) == 1
+    assert jobs.reopen_by_content_key(table.db, keys | {b"unknown": (newer, 13)}) == 1
     row = table.job(done)
     assert (row.state, row.submission_id, row.line) == ("pending", newer, 11)
     assert table.job(waiting).submission_id != newer
@@ -629,7 +629,7 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
     twin = table.add(submission=same, content_key=asked_key)[0]
     table.succeed(twin)
     line, twins_line = table.job(changed).line, table.job(twin).line
-    assert jobs.rerun(table.db, {asked_key: (first, line)}) == 1
+    assert jobs.reopen_by_content_key(table.db, {asked_key: (first, line)}) == 1
     row = table.job(twin)
     assert (row.state, row.submission_id, row.line) == ("pending", same, twins_line)
 
@@ -710,7 +710,7 @@ def test_a_content_key_depends_on_every_part_and_on_where_the_parts_end() -> Non
 
 def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -> None:
     key = jobs.content_key(image="i", mask="m", output="o", engine="e", params="p", seed=None)
-    assert jobs.derived_seed(key) == jobs.derived_seed(key) < 2**32
+    assert jobs.derive_seed(key) == jobs.derive_seed(key) < 2**32
 
 
 # --- outputs --------------------------------------------------------------------------------
@@ -719,11 +719,11 @@ def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -
 def test_a_job_that_lost_its_output_while_it_ran_does_not_own_it_again(table: JobTable) -> None:
     first = table.one(output="/results/a.png")
     held = table.run(first)
-    jobs.note(table.db, held, StorageUnavailable("S3 does not answer"))
+    jobs.record_blocked_reason(table.db, held, StorageUnavailable("S3 does not answer"))
     taker = new_job(77, output="/results/a.png")
     second = table.submission("second")
     assert submissions.record(table.db, second, [taker], replace=True) == []
-    jobs.note(table.db, held, StorageUnavailable("S3 still does not answer"))
+    jobs.record_blocked_reason(table.db, held, StorageUnavailable("S3 still does not answer"))
     jobs.succeed(table.db, held, AttemptRecord())
     assert (table.state(first), table.job(first).error_code) == ("succeeded", "output_replaced")
     other = first + 1
@@ -761,6 +761,9 @@ def test_forced_a_row_takes_its_output_from_the_changed_job_at_its_own_line(
     table.cancel(same)
     assert table.retry(changed).count == 1
     assert submissions.record(table.db, first, [row], replace=True) == [row]
-    assert jobs.rerun(table.db, {row.content_key: (first, row.line)}, replace=True) == 1
+    assert (
+        jobs.reopen_by_content_key(table.db, {row.content_key: (first, row.line)}, replace=True)
+        == 1
+    )
     assert (table.state(changed), table.state(same)) == ("cancelled", "pending")
     assert table.job(changed).error_code == "output_replaced"

@@ -39,7 +39,7 @@ def age(table: JobTable, submission: int, *, days: float) -> None:
 
 def prune(table: JobTable, *, days: float = 90, submission: int | None = None) -> int:
     seconds = timedelta(days=days).total_seconds()
-    chosen = jobs.prunable(table.db, older_than_seconds=seconds, submission=submission)
+    chosen = jobs.find_prunable(table.db, older_than_seconds=seconds, submission=submission)
     return jobs.prune(table.db, chosen, older_than_seconds=seconds)
 
 
@@ -72,7 +72,7 @@ def test_forgetting_goes_in_batches_and_may_mean_one_submission(
     finished(table, "newest", days=0)
     batches: list[int] = []
     seconds = timedelta(days=90).total_seconds()
-    chosen = jobs.prunable(table.db, older_than_seconds=seconds, submission=two)
+    chosen = jobs.find_prunable(table.db, older_than_seconds=seconds, submission=two)
     assert [(one.submission, one.jobs) for one in chosen] == [(two, 5)]
     jobs.prune(table.db, chosen, older_than_seconds=seconds, progress=batches.append)
     assert batches == [2, 2, 1]
@@ -83,7 +83,7 @@ def test_a_job_reopened_while_its_submission_is_pruned_stays(table: JobTable) ->
     submission, ids = finished(table, "old", days=100, count=3)
     finished(table, "newest", days=0)
     seconds = timedelta(days=90).total_seconds()
-    chosen = jobs.prunable(table.db, older_than_seconds=seconds)
+    chosen = jobs.find_prunable(table.db, older_than_seconds=seconds)
     table.retry(ids[1])
     assert jobs.prune(table.db, chosen, older_than_seconds=seconds) == 2
     assert table.state(ids[1]) == "pending"

@@ -29,9 +29,9 @@ def message(job: int, *, attempt: int = 0, priority: int = 0) -> Message:
 def test_what_was_published_waits(queue: Queue) -> None:
     queue.publish([message(1), message(2, attempt=3), message(4, priority=9)])
     assert queue.length(ENGINE) == 3
-    assert queue.waiting(ENGINE) == {(1, 0), (2, 3), (4, 0)}
+    assert queue.ready_messages(ENGINE) == {(1, 0), (2, 3), (4, 0)}
     assert queue.length("sd2") == 0
-    assert queue.waiting("sd2") == set()
+    assert queue.ready_messages("sd2") == set()
 
 
 def test_publishing_nothing_asks_nothing_of_redis() -> None:
@@ -82,7 +82,7 @@ def test_foreign_messages_are_passed_over(queue: Queue, redis_url: str) -> None:
     app = celery_app(redis_url)
     app.send_task("somebody.elses", queue=queue_name(ENGINE))
     queue.publish([message(1)])
-    assert queue.waiting(ENGINE) == {(1, 0)}
+    assert queue.ready_messages(ENGINE) == {(1, 0)}
     app.close()
 
 
@@ -115,7 +115,7 @@ def test_a_redis_that_is_gone_is_one_line_without_its_password_and_may_come_back
     own_redis.start()  # without the password, which Redis then ignores
     plain = Queue(own_redis.url)
     plain.publish([message(2)])
-    assert plain.waiting(ENGINE) == {(1, 0), (2, 0)}
+    assert plain.ready_messages(ENGINE) == {(1, 0), (2, 0)}
     assert plain.ping()
     for one in (queue, plain):
         one.close()
@@ -129,7 +129,7 @@ def test_a_queue_recovers_after_redis_was_away(own_redis: servers.Redis) -> None
         queue.length(ENGINE)
     own_redis.start()
     queue.publish([message(2)])
-    assert queue.waiting(ENGINE) == {(1, 0), (2, 0)}
+    assert queue.ready_messages(ENGINE) == {(1, 0), (2, 0)}
     queue.close()
 
 

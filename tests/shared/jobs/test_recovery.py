@@ -27,7 +27,7 @@ def test_a_dead_process_s_jobs_are_taken_back_at_once_and_nobody_else_s(table: J
     table.run(lost, worker="dead")
     table.run(kept, worker="alive")
     reaped = jobs.reap_worker(table.db, worker="dead", reason="ended with signal 9")
-    assert reaped == [jobs.Reaped(job=lost, attempt=1, state="pending")]
+    assert reaped == [jobs.ReapedLease(job=lost, attempt=1, state="pending")]
     assert (table.job(lost).losses, table.state(kept)) == (1, "running")
     (attempt,) = table.attempts(lost)
     assert (attempt.outcome, attempt.error_message) == ("lost", "ended with signal 9")
@@ -66,7 +66,7 @@ def test_a_cancelled_job_nobody_knows_of_is_cancelled(table: JobTable) -> None:
 def test_a_note_says_what_a_running_job_waits_for(table: JobTable) -> None:
     job = table.one()
     leased = table.run(job)
-    jobs.note(table.db, leased, OutputRefused("'/a.png': No space left on device"))
+    jobs.record_blocked_reason(table.db, leased, OutputRefused("'/a.png': No space left on device"))
     row = table.job(job)
     assert (row.state, row.error_code) == ("running", "output_refused")
     jobs.succeed(table.db, leased, jobs.AttemptRecord())
@@ -86,9 +86,13 @@ def test_what_dead_workers_took_is_swept_and_what_may_still_run_stays(
         assert leased is not None
         jobs.succeed(table.db, leased, jobs.AttemptRecord())
         table.acquire(running)
-        assert set(queue.taken(ENGINE).values()) == {(done, 0), (running, 0), (waiting, 0)}
-        jobs.sweep(table.db, queue, ENGINE)
-        assert set(queue.taken(ENGINE).values()) == {(running, 0), (waiting, 0)}
+        assert set(queue.unacked_messages(ENGINE).values()) == {
+            (done, 0),
+            (running, 0),
+            (waiting, 0),
+        }
+        jobs.discard_stale_messages(table.db, queue, ENGINE)
+        assert set(queue.unacked_messages(ENGINE).values()) == {(running, 0), (waiting, 0)}
         consumed.close()
 
 

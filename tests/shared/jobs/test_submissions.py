@@ -5,23 +5,23 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
-from shared.jobs.submissions import OpenSubmission, close_submission, open_submission, record
+from shared.jobs.submissions import OpenedSubmission, close_submission, open_submission, record
 from shared.params import Params
 from tests.job_table import JobTable, new_job
 
 
 def test_the_same_digest_opens_the_same_submission(table: JobTable) -> None:
-    def opened() -> OpenSubmission:
+    def opened() -> OpenedSubmission:
         return open_submission(
             table.db, manifest="/m.csv", digest="d", options="{}", rows=2, invalid=0
         )
 
     first, second = opened(), opened()
     assert first.id == second.id
-    assert (first.resumed, second.resumed, second.cut_off) == (False, True, True)
+    assert (first.resumed, second.resumed, second.interrupted) == (False, True, True)
     close_submission(table.db, first.id)
     recorded = table.submissions()[0].recorded_at
-    assert (opened().resumed, opened().cut_off) == (True, False)
+    assert (opened().resumed, opened().interrupted) == (True, False)
     close_submission(table.db, first.id)
     assert table.submissions()[0].recorded_at == recorded
 
