@@ -3,7 +3,7 @@
 FROM python:3.13-slim AS build
 WORKDIR /source
 RUN python -m venv /opt/inpaint
-COPY README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml ./
 COPY producer producer
 COPY workers workers
 COPY shared shared

@@ -23,7 +23,7 @@ RUN apt-get update \
 RUN python3.12 -m venv /opt/inpaint
 RUN /opt/inpaint/bin/pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch==$TORCH"
 WORKDIR /source
-COPY README.md pyproject.toml ./
+COPY LICENSE README.md pyproject.toml ./
 COPY producer producer
 COPY workers workers
 COPY shared shared
