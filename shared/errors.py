@@ -5,24 +5,39 @@ InpaintError
 │   ├── SettingsError
 │   ├── ManifestError
 │   ├── ParameterError
-│   ├── LocationError          a path or URI that is refused
+│   │   ├── TextDoesNotFit
+│   │   ├── TextGlyphMissing   the font has no glyph for a character
+│   │   └── TextLayoutMissing  the worker cannot shape this script
+│   ├── LocationError          a path or URI outside the allowed roots, buckets and schemes
 │   ├── ObjectMissing
 │   ├── ObjectDenied
 │   ├── ObjectTooLarge
-│   ├── OutputReplaced         another job writes there since, as its user asked
-│   ├── ImageError             bytes that are not a usable picture
+│   ├── OutputReplaced         a later submission took this output over
+│   ├── PluginMissing          the job names a plugin that the worker has not installed
+│   ├── ImageError             bytes that are not a usable image
+│   │   ├── ImageTruncated
+│   │   └── FontError
 │   └── MaskError
+│       └── MaskSizeError      mask and image differ in size
 ├── UnavailableError           a service does not answer; a retry can help
 │   ├── StorageUnavailable
-│   ├── OutputRefused          the disk is full, or nobody may write there
+│   ├── OutputRefused          the disk is full, or the worker may not write there
 │   ├── DatabaseUnavailable
 │   └── BrokerUnavailable
 ├── EngineError                the model or the device
-│   ├── EngineUnavailable      cannot be loaded; nothing was taken from the queue
-│   └── OutOfMemory
+│   ├── EngineUnavailable      cannot be loaded; the worker has taken no job
+│   ├── DeviceLost             unusable until the process restarts
+│   └── OutOfMemory            the device's memory is full
+├── HostOutOfMemory            the machine's memory is full
+├── WorkerLost                 the lease expired: the worker crashed or was cut off
 ├── PostprocessError           a plugin failed, which says nothing about the device
-├── GateError                  a result that is not good enough to publish
-├── OutputConflict             somebody else wrote the output meanwhile
+├── GateError                  the result is not good enough to publish
+│   ├── GateNotFinite          NaN or infinite values
+│   ├── GateBlack
+│   ├── GateUnchanged
+│   ├── GateSeam
+│   └── GateColour
+├── OutputConflict             another writer changed the output after the job started
 ├── FidelityError              a pixel outside the feather would have changed
 └── Interrupted                not a failure: the job stops at its next step
     ├── LeaseLost
@@ -64,6 +79,18 @@ class ParameterError(InputError):
     code = "bad_parameter"
 
 
+class TextDoesNotFit(ParameterError):
+    code = "text_does_not_fit"
+
+
+class TextGlyphMissing(ParameterError):
+    code = "text_glyph_missing"
+
+
+class TextLayoutMissing(ParameterError):
+    code = "text_layout_missing"
+
+
 class LocationError(InputError):
     code = "location_refused"
 
@@ -84,12 +111,28 @@ class OutputReplaced(InputError):
     code = "output_replaced"
 
 
+class PluginMissing(InputError):
+    code = "postprocess_missing"
+
+
 class ImageError(InputError):
     code = "bad_image"
 
 
+class ImageTruncated(ImageError):
+    code = "image_truncated"
+
+
+class FontError(ImageError):
+    code = "bad_font"
+
+
 class MaskError(InputError):
     code = "bad_mask"
+
+
+class MaskSizeError(MaskError):
+    code = "mask_size"
 
 
 class UnavailableError(InpaintError):
@@ -118,24 +161,56 @@ class EngineError(InpaintError):
     retryable = True
 
 
-class PostprocessError(InpaintError):
-    code = "postprocess_failed"
-    retryable = True
-
-
 class EngineUnavailable(EngineError):
     code = "engine_unavailable"
     retryable = False
+
+
+class DeviceLost(EngineError):
+    code = "device_lost"
 
 
 class OutOfMemory(EngineError):
     code = "out_of_memory"
 
 
-class GateError(InpaintError):
-    """Codes: gate_not_finite, gate_black, gate_unchanged, gate_seam, gate_colour."""
+class HostOutOfMemory(InpaintError):
+    code = "host_out_of_memory"
+    retryable = True
 
+
+class WorkerLost(InpaintError):
+    code = "worker_lost"
+    retryable = True
+
+
+class PostprocessError(InpaintError):
+    code = "postprocess_failed"
+    retryable = True
+
+
+class GateError(InpaintError):
     code = "gate_failed"
+
+
+class GateNotFinite(GateError):
+    code = "gate_not_finite"
+
+
+class GateBlack(GateError):
+    code = "gate_black"
+
+
+class GateUnchanged(GateError):
+    code = "gate_unchanged"
+
+
+class GateSeam(GateError):
+    code = "gate_seam"
+
+
+class GateColour(GateError):
+    code = "gate_colour"
 
 
 class OutputConflict(InpaintError):
