@@ -89,14 +89,14 @@ ENGINES: Mapping[str, EngineSpec] = {
         _diffusion(
             kind="sd2",
             usage="sd2",
-            loader="workers.engines.stable_diffusion.load:load_sd2",
+            loader="workers.engines.stable_diffusion.loaders:load_sd2",
             takes_model=False,
         ),
         _OPENCV,
         _diffusion(
             kind="diffusers",
             usage="diffusers:FOLDER_OR_HUB_ID[@REVISION]",
-            loader="workers.engines.stable_diffusion.load:load_diffusers",
+            loader="workers.engines.stable_diffusion.loaders:load_diffusers",
             takes_model=True,
         ),
     )

@@ -24,8 +24,8 @@ from tests.benchmarks.side_by_side import in_turns, row, seconds
 from tests.tiny_pipeline import build
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components, load_components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
-from workers.engines.stable_diffusion.loading import Components, load_components
 from workers.engines.stable_diffusion.schedulers import CLASSES
 
 SIDE, JOBS, ROUNDS, MAX_BATCH = 128, 24, 3, 16

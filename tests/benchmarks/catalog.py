@@ -37,7 +37,7 @@ from tests.benchmarks.simulated_device import Clock, simulate
 from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
 from tests.tiny_pipeline import build
 from tests.workers.bench import Workbench
-from workers.engines.stable_diffusion import load as sd_loaders
+from workers.engines.stable_diffusion import loaders as sd_loaders
 
 Size = tuple[int, int]
 

@@ -9,7 +9,7 @@ import torch
 
 from tests import tiny_pipeline
 from tests.tiny_pipeline import build
-from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.components import Components
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -126,7 +126,7 @@ def tiny(device: torch.device) -> Subject:
     from pathlib import Path
 
     from workers.engines.options import EngineOptions
-    from workers.engines.stable_diffusion.loading import load_components
+    from workers.engines.stable_diffusion.components import load_components
 
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name) / "model")

@@ -20,8 +20,8 @@ from tests.tiny_pipeline import build, change_config, tokenizer
 from tests.workers.engines.stable_diffusion.samples import region
 from workers.engines import load_engine
 from workers.engines.options import engine_options
-from workers.engines.stable_diffusion.load import split_revision
-from workers.engines.stable_diffusion.loading import choose_kernels
+from workers.engines.stable_diffusion.components import choose_kernels
+from workers.engines.stable_diffusion.loaders import split_revision
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shared.errors import EngineUnavailable
 from shared.settings import Attention, Compile
-from workers.engines.stable_diffusion.loading import Components, one_line
+from workers.engines.stable_diffusion.components import Components, one_line
 
 KERNELS: Mapping[Attention, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -13,9 +13,9 @@ from torch import Tensor
 from shared.errors import OutOfMemory
 from workers.engines.options import EngineOptions
 from workers.engines.stable_diffusion.batching import Size, buckets, pad
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.deepcache import Kind
 from workers.engines.stable_diffusion.host_device_copy import Transfer
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.memory_modes import MemoryModes, Stage
 from workers.engines.stable_diffusion.multidiffusion import blend, crop
 from workers.engines.stable_diffusion.oom import RowLimit, attempt, release_memory, run_in_chunks

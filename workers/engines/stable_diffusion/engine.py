@@ -23,8 +23,8 @@ from workers.engines.stable_diffusion.batching import (
     move_back,
     pick_rows,
 )
+from workers.engines.stable_diffusion.components import Components, choose_kernels, one_line
 from workers.engines.stable_diffusion.denoiser import Denoiser
-from workers.engines.stable_diffusion.loading import Components, choose_kernels, one_line
 from workers.engines.stable_diffusion.oom import is_out_of_memory
 from workers.engines.stable_diffusion.region_state import DenoisingRegion, PreparedRegion, draw_up
 from workers.engines.stable_diffusion.results import ResultSender, as_product_error, fail_futures

@@ -15,7 +15,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_module
 
 from shared.settings import MemoryMode
-from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.oom import Pause, is_out_of_memory, release_memory
 
 log = logging.getLogger(__name__)

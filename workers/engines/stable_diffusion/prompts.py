@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.components import Components
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.deepcache import Kind, check_reuse, kind_of
 from workers.engines.stable_diffusion.host_device_copy import Transfer, stage
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.multidiffusion import (
     Canvas,
     add_up,

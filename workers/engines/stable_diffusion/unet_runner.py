@@ -15,9 +15,9 @@ from torch import Tensor
 from shared.settings import Attention, Compile
 from workers.engines.stable_diffusion.attention import kernel
 from workers.engines.stable_diffusion.autotune import Stopwatch, fastest, stopwatch_for
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.deepcache import Kind, model_for
 from workers.engines.stable_diffusion.host_device_copy import new_stream
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.oom import release_memory
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from shared.geometry.box import Box
 from shared.params import Params
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Interruption, Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components, load_components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
-from workers.engines.stable_diffusion.loading import Components, load_components
 
 WINDOW = Box(0, 0, 64, 64)
 

@@ -24,8 +24,8 @@ from tests.workers.engines.stable_diffusion.samples import (
 from tests.workers.engines.stable_diffusion.test_multidiffusion import multidiffusion, pipeline
 from tests.workers.engines.stable_diffusion.test_parity import Pair
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.deepcache import Keeping, Reusing
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 pytestmark = DIFFUSERS_WARNS

@@ -26,9 +26,9 @@ from workers.engines.options import EngineOptions
 from workers.engines.protocol import RegionWork
 from workers.engines.stable_diffusion import denoiser as module
 from workers.engines.stable_diffusion.batching import group_steps, pick_rows
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.host_device_copy import Transfer
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.region_state import (
     DenoisingRegion,
     PreparedRegion,

@@ -22,7 +22,7 @@ from tests.workers.engines.stable_diffusion.samples import (
     region,
 )
 from workers.engines.protocol import Interruption, Pixels, RegionWork
-from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.prompts import PromptEncoder
 from workers.engines.stable_diffusion.schedulers import Sampler
 

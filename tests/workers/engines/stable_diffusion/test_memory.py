@@ -14,8 +14,8 @@ from shared.errors import EngineError, EngineUnavailable, OutOfMemory
 from tests.workers.engines.stable_diffusion.samples import Watch, components, engine, region
 from workers.engines.options import EngineOptions, MemoryMode
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.denoiser import Denoiser
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.memory_modes import MemoryModes
 from workers.engines.stable_diffusion.oom import Pause, RowLimit, is_out_of_memory
 

@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from shared.geometry.box import Box
 from tests.workers.engines.stable_diffusion.samples import components, engine, region
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
-from workers.engines.stable_diffusion.loading import Components
 from workers.engines.stable_diffusion.multidiffusion import (
     average,
     blend,

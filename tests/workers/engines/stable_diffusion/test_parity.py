@@ -26,8 +26,8 @@ from tests.workers.engines.stable_diffusion.samples import (
     region,
 )
 from workers.engines.protocol import Pixels, RegionWork
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
-from workers.engines.stable_diffusion.loading import Components
 
 pytestmark = DIFFUSERS_WARNS
 

@@ -25,8 +25,8 @@ from workers.engines import load_engine
 from workers.engines.options import EngineOptions, quantized_revision, recorded_quantization
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion import quantization
+from workers.engines.stable_diffusion.components import Components, load_components
 from workers.engines.stable_diffusion.library_logs import expected_lines_at_debug
-from workers.engines.stable_diffusion.loading import Components, load_components
 from workers.engines.stable_diffusion.memory_modes import move
 from workers.engines.stable_diffusion.quantization import (
     check_quantization,

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.errors import EngineError
 from tests.workers.engines.stable_diffusion.samples import components, engine, region
 from workers.engines.stable_diffusion import unet_runner as module
-from workers.engines.stable_diffusion.loading import Components
+from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.unet_runner import CapturedGraph, KernelChoice, UNetRunner
 
 

@@ -45,8 +45,8 @@ def split_revision(text: str) -> tuple[str, str | None]:
 def _load(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
     with expected_lines_at_debug():
         from workers.engines.stable_diffusion.attention import choose_attention
+        from workers.engines.stable_diffusion.components import load_components
         from workers.engines.stable_diffusion.engine import DiffusionEngine
-        from workers.engines.stable_diffusion.loading import load_components
     components = load_components(model, revision, options)
     choose_attention(components, options.attention, options.compile)
     return DiffusionEngine(name=name, components=components, options=options)
