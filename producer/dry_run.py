@@ -107,7 +107,7 @@ class _Stage:
     def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
         mask = self._mask(job, name)
         size = self._size(job.image) if is_file(name) else (mask.shape[1], mask.shape[0])
-        repainted = masks.repainted(
+        repainted = masks.prepare_mask(
             mask,
             size,
             threshold=params.mask_threshold,
@@ -123,8 +123,8 @@ class _Stage:
         if is_file(name):
             return self._mask_file(name)
         if name == "alpha":
-            return masks.alpha_mask(self._picture(job.image))
-        return masks.box_mask(masks.parse_box(name), self._size(job.image))
+            return masks.alpha_to_mask(self._picture(job.image))
+        return masks.boxes_to_mask(masks.parse_boxes(name), self._size(job.image))
 
     def _read_mask(self, uri: str) -> masks.Grey:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data

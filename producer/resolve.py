@@ -97,7 +97,7 @@ class Resolver:
 
     def _mask_location(self, text: str) -> str:
         if text.startswith("box:"):
-            masks.parse_box(text)
+            masks.parse_boxes(text)
         return self._location(text) if is_file(text) else text
 
     def _output(self, cells: Mapping[str, str], found: Mapping[str, object]) -> str:

@@ -120,7 +120,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
     if mask and is_file(mask):
         mask = absolute(mask, base=here)
     elif mask and mask != "alpha":
-        masks.parse_box(mask)
+        masks.parse_boxes(mask)
     if given["preset"]:
         find_presets(given["preset"])
     if given["prompt"]:

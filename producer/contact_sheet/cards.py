@@ -143,10 +143,10 @@ class _Desk:
         if is_file(name):
             grey = self._mask_file(name)
         elif name == "alpha":
-            grey = masks.alpha_mask(picture)
+            grey = masks.alpha_to_mask(picture)
         else:
-            grey = masks.box_mask(masks.parse_box(name), picture.size)
-        return masks.repainted(
+            grey = masks.boxes_to_mask(masks.parse_boxes(name), picture.size)
+        return masks.prepare_mask(
             grey,
             picture.size,
             threshold=params.mask_threshold,

@@ -1,7 +1,7 @@
 """Masks: read from a file, an alpha channel or boxes, fitted to an image, dilated."""
 
-from shared.masks.boxes import box_mask, parse_box
-from shared.masks.fitting import binary, fitted, repainted
+from shared.masks.boxes import boxes_to_mask, parse_boxes
+from shared.masks.fitting import apply_threshold, fit_to_size, prepare_mask
 from shared.masks.morphology import (
     TILE_PX,
     Grey,
@@ -11,20 +11,20 @@ from shared.masks.morphology import (
     squared_distances,
     tiles,
 )
-from shared.masks.reading import alpha_mask, decode_mask
+from shared.masks.reading import alpha_to_mask, decode_mask
 
 __all__ = [
     "TILE_PX",
     "Grey",
     "Mask",
-    "alpha_mask",
-    "binary",
-    "box_mask",
+    "alpha_to_mask",
+    "apply_threshold",
+    "boxes_to_mask",
     "decode_mask",
     "dilate",
-    "fitted",
-    "parse_box",
-    "repainted",
+    "fit_to_size",
+    "parse_boxes",
+    "prepare_mask",
     "slices",
     "squared_distances",
     "tiles",

@@ -28,7 +28,7 @@ class Edge(NamedTuple):
 Edges = tuple[Edge, Edge, Edge, Edge]  # left, top, right, bottom
 
 
-def parse_box(text: str) -> tuple[Edges, ...]:
+def parse_boxes(text: str) -> tuple[Edges, ...]:
     """``box:left,top,right,bottom``, half open, and more of them after semicolons.
 
     Each is whole pixels, or a percentage of the picture's width or height. Raises MaskError.
@@ -52,7 +52,7 @@ def _edges(text: str) -> Edges:
     return left, top, right, bottom
 
 
-def box_mask(boxes: tuple[Edges, ...], size: tuple[int, int]) -> Grey:
+def boxes_to_mask(boxes: tuple[Edges, ...], size: tuple[int, int]) -> Grey:
     """(H, W) mask of the parts of the boxes inside the (width, height) picture.
 
     Percentages are rounded outward. Raises MaskError where a box is empty or lies wholly

@@ -10,7 +10,7 @@ from shared.masks.morphology import Grey, Mask, dilate, slices
 from shared.params import MaskFit
 
 
-def repainted(
+def prepare_mask(
     grey: Grey,
     size: tuple[int, int],
     *,
@@ -21,15 +21,15 @@ def repainted(
 ) -> Mask:
     """Which pixels of a (width, height) picture a mask repaints, (H, W) bool.
 
-    In this order: inverted; laid over the picture as ``fitted`` says, so that what lies beside
+    In this order: inverted; laid over the image by ``fit_to_size``, so that what lies beside
     a small mask is kept either way; thresholded, so that a lower threshold always repaints
     more; grown by ``dilation`` pixels. Raises MaskError.
     """
     turned = np.uint8(255) - grey if invert else grey
-    return dilate(binary(fitted(turned, size, fit), threshold=threshold), dilation)
+    return dilate(apply_threshold(fit_to_size(turned, size, fit), threshold=threshold), dilation)
 
 
-def fitted(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
+def fit_to_size(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
     """The mask laid over a (width, height) picture, (H, W).
 
     exact: it must have that size. scale: it must have that shape, to a pixel; each pixel takes
@@ -91,6 +91,6 @@ def _brightest(mask: Grey, count: int, *, axis: int) -> Grey:
     return found
 
 
-def binary(mask_grey: Grey, *, threshold: int) -> Mask:
+def apply_threshold(mask_grey: Grey, *, threshold: int) -> Mask:
     """(H, W) True where the grey is at the threshold or above."""
     return mask_grey >= threshold

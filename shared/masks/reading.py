@@ -29,7 +29,7 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     return _to_grey(picture)
 
 
-def alpha_mask(picture: DecodedImage) -> Grey:
+def alpha_to_mask(picture: DecodedImage) -> Grey:
     """The mask in a picture's own alpha: the more transparent, the whiter.
 
     With the default threshold of 48, alpha below 208 is repainted. Raises MaskError where the

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from shared.geometry.box import Box
 from shared.geometry.regions import Region
 from shared.images import decode
-from shared.masks import binary, dilate
+from shared.masks import apply_threshold, dilate
 from shared.params import Params
 from tests.benchmarks.marked_photographs import (
     PHOTOGRAPHS,
@@ -70,7 +70,7 @@ def _line(*cells: str) -> None:
 def ours(marked: Pixels, mask: Grey, painted: Pixels, params: Params = OURS) -> Pixels:
     """The product's own steps, with the whole picture as the only region, at 1:1."""
     picture = decode(_as_png(marked), max_pixels=10**8)
-    repainted = dilate(binary(mask, threshold=params.mask_threshold), params.mask_dilation)
+    repainted = dilate(apply_threshold(mask, threshold=params.mask_threshold), params.mask_dilation)
     whole = Box(0, 0, *picture.size)
     region = Region(box=whole, size=whole.size, windows=(whole,))
     return np.asarray(composite(picture, repainted, [region], [painted], params).pixels)

@@ -75,7 +75,7 @@ def pipeline(model: Path) -> Any:
 
 def _ours(engine: Any, source: bytes, mask_source: bytes) -> int:
     picture = decode(source, max_pixels=10**8)
-    mask = masks.binary(masks.decode_mask(mask_source, max_pixels=10**8), threshold=128)
+    mask = masks.apply_threshold(masks.decode_mask(mask_source, max_pixels=10**8), threshold=128)
     plan = regions.plan(mask, mode="auto", window=(TILE, TILE))
     futures = []
     for region in plan:

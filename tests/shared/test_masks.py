@@ -72,7 +72,7 @@ def test_a_mask_is_turned_upright() -> None:
 
 
 def test_noise_round_black_and_white_falls_to_the_threshold() -> None:
-    found = masks.binary(read(TEXT.convert("RGB"), "JPEG", quality=60), threshold=128)
+    found = masks.apply_threshold(read(TEXT.convert("RGB"), "JPEG", quality=60), threshold=128)
     assert np.count_nonzero(found != (WRITTEN >= 128)) < 0.01 * np.count_nonzero(WRITTEN)
     assert not found[:40].any()
 
@@ -80,7 +80,7 @@ def test_noise_round_black_and_white_falls_to_the_threshold() -> None:
 def test_the_soft_edge_of_a_mark_lies_in_the_mask_it_is_drawn_with() -> None:
     """The mask of a faint mark, saved as its opacity, has no white at all."""
     faint = (WRITTEN * 0.4).astype(np.uint8)
-    missed = faint[~masks.binary(faint, threshold=Params().mask_threshold)]
+    missed = faint[~masks.apply_threshold(faint, threshold=Params().mask_threshold)]
     assert missed.sum() < 0.03 * faint.sum()
 
 
@@ -174,14 +174,14 @@ def test_an_empty_layer_is_an_empty_mask() -> None:
 def test_the_alpha_mask_is_whiter_where_the_picture_is_more_transparent() -> None:
     pixels = np.zeros((1, 4, 4), np.uint8)
     pixels[0, :, 3] = [0, 127, 128, 255]
-    grey = masks.alpha_mask(images.decode(save(pixels), max_pixels=LIMIT))
-    assert masks.binary(grey, threshold=128).tolist() == [[True, True, False, False]]
+    grey = masks.alpha_to_mask(images.decode(save(pixels), max_pixels=LIMIT))
+    assert masks.apply_threshold(grey, threshold=128).tolist() == [[True, True, False, False]]
     with pytest.raises(MaskError, match="no alpha"):
-        masks.alpha_mask(images.decode(save(MASK), max_pixels=LIMIT))
+        masks.alpha_to_mask(images.decode(save(MASK), max_pixels=LIMIT))
 
 
 def boxed(text: str, size: tuple[int, int]) -> Grey:
-    return masks.box_mask(masks.parse_box(text), size)
+    return masks.boxes_to_mask(masks.parse_boxes(text), size)
 
 
 BOXES = {
@@ -211,7 +211,7 @@ def test_boxes_are_pixels_or_percent_clipped_to_the_picture(text: str) -> None:
 )
 def test_what_is_no_box_is_refused(text: str) -> None:
     with pytest.raises(MaskError):
-        masks.parse_box(text)
+        masks.parse_boxes(text)
 
 
 @pytest.mark.parametrize(
@@ -229,13 +229,13 @@ def test_a_box_with_nothing_in_the_picture_is_refused(text: str, message: str) -
 
 def test_an_inverted_box_is_everything_but_the_box() -> None:
     grey = boxed("box:0,0,5,5", (20, 10))
-    found = masks.repainted(grey, (20, 10), threshold=128, invert=True)
+    found = masks.prepare_mask(grey, (20, 10), threshold=128, invert=True)
     assert np.array_equal(found, grey == 0)
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(MaskError, match=r"150x100, the picture 100x150.*mask_fit") as caught:
-        masks.repainted(MASK, (100, 150), threshold=128)
+        masks.prepare_mask(MASK, (100, 150), threshold=128)
     assert caught.value.code == "mask_size"
 
 
@@ -258,9 +258,9 @@ def test_a_template_is_laid_pixel_for_pixel_at_its_anchor(fit: MaskFit, invert: 
     left, top = ANCHORED[fit]
     small = np.full((200, 300), 0, np.uint8)
     small[top : top + 100, left : left + 150] = 255 - MASK if invert else MASK
-    found = masks.repainted(MASK, (300, 200), threshold=128, invert=invert, fit=fit)
+    found = masks.prepare_mask(MASK, (300, 200), threshold=128, invert=invert, fit=fit)
     assert np.array_equal(found, small == 255)
-    back = masks.fitted(small, (150, 100), fit)
+    back = masks.fit_to_size(small, (150, 100), fit)
     assert np.array_equal(back, small[top : top + 100, left : left + 150])
 
 
@@ -279,7 +279,7 @@ def scalings(draw: st.DrawFn) -> tuple[Grey, tuple[int, int]]:
 @given(scalings())
 def test_scaling_loses_no_stroke(case: tuple[Grey, tuple[int, int]]) -> None:
     mask, (width, height) = case
-    found = masks.fitted(mask, (width, height), "scale")
+    found = masks.fit_to_size(mask, (width, height), "scale")
     expected = np.zeros((height, width), np.bool_)
     for y, x in np.argwhere(mask):
         rows = slice(y * height // len(mask), -(-(y + 1) * height // len(mask)))
@@ -289,16 +289,19 @@ def test_scaling_loses_no_stroke(case: tuple[Grey, tuple[int, int]]) -> None:
 
 
 def test_scaling_refuses_another_shape_but_not_a_rounded_one() -> None:
-    assert masks.fitted(np.zeros((133, 200), np.uint8), (6000, 4000), "scale").shape == (4000, 6000)
+    assert masks.fit_to_size(np.zeros((133, 200), np.uint8), (6000, 4000), "scale").shape == (
+        4000,
+        6000,
+    )
     with pytest.raises(MaskError, match=r"200x130 .* 6000x4000 without distortion") as caught:
-        masks.fitted(np.zeros((130, 200), np.uint8), (6000, 4000), "scale")
+        masks.fit_to_size(np.zeros((130, 200), np.uint8), (6000, 4000), "scale")
     assert caught.value.code == "mask_size"
 
 
 def test_thin_black_lines_survive_inversion_and_scaling() -> None:
     white = np.full((400, 600), 255, np.uint8)
     white[200] = 0
-    found = masks.repainted(white, (60, 40), threshold=128, invert=True, fit="scale")
+    found = masks.prepare_mask(white, (60, 40), threshold=128, invert=True, fit="scale")
     assert np.flatnonzero(found.all(axis=1)).tolist() == [20]
     assert np.count_nonzero(found) == 60
 

@@ -135,7 +135,7 @@ def _rounds(
         name = named or job.mask
         if name not in read:
             read[name] = _mask(settings, name, picture, files)
-        mask = masks.repainted(
+        mask = masks.prepare_mask(
             read[name],
             picture.size,
             threshold=params.mask_threshold,
@@ -153,8 +153,8 @@ def _mask(settings: Settings, name: str, picture: DecodedImage, files: Mapping[s
     if is_file(name):
         return masks.decode_mask(files[name], max_pixels=settings.max_pixels)
     if name == "alpha":
-        return masks.alpha_mask(picture)
-    return masks.box_mask(masks.parse_box(name), picture.size)
+        return masks.alpha_to_mask(picture)
+    return masks.boxes_to_mask(masks.parse_boxes(name), picture.size)
 
 
 def _check(
