@@ -19,7 +19,7 @@ from PIL import Image
 from tests import sample_images
 from tests.conftest import Bucket
 from tests.tiny_pipeline import build
-from tests.workers.bench import pixels
+from tests.workers.worker_harness import pixels
 
 SCRIPTS = Path(sys.executable).parent
 

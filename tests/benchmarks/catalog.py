@@ -36,7 +36,7 @@ from tests.benchmarks.side_by_side import row
 from tests.benchmarks.simulated_device import Clock, simulate
 from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
 from tests.tiny_pipeline import build
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 from workers.engines.stable_diffusion import loaders as sd_loaders
 
 Size = tuple[int, int]
@@ -77,7 +77,7 @@ class Shop:
     """Servers, and the job table."""
 
     folder: Path
-    bench: Workbench
+    harness: WorkerHarness
     queue: Queue
     client: Any
     environment: dict[str, str]
@@ -94,7 +94,7 @@ def _open_shop(folder: Path) -> Iterator[Shop]:
         client = boto3.client("s3")
         client.create_bucket(Bucket=BUCKET)
         url = servers.create_database(cluster.url)
-        bench, queue = Workbench(url, folder), Queue(redis.url)
+        harness, queue = WorkerHarness(url, folder), Queue(redis.url)
         environment = {
             **os.environ,
             "INPAINT_DATABASE_URL": url,
@@ -102,9 +102,11 @@ def _open_shop(folder: Path) -> Iterator[Shop]:
             "INPAINT_ROOTS": str(folder),
             "INPAINT_HOME": str(folder / "home"),
         }
-        yield Shop(folder=folder, bench=bench, queue=queue, client=client, environment=environment)
+        yield Shop(
+            folder=folder, harness=harness, queue=queue, client=client, environment=environment
+        )
         queue.close()
-        bench.close()
+        harness.close()
 
 
 def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
@@ -161,14 +163,14 @@ def _submit(
     for number in range(count):
         shop.client.put_object(Bucket=BUCKET, Key=f"{prefix}/{number}.jpg", Body=image)
         values = {**params, "seed": number, "gate": "off"}
-        shop.bench.add(
+        shop.harness.add(
             image=f"s3://{BUCKET}/{prefix}/{number}.jpg",
             mask=f"s3://{BUCKET}/{prefix}/mask.png",
             output=f"s3://{BUCKET}/{prefix}/out/{number}.jpg",
             engine=engine,
             **values,
         )
-    jobs.dispatch(shop.bench.db, shop.queue, engine, bound=count)
+    jobs.dispatch(shop.harness.db, shop.queue, engine, bound=count)
 
 
 def _run(shop: Shop, engine: str, *, tflops: float = 0) -> tuple[float, str]:
@@ -205,7 +207,7 @@ def _left(shop: Shop) -> int:
 
 
 def _count(shop: Shop, state: str) -> int:
-    with shop.bench.db.read() as connection:
+    with shop.harness.db.read() as connection:
         found = connection.exec_driver_sql(f"SELECT count(*) FROM jobs WHERE state = '{state}'")
         return int(found.scalar_one())
 

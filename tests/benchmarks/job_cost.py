@@ -19,7 +19,7 @@ from shared import jobs
 from shared.jobs.queue import TASK, Message, Queue, celery_app, queue_name
 from tests import servers
 from tests.benchmarks.side_by_side import in_turns, row
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
 
@@ -55,25 +55,25 @@ def main() -> None:
 
 def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     folder.mkdir()
-    bench = Workbench(url, folder)
-    image = bench.picture("in.png", (64, 64))
-    mask = bench.mask("mask.png", (64, 64), (20, 20, 40, 40))
+    harness = WorkerHarness(url, folder)
+    image = harness.write_image("in.png", (64, 64))
+    mask = harness.write_mask("mask.png", (64, 64), (20, 20, 40, 40))
     rounds = iter(range(ROUNDS + 1))
 
     def ours() -> float:
         number = next(rounds)
         for index in range(COUNT):
-            bench.add(
+            harness.add(
                 image=image,
                 mask=mask,
-                output=bench.path(f"out/{number}-{index}.png"),
+                output=harness.path(f"out/{number}-{index}.png"),
                 engine=ENGINE,
                 mode="full",
             )
         queue = Queue(redis_url)
-        jobs.dispatch(bench.db, queue, ENGINE, bound=COUNT)
+        jobs.dispatch(harness.db, queue, ENGINE, bound=COUNT)
         queue.close()
-        return _drained(lambda: _left(bench))
+        return _drained(lambda: _left(harness))
 
     environment = {
         **os.environ,
@@ -84,14 +84,14 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     with _worker("ours", environment), _worker("bare", environment):
         ours()
         pair = in_turns(ours, lambda: _bare(redis_url), rounds=ROUNDS)
-    bench.close()
+    harness.close()
     row(f"cost of a job, {kind}, ms", "ours", "bare Celery no-op", "times")
     ours_ms, bare_ms = min(pair.ours) / COUNT * 1000, min(pair.theirs) / COUNT * 1000
     row("", f"{ours_ms:.2f}", f"{bare_ms:.2f}", f"{1 / pair.ratio:.1f}x")
 
 
-def _left(bench: Workbench) -> int:
-    with bench.db.read() as connection:
+def _left(harness: WorkerHarness) -> int:
+    with harness.db.read() as connection:
         found = connection.exec_driver_sql(
             "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running', 'pending')"
         )

@@ -24,7 +24,7 @@ from shared.jobs import submissions
 from tests import servers
 from tests.benchmarks.side_by_side import machine, row
 from tests.job_table import new_job
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 
 ENGINE = "opencv"
 FOLDERS = 100
@@ -61,19 +61,19 @@ def main(count: int, every: int, database: str) -> None:
         if database == "postgresql":
             cluster = stack.enter_context(servers.postgres_server(folder))
             url = servers.create_database(cluster.url)
-        bench = Workbench(url, folder)
-        stack.callback(bench.close)
-        _submit(bench, count)
+        harness = WorkerHarness(url, folder)
+        stack.callback(harness.close)
+        _submit(harness, count)
         worker = stack.enter_context(_worker(url, redis.url, folder))
-        samples = list(_watch(bench, worker, count=count, every=every))
+        samples = list(_watch(harness, worker, count=count, every=every))
     _summarise(samples)
 
 
-def _submit(bench: Workbench, count: int) -> None:
-    image = bench.picture("in.png", (64, 64))
-    mask = bench.mask("mask.png", (64, 64), (20, 20, 40, 40))
+def _submit(harness: WorkerHarness, count: int) -> None:
+    image = harness.write_image("in.png", (64, 64))
+    mask = harness.write_mask("mask.png", (64, 64), (20, 20, 40, 40))
     opened = submissions.open_submission(
-        bench.db, manifest="/m.csv", digest="long", options="{}", rows=count, invalid=0
+        harness.db, manifest="/m.csv", digest="long", options="{}", rows=count, invalid=0
     )
     for first in range(1, count + 1, CHUNK):
         rows = [
@@ -81,12 +81,12 @@ def _submit(bench: Workbench, count: int) -> None:
                 line,
                 image=image,
                 mask=mask,
-                output=bench.path(f"out/{line % FOLDERS}/{line}.png"),
+                output=harness.path(f"out/{line % FOLDERS}/{line}.png"),
                 engine=ENGINE,
             )
             for line in range(first, min(first + CHUNK, count + 1))
         ]
-        assert submissions.record(bench.db, opened.id, rows) == []
+        assert submissions.record(harness.db, opened.id, rows) == []
 
 
 @contextmanager
@@ -113,15 +113,17 @@ def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
         launcher.wait(20)
 
 
-def _watch(bench: Workbench, worker: psutil.Process, *, count: int, every: int) -> Iterator[Sample]:
+def _watch(
+    harness: WorkerHarness, worker: psutil.Process, *, count: int, every: int
+) -> Iterator[Sample]:
     row("jobs", "jobs a second", "resident, MB; open files", "threads")
-    while not (done := _done(bench)):
+    while not (done := _done(harness)):
         time.sleep(POLL_SECONDS)  # the worker starts
     start = moved = time.monotonic()
     last = _sample(worker, done, 0)
     while done < count:
         time.sleep(POLL_SECONDS)
-        now, found = time.monotonic(), _done(bench)
+        now, found = time.monotonic(), _done(harness)
         moved = now if found > done else moved
         if now - moved > STUCK_SECONDS:
             raise RuntimeError(f"nothing moves after {done} jobs")
@@ -136,8 +138,8 @@ def _watch(bench: Workbench, worker: psutil.Process, *, count: int, every: int) 
         last = sample
 
 
-def _done(bench: Workbench) -> int:
-    with bench.db.read() as connection:
+def _done(harness: WorkerHarness) -> int:
+    with harness.db.read() as connection:
         counted = select(Job.state, func.count()).group_by(Job.state)
         states = {row[0]: row[1] for row in connection.execute(counted)}
     if set(states) & {"failed", "cancelled"}:

@@ -26,8 +26,8 @@ from shared.jobs import submissions
 from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.storage import Storage
-from tests.workers.bench import Workbench
 from tests.workers.fleet import Fleet, wait_for
+from tests.workers.worker_harness import WorkerHarness
 from workers.engines.opencv import OpenCVEngine
 
 PICTURES = 6
@@ -54,16 +54,16 @@ class Catalog:
 
 def make_catalog(folder: Path) -> Catalog:
     """Runs each picture once, where nothing disturbs it."""
-    bench = Workbench(f"sqlite:///{folder / 'undisturbed.db'}", folder, OpenCVEngine())
+    harness = WorkerHarness(f"sqlite:///{folder / 'undisturbed.db'}", folder, OpenCVEngine())
     hashes = []
     for number in range(PICTURES):
-        image = bench.picture(f"{number}.png", SIZE, seed=number)
-        mask = bench.mask(f"{number}-mask.png", SIZE, (5 + number, 5, 30, 30))
-        output = bench.path(f"undisturbed/{number}.png")
-        job = bench.add(image=image, mask=mask, output=output, engine="opencv", **PLAIN)
-        bench.run(job, engine="opencv")
+        image = harness.write_image(f"{number}.png", SIZE, seed=number)
+        mask = harness.write_mask(f"{number}-mask.png", SIZE, (5 + number, 5, 30, 30))
+        output = harness.path(f"undisturbed/{number}.png")
+        job = harness.add(image=image, mask=mask, output=output, engine="opencv", **PLAIN)
+        harness.run(job, engine="opencv")
         hashes.append(sha256(Path(output).read_bytes()).hexdigest())
-    bench.close()
+    harness.close()
     return Catalog(folder=folder, hashes=tuple(hashes))
 
 
@@ -79,7 +79,7 @@ class Site:
     _lines: int = 0
 
     def __post_init__(self) -> None:
-        self.outputs = self.outputs or self.fleet.bench.path("results")
+        self.outputs = self.outputs or self.fleet.harness.path("results")
         self.fleet.environment |= {
             "INPAINT_ROOTS": f"{self.fleet.folder},{self.catalog.folder}",
             "INPAINT_RETRY_BASE_SECONDS": "0.2",
@@ -123,7 +123,7 @@ class Site:
 
     @property
     def db(self) -> Any:
-        return self.fleet.bench.db
+        return self.fleet.harness.db
 
     def count(self, *states: str) -> int:
         with self.db.read() as connection:

@@ -13,9 +13,9 @@ def test_workers_whose_clocks_are_ten_minutes_off_change_nothing(site: Site) -> 
     site.finish()
     workers = set()
     for job in site.expected:
-        (attempt,) = site.fleet.bench.attempts(job)
+        (attempt,) = site.fleet.harness.attempts(job)
         assert attempt.outcome == "succeeded"
-        waited = attempt.finished_at - site.fleet.bench.job(job).created_at
+        waited = attempt.finished_at - site.fleet.harness.job(job).created_at
         assert abs(waited.total_seconds()) < 300
         workers.add(attempt.worker)
     assert len(workers) == 3

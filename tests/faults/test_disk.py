@@ -25,7 +25,7 @@ def test_a_full_disk_pauses_the_worker_until_there_is_room(site: Site) -> None:
     switch.unlink()
     site.finish()
     assert "written after all" in site.fleet.log()
-    assert [len(site.fleet.bench.attempts(job)) for job in site.expected] == [1] * 80
+    assert [len(site.fleet.harness.attempts(job)) for job in site.expected] == [1] * 80
     site.check()
 
 

@@ -16,8 +16,8 @@ from shared.errors import DatabaseUnavailable
 from tests import servers
 from tests.faults.postgres_proxy import PostgresProxy
 from tests.faults.site import Catalog, Site, pause
-from tests.workers.bench import Workbench
 from tests.workers.fleet import Fleet, wait_for
+from tests.workers.worker_harness import WorkerHarness
 from workers import maintenance
 from workers.job_runner import run_job
 
@@ -92,43 +92,51 @@ def test_a_cut_at_any_statement_of_a_job_ends_in_one_result(
 ) -> None:
     """A worker's own steps, in this process, so that each statement can be met."""
     url = servers.create_database(cluster.url)
-    bench = Workbench(url, tmp_path.resolve())
-    image, mask = bench.picture("in.png", (40, 40)), bench.mask("mask.png", (40, 40), (5, 5, 9, 9))
+    harness = WorkerHarness(url, tmp_path.resolve())
+    image, mask = (
+        harness.write_image("in.png", (40, 40)),
+        harness.write_mask("mask.png", (40, 40), (5, 5, 9, 9)),
+    )
     with (
         tempfile.TemporaryDirectory(prefix="t-") as name,
         PostgresProxy(cluster.folder, Path(name)).serving() as proxy,
     ):
         through = sqlalchemy.make_url(url).update_query_dict({"host": name})
-        worker = Workbench(through.render_as_string(), tmp_path.resolve())
+        proxied = WorkerHarness(through.render_as_string(), tmp_path.resolve())
         met = 0
         for number in range(1, STATEMENTS):
-            job = bench.add(image=image, mask=mask, output=bench.path(f"out/{number}.png"))
-            met += _run_with_a_cut(worker, bench, proxy, job, number, when)
-            assert _story(bench, job)[-1] == "succeeded", f"cut {when} statement {number}"
-            assert (bench.job(job).losses, bench.job(job).failures) == (0, 0)
-        worker.close()
-    bench.close()
+            job = harness.add(image=image, mask=mask, output=harness.path(f"out/{number}.png"))
+            met += _run_with_a_cut(proxied, harness, proxy, job, number, when)
+            assert _story(harness, job)[-1] == "succeeded", f"cut {when} statement {number}"
+            assert (harness.job(job).losses, harness.job(job).failures) == (0, 0)
+        proxied.close()
+    harness.close()
     servers.drop_database(url)
     assert 10 < met < STATEMENTS - 1, "a job has more statements than this test meets"
 
 
 def _run_with_a_cut(
-    worker: Workbench, bench: Workbench, proxy: PostgresProxy, job: int, number: int, when: str
+    proxied: WorkerHarness,
+    harness: WorkerHarness,
+    proxy: PostgresProxy,
+    job: int,
+    number: int,
+    when: str,
 ) -> bool:
     """Message after message until the job is done, as a fleet would; was a connection cut?"""
-    seen = {message.job: message.attempt for message in bench.queue()}[job]
+    seen = {message.job: message.attempt for message in harness.dispatch()}[job]
     proxy.cut_at(number, when)  # type: ignore[arg-type]
     for _ in range(10):
-        run_job(worker.bench, job=job, seen_attempt=seen)
-        maintenance.beat(worker.bench)
-        if bench.job(job).state in FINAL_STATES:
+        run_job(proxied.worker, job=job, seen_attempt=seen)
+        maintenance.beat(proxied.worker)
+        if harness.job(job).state in FINAL_STATES:
             break
-        wait_for(lambda: bool(messages := bench.queue()) or bool(messages))
-        seen = bench.job(job).attempt
+        wait_for(lambda: bool(messages := harness.dispatch()) or bool(messages))
+        seen = harness.job(job).attempt
     cut = bool(proxy.cuts)
     proxy.cut_at(10**9, "before")
     return cut
 
 
-def _story(bench: Workbench, job: int) -> list[str]:
-    return [attempt.outcome for attempt in bench.attempts(job)]
+def _story(harness: WorkerHarness, job: int) -> list[str]:
+    return [attempt.outcome for attempt in harness.attempts(job)]

@@ -76,6 +76,6 @@ def test_whatever_happens_to_redis_every_job_ends_well(
         fault(own_redis)
         site.finish()
     assert "lost" not in {
-        attempt.outcome for job in site.expected for attempt in site.fleet.bench.attempts(job)
+        attempt.outcome for job in site.expected for attempt in site.fleet.harness.attempts(job)
     }
     site.check()

@@ -90,7 +90,7 @@ def test_what_s3_refuses_or_does_not_have_fails_at_once_with_its_code(
     s3_site.fleet.start("--concurrency", "2")
     s3_site.finish()
     failed = dict.fromkeys(ids[0::6], "object_denied") | dict.fromkeys(ids[1::6], "object_missing")
-    assert {len(s3_site.fleet.bench.attempts(job)) for job in failed} == {1}
+    assert {len(s3_site.fleet.harness.attempts(job)) for job in failed} == {1}
     s3_site.check(failed=failed)
 
 
@@ -110,7 +110,7 @@ def test_a_bucket_that_refuses_results_pauses_the_worker(s3_site: Site, proxy: F
     assert s3_site.fleet.log().count(SAID) == MOST + 2
     proxy.set(None)
     s3_site.finish()
-    assert {len(s3_site.fleet.bench.attempts(job)) for job in s3_site.expected} == {1}
+    assert {len(s3_site.fleet.harness.attempts(job)) for job in s3_site.expected} == {1}
     s3_site.check()
 
 
@@ -123,13 +123,13 @@ def test_an_output_that_refuses_results_holds_up_no_other(s3_site: Site, proxy: 
     s3_site.await_some(6)
     wait_for(lambda: s3_site.fleet.log().count(SAID) == 4)
     pause(3)  # longer than a lease
-    assert [len(s3_site.fleet.bench.attempts(job)) for job in ids] == [1] * 10
+    assert [len(s3_site.fleet.harness.attempts(job)) for job in ids] == [1] * 10
     assert s3_site.count("running") == 4
     s3_site.fleet.stop()
     assert s3_site.count("pending", "queued") == 4
     proxy.set(None)
     s3_site.fleet.start("--concurrency", "2")
     s3_site.finish()
-    outcomes = [[one.outcome for one in s3_site.fleet.bench.attempts(job)] for job in ids]
+    outcomes = [[one.outcome for one in s3_site.fleet.harness.attempts(job)] for job in ids]
     assert outcomes == [["released", "succeeded"]] * 4 + [["succeeded"]] * 6
     s3_site.check()

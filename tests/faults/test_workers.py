@@ -21,7 +21,9 @@ KILLS = int(os.environ.get("FAULTS_KILLS", "14"))
 
 
 def outcomes(site: Site) -> list[str]:
-    found = [attempt.outcome for job in site.expected for attempt in site.fleet.bench.attempts(job)]
+    found = [
+        attempt.outcome for job in site.expected for attempt in site.fleet.harness.attempts(job)
+    ]
     assert None not in found
     return found
 
@@ -56,7 +58,7 @@ def test_sigterm_gives_jobs_back_within_two_seconds_and_a_step(site: Site) -> No
     site.fleet.start("--concurrency", "4")
     site.finish()
     assert set(outcomes(site)) == {"succeeded", "released"}
-    assert {site.fleet.bench.job(job).failures for job in site.expected} == {0}
+    assert {site.fleet.harness.job(job).failures for job in site.expected} == {0}
     site.check()
 
 
@@ -72,7 +74,7 @@ def test_the_result_of_a_process_that_slept_through_its_lease_does_not_land(site
     os.kill(frozen, signal.SIGCONT)
     wait_for(lambda: site.fleet.log().count("lost its lease") >= 1)
     for job in jobs_held:
-        lost, won = site.fleet.bench.attempts(job)
+        lost, won = site.fleet.harness.attempts(job)
         assert (lost.outcome, won.outcome) == ("lost", "succeeded")
         assert lost.worker != won.worker
     site.check()
@@ -116,7 +118,7 @@ def test_a_lost_device_ends_the_process_and_is_a_failure_of_one_job_only(site: S
     lost = site.add(1, prompt="lost")
     site.add(30)
     site.fleet.start("--concurrency", "2")
-    wait_for(lambda: site.fleet.bench.job(lost[0]).failures > 0)
+    wait_for(lambda: site.fleet.harness.job(lost[0]).failures > 0)
     with site.db.write() as connection:
         connection.execute(
             update(Job).where(Job.id == lost[0]).values(params=Params(**PLAIN).to_json())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.jobs.queue import Queue
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 
 WAIT_SECONDS = 60
 
@@ -26,7 +26,7 @@ class Fleet:
     """``inpaint-worker`` processes over one database and one Redis."""
 
     def __init__(self, url: str, redis_url: str, folder: Path) -> None:
-        self.bench = Workbench(url, folder)
+        self.harness = WorkerHarness(url, folder)
         self.queue = Queue(redis_url)
         self.environment = {
             **os.environ,
@@ -68,13 +68,13 @@ class Fleet:
         prefix: str = "",
     ) -> list[int]:
         """Jobs that repaint nearly all of a picture; a larger size and radius take longer."""
-        image = self.bench.picture(f"{prefix}in.png", size)
-        mask = self.bench.mask(f"{prefix}mask.png", size, (1, 1, size[0] - 1, size[1] - 1))
+        image = self.harness.write_image(f"{prefix}in.png", size)
+        mask = self.harness.write_mask(f"{prefix}mask.png", size, (1, 1, size[0] - 1, size[1] - 1))
         return [
-            self.bench.add(
+            self.harness.add(
                 image=image,
                 mask=mask,
-                output=self.bench.path(f"{prefix}out/{number}.png"),
+                output=self.harness.path(f"{prefix}out/{number}.png"),
                 engine="opencv",
                 opencv_radius=radius,
             )
@@ -82,7 +82,7 @@ class Fleet:
         ]
 
     def states(self) -> list[str]:
-        with self.bench.db.read() as connection:
+        with self.harness.db.read() as connection:
             rows = connection.exec_driver_sql("SELECT state FROM jobs ORDER BY id").all()
         return [row[0] for row in rows]
 
@@ -111,4 +111,4 @@ class Fleet:
     def close(self) -> None:
         self.stop()
         self.queue.close()
-        self.bench.close()
+        self.harness.close()

@@ -20,7 +20,7 @@ from tests.conftest import Bucket
 from tests.fuzz.mutations import BOMB, png_chunk
 from tests.fuzz.seeds import seeds
 from tests.producer.desk import png
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 
 HEADER = b"\x89PNG\r\n\x1a\n"
 
@@ -127,24 +127,24 @@ def test_contradictions_in_a_header_are_an_error_of_ours(file: bytes) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Workbench]:
-    bench = Workbench(f"sqlite:///{tmp_path / 'i.db'}", tmp_path)
-    yield bench
-    bench.close()
+def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
+    harness = WorkerHarness(f"sqlite:///{tmp_path / 'i.db'}", tmp_path)
+    yield harness
+    harness.close()
 
 
-def ended(bench: Workbench, image: str, mask: str = "box:0,0,1,1") -> Any:
-    job = bench.add(image=image, mask=mask, output=bench.path("out.png"))
-    bench.run(job)
-    return bench.job(job)
+def ended(harness: WorkerHarness, image: str, mask: str = "box:0,0,1,1") -> Any:
+    job = harness.add(image=image, mask=mask, output=harness.path("out.png"))
+    harness.run(job)
+    return harness.job(job)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
-def test_a_picture_of_any_shape_is_repainted(bench: Workbench, size: tuple[int, int]) -> None:
-    image = bench.write("in.png", png(Image.new("RGB", size, (9, 120, 150))))
-    row = ended(bench, image)
+def test_a_picture_of_any_shape_is_repainted(harness: WorkerHarness, size: tuple[int, int]) -> None:
+    image = harness.write("in.png", png(Image.new("RGB", size, (9, 120, 150))))
+    row = ended(harness, image)
     assert (row.state, row.error_message) == ("succeeded", None)
-    with Image.open(bench.path("out.png")) as result:
+    with Image.open(harness.path("out.png")) as result:
         assert result.size == size
         assert result.getpixel((0, 0)) != (9, 120, 150)
 
@@ -164,13 +164,13 @@ def test_a_picture_of_any_shape_is_repainted(bench: Workbench, size: tuple[int, 
     ids=["empty", "truncated", "HTML", "SVG", "PSD", "animated", "scans", "pixels"],
 )
 def test_a_file_that_is_no_usable_picture_fails_with_its_code(
-    bench: Workbench, data: bytes, code: str, message: str
+    harness: WorkerHarness, data: bytes, code: str, message: str
 ) -> None:
-    row = ended(bench, bench.write("in.png", data))
+    row = ended(harness, harness.write("in.png", data))
     assert (row.state, row.error_code) == ("failed", code)
     assert message in row.error_message
-    assert not Path(bench.path("out.png")).exists()
-    as_mask = ended(bench, bench.write("good.png", seeds()[0][1]), bench.write("m.png", data))
+    assert not Path(harness.path("out.png")).exists()
+    as_mask = ended(harness, harness.write("good.png", seeds()[0][1]), harness.write("m.png", data))
     assert as_mask.error_code == "bad_mask"
     assert message in as_mask.error_message
 
@@ -188,10 +188,10 @@ def test_the_version_recorded_is_that_of_the_bytes_read(s3: Bucket) -> None:
 
 
 def test_a_picture_that_is_written_while_it_is_read_is_read_again(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    harness: WorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    image = bench.write("in.png", png(Image.new("RGB", (64, 48))))
-    job = bench.add(image=image, mask="box:0,0,9,9", output=bench.path("out.png"))
+    image = harness.write("in.png", png(Image.new("RGB", (64, 48))))
+    job = harness.add(image=image, mask="box:0,0,9,9", output=harness.path("out.png"))
     check = files.__name__ + ".check_size"
     written = [png(Image.new("RGB", (64, 48), (1, 2, 3))) + b"more"]
 
@@ -200,9 +200,9 @@ def test_a_picture_that_is_written_while_it_is_read_is_read_again(
             Path(image).write_bytes(written.pop())
 
     monkeypatch.setattr(check, write)
-    bench.run(job)
-    (attempt,) = bench.attempts(job)
+    harness.run(job)
+    (attempt,) = harness.attempts(job)
     assert (attempt.outcome, attempt.error_code) == ("retried", "storage_unavailable")
     assert "changed while it was read" in attempt.error_message
-    bench.run(job)
-    assert bench.job(job).state == "succeeded"
+    harness.run(job)
+    assert harness.job(job).state == "succeeded"

@@ -11,8 +11,8 @@ import pytest
 
 from shared.errors import OutputRefused
 from shared.storage import Storage
-from tests.workers.bench import Workbench
 from tests.workers.fleet import wait_for
+from tests.workers.worker_harness import WorkerHarness
 from workers import job_runner
 from workers.pending_writes import PendingWrites
 
@@ -80,91 +80,93 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Workbench]:
-    bench = Workbench(
+def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
+    harness = WorkerHarness(
         f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path, waiting=PendingWrites(most=1)
     )
-    yield bench
-    bench.bench.running.release_all()
-    assert bench.bench.waiting.join(5)
-    bench.close()
+    yield harness
+    harness.worker.running.release_all()
+    assert harness.worker.waiting.join(5)
+    harness.close()
 
 
-def add(bench: Workbench, output: str) -> int:
-    return bench.add(
-        image=bench.picture("in.png", SIZE),
-        mask=bench.mask("mask.png", SIZE, BOX),
-        output=bench.path(output),
+def add(harness: WorkerHarness, output: str) -> int:
+    return harness.add(
+        image=harness.write_image("in.png", SIZE),
+        mask=harness.write_mask("mask.png", SIZE, BOX),
+        output=harness.path(output),
     )
 
 
-def paused(bench: Workbench, job: int) -> bool:
-    row = bench.job(job)
+def paused(harness: WorkerHarness, job: int) -> bool:
+    row = harness.job(job)
     return (row.state, row.error_code) == ("running", "output_refused")
 
 
-def test_a_job_leaves_its_thread_while_its_result_waits(bench: Workbench, locked: set[str]) -> None:
+def test_a_job_leaves_its_thread_while_its_result_waits(
+    harness: WorkerHarness, locked: set[str]
+) -> None:
     locked.add("locked")
-    job = add(bench, "locked/1.png")
-    bench.run(job)
-    wait_for(lambda: paused(bench, job))
-    assert job in bench.bench.running.taken()
+    job = add(harness, "locked/1.png")
+    harness.run(job)
+    wait_for(lambda: paused(harness, job))
+    assert job in harness.worker.running.taken()
     locked.clear()
-    wait_for(lambda: bench.job(job).state == "succeeded")
-    assert Path(bench.path("locked/1.png")).exists()
-    wait_for(lambda: not bench.bench.running.taken())
-    assert len(bench.attempts(job)) == 1
+    wait_for(lambda: harness.job(job).state == "succeeded")
+    assert Path(harness.path("locked/1.png")).exists()
+    wait_for(lambda: not harness.worker.running.taken())
+    assert len(harness.attempts(job)) == 1
 
 
 def test_where_many_wait_and_others_are_written_the_next_is_tried_again_later(
-    bench: Workbench, locked: set[str]
+    harness: WorkerHarness, locked: set[str]
 ) -> None:
     locked.add("locked")
     found = []
     for output in ("locked/1.png", "open/2.png", "locked/3.png"):
-        bench.run(job := add(bench, output))
-        found.append((bench.job(job).state, bench.job(job).failures))
+        harness.run(job := add(harness, output))
+        found.append((harness.job(job).state, harness.job(job).failures))
     assert found == [("running", 0), ("succeeded", 0), ("pending", 1)]
-    assert bench.job(job).error_code == "output_refused"
+    assert harness.job(job).error_code == "output_refused"
 
 
 def test_where_nothing_is_written_the_next_keeps_its_thread(
-    bench: Workbench, locked: set[str]
+    harness: WorkerHarness, locked: set[str]
 ) -> None:
     locked.add("locked")
-    bench.run(waits := add(bench, "locked/1.png"))
-    next_one = add(bench, "locked/2.png")
-    thread = threading.Thread(target=bench.run, args=(next_one,))
+    harness.run(waits := add(harness, "locked/1.png"))
+    next_one = add(harness, "locked/2.png")
+    thread = threading.Thread(target=harness.run, args=(next_one,))
     thread.start()
-    wait_for(lambda: paused(bench, next_one))
+    wait_for(lambda: paused(harness, next_one))
     assert thread.is_alive()
     locked.clear()
     thread.join(5)
-    wait_for(lambda: bench.job(waits).state == bench.job(next_one).state == "succeeded")
+    wait_for(lambda: harness.job(waits).state == harness.job(next_one).state == "succeeded")
 
 
-def test_a_job_that_runs_alone_keeps_its_thread(bench: Workbench, locked: set[str]) -> None:
+def test_a_job_that_runs_alone_keeps_its_thread(harness: WorkerHarness, locked: set[str]) -> None:
     locked.add("locked")
-    job = add(bench, "locked/1.png")
-    bench.queue()
+    job = add(harness, "locked/1.png")
+    harness.dispatch()
     alone = {"job": job, "seen_attempt": 0, "alone": True}
-    thread = threading.Thread(target=job_runner.run_job, args=(bench.bench,), kwargs=alone)
+    thread = threading.Thread(target=job_runner.run_job, args=(harness.worker,), kwargs=alone)
     thread.start()
-    wait_for(lambda: paused(bench, job))
+    wait_for(lambda: paused(harness, job))
     assert thread.is_alive()
-    assert bench.bench.waiting.join(0)
-    bench.bench.running.release_all()
+    assert harness.worker.waiting.join(0)
+    harness.worker.running.release_all()
     thread.join(5)
-    assert bench.job(job).state == "pending"
+    assert harness.job(job).state == "pending"
 
 
-def test_a_cancelled_job_stops_waiting(bench: Workbench, locked: set[str]) -> None:
+def test_a_cancelled_job_stops_waiting(harness: WorkerHarness, locked: set[str]) -> None:
     from workers import maintenance
 
     locked.add("locked")
-    job = add(bench, "locked/1.png")
-    bench.run(job)
-    wait_for(lambda: paused(bench, job))
-    bench.cancel(job)
-    maintenance.beat(bench.bench)
-    wait_for(lambda: bench.job(job).state == "cancelled")
+    job = add(harness, "locked/1.png")
+    harness.run(job)
+    wait_for(lambda: paused(harness, job))
+    harness.cancel(job)
+    maintenance.beat(harness.worker)
+    wait_for(lambda: harness.job(job).state == "cancelled")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from shared.errors import Cancelled
-from tests.workers.bench import Painter, Workbench
+from tests.workers.worker_harness import SolidColourEngine, WorkerHarness
 from workers.engines.protocol import Interruption, RegionWork
 from workers.job_runner import run_job
 from workers.pixel_budget import PixelBudget, default_megapixels
@@ -96,7 +96,7 @@ def test_jobs_hold_pixels_only_while_they_are_rendered(tmp_path: Path) -> None:
     held, most = [0], [0]
     lock = threading.Lock()
 
-    def meanwhile(_work: RegionWork) -> None:
+    def on_submit(_work: RegionWork) -> None:
         with lock:
             held[0] += 1
             most[0] = max(most[0], held[0])
@@ -104,16 +104,18 @@ def test_jobs_hold_pixels_only_while_they_are_rendered(tmp_path: Path) -> None:
         with lock:
             held[0] -= 1
 
-    bench = Workbench(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path, Painter(meanwhile=meanwhile))
-    whole: Any = {**vars(bench.bench), "room": PixelBudget(1)}
-    image = bench.picture("in.png", (700, 600))
-    mask = bench.mask("mask.png", (700, 600), (20, 20, 90, 90))
-    ids = [bench.add(image=image, mask=mask, output=bench.path(f"{n}.png")) for n in range(6)]
-    attempts = {message.job: message.attempt for message in bench.queue()}
+    harness = WorkerHarness(
+        f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path, SolidColourEngine(on_submit=on_submit)
+    )
+    whole: Any = {**vars(harness.worker), "room": PixelBudget(1)}
+    image = harness.write_image("in.png", (700, 600))
+    mask = harness.write_mask("mask.png", (700, 600), (20, 20, 90, 90))
+    ids = [harness.add(image=image, mask=mask, output=harness.path(f"{n}.png")) for n in range(6)]
+    attempts = {message.job: message.attempt for message in harness.dispatch()}
     threads = [
         threading.Thread(
             target=run_job,
-            args=(type(bench.bench)(**whole),),
+            args=(type(harness.worker)(**whole),),
             kwargs={"job": job, "seen_attempt": attempts[job]},
         )
         for job in ids
@@ -122,6 +124,6 @@ def test_jobs_hold_pixels_only_while_they_are_rendered(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert {bench.job(job).state for job in ids} == {"succeeded"}
+    assert {harness.job(job).state for job in ids} == {"succeeded"}
     assert most[0] <= 2
-    bench.close()
+    harness.close()

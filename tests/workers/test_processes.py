@@ -36,11 +36,11 @@ def test_two_workers_share_the_jobs_and_each_job_runs_once(fleet: Fleet) -> None
     wait_for(lambda: set(fleet.states()) == {"succeeded"})
     workers = set()
     for job in jobs:
-        (attempt,) = fleet.bench.attempts(job)
+        (attempt,) = fleet.harness.attempts(job)
         assert attempt.outcome == "succeeded"
         workers.add(attempt.worker)
-        assert Path(fleet.bench.path(f"out/{jobs.index(job)}.png")).is_file()
-    assert not fleet.bench.temporaries()
+        assert Path(fleet.harness.path(f"out/{jobs.index(job)}.png")).is_file()
+    assert not fleet.harness.temporary_files()
     assert fleet.queue.length("opencv") == 0
     assert all("-cpu-" in worker for worker in workers)
 
@@ -61,9 +61,9 @@ def test_sigterm_gives_running_jobs_back_and_ends_the_process(
     assert launcher.wait(20) == 0
     assert "released" in fleet.log()
     assert "running" not in fleet.states()
-    outcomes = [attempt.outcome for job in jobs for attempt in fleet.bench.attempts(job)]
+    outcomes = [attempt.outcome for job in jobs for attempt in fleet.harness.attempts(job)]
     assert None not in outcomes
-    assert {fleet.bench.job(job).failures for job in jobs} == {0}
+    assert {fleet.harness.job(job).failures for job in jobs} == {0}
 
 
 def test_a_killed_process_is_started_again_and_its_jobs_run_elsewhere(
@@ -78,7 +78,7 @@ def test_a_killed_process_is_started_again_and_its_jobs_run_elsewhere(
     (child,) = fleet.children()
     os.kill(child, signal.SIGKILL)
     wait_for(lambda: set(fleet.states()) == {"succeeded"})
-    outcomes = [attempt.outcome for job in jobs for attempt in fleet.bench.attempts(job)]
+    outcomes = [attempt.outcome for job in jobs for attempt in fleet.harness.attempts(job)]
     assert outcomes.count("lost") == 1
     assert outcomes.count("succeeded") == 3
     assert "starting it again" in fleet.log()
@@ -89,7 +89,7 @@ def test_jobs_whose_messages_redis_lost_are_published_again(
 ) -> None:
     fleet = sqlite_fleet
     jobs = fleet.add(5)
-    messages = fleet.bench.queue("opencv")
+    messages = fleet.harness.dispatch("opencv")
     assert len(messages) == 5
     with redis.Redis.from_url(redis_url) as client:
         client.flushall()
@@ -104,11 +104,11 @@ def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: 
     first = fleet.add(1, size=(500, 500), radius=20, prefix="big-")[0]
     second = fleet.add(1, prefix="small-")[0]
     fleet.start("--concurrency", "1")
-    wait_for(lambda: fleet.bench.job(first).state == "running")
-    fleet.bench.cancel(first)
-    wait_for(lambda: fleet.bench.job(first).state == "cancelled")
-    wait_for(lambda: fleet.bench.job(second).state == "succeeded")
-    assert not Path(fleet.bench.path("big-out/0.png")).exists()
+    wait_for(lambda: fleet.harness.job(first).state == "running")
+    fleet.harness.cancel(first)
+    wait_for(lambda: fleet.harness.job(first).state == "cancelled")
+    wait_for(lambda: fleet.harness.job(second).state == "succeeded")
+    assert not Path(fleet.harness.path("big-out/0.png")).exists()
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
 ) -> None:
     fleet = sqlite_fleet
     (job,) = fleet.add(1)
-    fleet.bench.queue("opencv")
+    fleet.harness.dispatch("opencv")
     cpu = [] if "--devices" in options else ["--devices", "cpu"]
     command = [sys.executable, "-m", "workers.supervisor", *options, *cpu]
     environment = {**fleet.environment, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -139,7 +139,7 @@ def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
     assert len(lines) == 1
     assert lines[0].startswith("inpaint-worker: ")
     assert words in lines[0]
-    assert fleet.bench.attempts(job) == []
+    assert fleet.harness.attempts(job) == []
 
 
 def test_check_says_what_would_run_where(sqlite_fleet: Fleet) -> None:

@@ -14,100 +14,100 @@ from producer.replay import replay
 from shared import jobs
 from shared.errors import InpaintError
 from shared.jobs import Selection
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 from workers.engines import load_engine
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerHarness]:
     url = f"sqlite:///{tmp_path / 'inpaint.db'}"
     monkeypatch.setenv("INPAINT_DATABASE_URL", url)
     engine = load_engine("opencv", device="cpu")
-    bench = Workbench(url, tmp_path, engine, database_url=url, roots=(tmp_path,))
-    yield bench
-    bench.close()
+    harness = WorkerHarness(url, tmp_path, engine, database_url=url, roots=(tmp_path,))
+    yield harness
+    harness.close()
 
 
 @pytest.fixture
-def finished(bench: Workbench) -> int:
+def finished(harness: WorkerHarness) -> int:
     size = (200, 160)
-    job = bench.add(
-        image=bench.picture("in.jpg", size),
-        mask=bench.mask("mask.png", size, (50, 50, 90, 80)),
-        output=bench.path("out.jpg"),
+    job = harness.add(
+        image=harness.write_image("in.jpg", size),
+        mask=harness.write_mask("mask.png", size, (50, 50, 90, 80)),
+        output=harness.path("out.jpg"),
         engine="opencv",
     )
-    bench.run(job, engine="opencv")
-    assert bench.job(job).state == "succeeded"
+    harness.run(job, engine="opencv")
+    assert harness.job(job).state == "succeeded"
     return job
 
 
-def replayed(bench: Workbench, job: int) -> dict[str, object]:
-    return replay(bench.bench.settings, job, device="cpu", roots=[bench.folder])
+def replayed(harness: WorkerHarness, job: int) -> dict[str, object]:
+    return replay(harness.worker.settings, job, device="cpu", roots=[harness.folder])
 
 
 def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
-    bench: Workbench, finished: int
+    harness: WorkerHarness, finished: int
 ) -> None:
-    before = bench.job(finished), bench.attempts(finished)
-    Path(bench.path("out.jpg")).unlink()
-    found = replayed(bench, finished)
+    before = harness.job(finished), harness.attempts(finished)
+    Path(harness.path("out.jpg")).unlink()
+    found = replayed(harness, finished)
     assert found["same"] is True
     assert found["largest_difference"] == 0
     assert found["result_sha256"] == before[0].result_sha256
-    assert (bench.job(finished), bench.attempts(finished)) == before
-    assert not Path(bench.path("out.jpg")).exists()
+    assert (harness.job(finished), harness.attempts(finished)) == before
+    assert not Path(harness.path("out.jpg")).exists()
 
 
-def test_what_has_changed_since_is_named(bench: Workbench, finished: int) -> None:
-    bench.picture("in.jpg", (200, 160), seed=1)
-    found = replayed(bench, finished)
+def test_what_has_changed_since_is_named(harness: WorkerHarness, finished: int) -> None:
+    harness.write_image("in.jpg", (200, 160), seed=1)
+    found = replayed(harness, finished)
     assert found["same"] is False
     assert found["differs"] == ["image"]
     assert found["largest_difference"] > 0  # type: ignore[operator]
 
 
 def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
-    bench: Workbench, finished: int
+    harness: WorkerHarness, finished: int
 ) -> None:
-    jobs.retry(bench.db, Selection(jobs=(finished,)), changes={"opencv_radius": 9})
-    assert replayed(bench, finished)["same"] is True
+    jobs.retry(harness.db, Selection(jobs=(finished,)), changes={"opencv_radius": 9})
+    assert replayed(harness, finished)["same"] is True
 
 
-def test_a_job_without_a_result_cannot_be_replayed(bench: Workbench) -> None:
+def test_a_job_without_a_result_cannot_be_replayed(harness: WorkerHarness) -> None:
     with pytest.raises(InpaintError, match="job 77 does not exist"):
-        replayed(bench, 77)
+        replayed(harness, 77)
 
 
-def test_a_job_that_never_ended_well_cannot_be_replayed(bench: Workbench) -> None:
-    job = bench.add(image=bench.path("no.png"), mask="alpha", output=bench.path("o.png"))
-    bench.run(job)
+def test_a_job_that_never_ended_well_cannot_be_replayed(harness: WorkerHarness) -> None:
+    job = harness.add(image=harness.path("no.png"), mask="alpha", output=harness.path("o.png"))
+    harness.run(job)
     with pytest.raises(InpaintError, match=f"job {job} has no result to compare with"):
-        replayed(bench, job)
+        replayed(harness, job)
 
 
-def test_an_input_that_is_gone_is_an_error(bench: Workbench, finished: int) -> None:
-    Path(bench.path("mask.png")).unlink()
+def test_an_input_that_is_gone_is_an_error(harness: WorkerHarness, finished: int) -> None:
+    Path(harness.path("mask.png")).unlink()
     with pytest.raises(InpaintError, match=r"mask\.png' does not exist"):
-        replayed(bench, finished)
+        replayed(harness, finished)
 
 
 def test_an_output_that_is_gone_leaves_nothing_to_measure_against(
-    bench: Workbench, finished: int
+    harness: WorkerHarness, finished: int
 ) -> None:
-    bench.picture("in.jpg", (200, 160), seed=1)
-    Path(bench.path("out.jpg")).unlink()
-    assert replayed(bench, finished)["largest_difference"] is None
+    harness.write_image("in.jpg", (200, 160), seed=1)
+    Path(harness.path("out.jpg")).unlink()
+    assert replayed(harness, finished)["largest_difference"] is None
 
 
 def test_the_command_says_whether_it_is_the_same_and_exits_1_if_not(
-    bench: Workbench, finished: int, monkeypatch: pytest.MonkeyPatch
+    harness: WorkerHarness, finished: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(bench.folder)
+    monkeypatch.chdir(harness.folder)
     runner = CliRunner()
     ran = runner.invoke(jobs_command, ["replay", str(finished)])
     assert (ran.exit_code, ran.stdout) == (0, f"job {finished}: the same result\n")
-    bench.picture("in.jpg", (200, 160), seed=1)
+    harness.write_image("in.jpg", (200, 160), seed=1)
     ran = runner.invoke(jobs_command, ["replay", str(finished)])
     assert ran.exit_code == 1
     assert re.fullmatch(

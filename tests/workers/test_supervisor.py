@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.processes import EX_DEVICE_LOST, EX_DEVICE_LOST_LATER, EX_UNAVAILABLE
-from tests.workers.bench import Workbench
+from tests.workers.worker_harness import WorkerHarness
 from workers.supervisor import MAX_DEVICE_LOSSES, Place, Supervisor
 
 
@@ -29,7 +29,7 @@ class Stage(Place):
 
 def lives(tmp_path: Path, *statuses: int) -> int:
     """How many processes were started until the launcher gave up."""
-    bench = Workbench(
+    harness = WorkerHarness(
         f"sqlite:///{tmp_path / 'i.db'}",
         tmp_path,
         broker_url="redis://127.0.0.1:1/0",
@@ -37,8 +37,8 @@ def lives(tmp_path: Path, *statuses: int) -> int:
         heartbeat_seconds=0.1,
     )
     place = Stage(name="host-cpu", cuda=None, folder=tmp_path, statuses=statuses)
-    assert Supervisor(bench.bench.settings, bench.db, [place], []).run() == EX_UNAVAILABLE
-    bench.close()
+    assert Supervisor(harness.worker.settings, harness.db, [place], []).run() == EX_UNAVAILABLE
+    harness.close()
     return len(list(tmp_path.glob("*.life")))
 
 

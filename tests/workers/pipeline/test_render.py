@@ -15,32 +15,34 @@ from PIL import Image
 from shared import images, jobs
 from shared.jobs import Selection
 from shared.params import PassSpec
-from tests.workers.bench import Workbench, pixels
+from tests.workers.worker_harness import WorkerHarness, pixels
 
 SIZE = (700, 600)
 BOX, OTHER = (100, 120, 160, 150), (400, 300, 440, 340)
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Workbench]:
-    bench = Workbench(f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path)
-    yield bench
-    bench.close()
+def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
+    harness = WorkerHarness(f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path)
+    yield harness
+    harness.close()
 
 
-def ran(bench: Workbench, *, image: str = "", output: str = "out/r.png", **params: object) -> int:
-    job = bench.add(
-        image=image or bench.picture("in.png"),
-        mask=bench.mask("mask.png", SIZE, BOX),
-        output=bench.path(output),
+def ran(
+    harness: WorkerHarness, *, image: str = "", output: str = "out/r.png", **params: object
+) -> int:
+    job = harness.add(
+        image=image or harness.write_image("in.png"),
+        mask=harness.write_mask("mask.png", SIZE, BOX),
+        output=harness.path(output),
         **params,
     )
-    bench.run(job)
+    harness.run(job)
     return job
 
 
-def changed(bench: Workbench, output: str = "out/r.png") -> Any:
-    return (pixels(bench.path("in.png")) != pixels(bench.path(output))).any(axis=-1)
+def changed(harness: WorkerHarness, output: str = "out/r.png") -> Any:
+    return (pixels(harness.path("in.png")) != pixels(harness.path(output))).any(axis=-1)
 
 
 def inside(*boxes: tuple[int, int, int, int]) -> Any:
@@ -55,61 +57,61 @@ def xmp(path: str) -> str:
 
 
 def test_a_job_of_two_rounds_repaints_both_masks_and_records_the_second_one(
-    bench: Workbench,
+    harness: WorkerHarness,
 ) -> None:
-    second = bench.mask("eyes.png", SIZE, OTHER)
+    second = harness.write_mask("eyes.png", SIZE, OTHER)
     values = (("num_inference_steps", 20), ("prompt", "eyes"))
-    job = ran(bench, passes=(PassSpec(mask=second, values=values),))
-    found = changed(bench)
+    job = ran(harness, passes=(PassSpec(mask=second, values=values),))
+    found = changed(harness)
     assert not found[~inside(BOX, OTHER)].any()
     assert found[inside(BOX)].mean() > 0.9
     assert found[inside(OTHER)].mean() > 0.9
-    (attempt,) = bench.attempts(job)
+    (attempt,) = harness.attempts(job)
     assert json.loads(attempt.inputs) == {second: sha256(Path(second).read_bytes()).hexdigest()}
-    assert attempt.mask_sha256 == sha256(Path(bench.path("mask.png")).read_bytes()).hexdigest()
-    assert len(bench.job(job).mask_version.split()) == 2
+    assert attempt.mask_sha256 == sha256(Path(harness.path("mask.png")).read_bytes()).hexdigest()
+    assert len(harness.job(job).mask_version.split()) == 2
     assert (attempt.regions, attempt.windows) == (2, 2)
-    works = bench.bench.engine.works  # type: ignore[attr-defined]
+    works = harness.worker.engine.works  # type: ignore[attr-defined]
     assert [(w.params.prompt, w.params.num_inference_steps) for w in works] == [
         ("", 50),
         ("eyes", 20),
     ]
 
 
-def test_a_mask_is_inverted_and_laid_over_as_asked(bench: Workbench) -> None:
-    small = bench.mask("small.png", (100, 80), (0, 0, 90, 80))
-    job = bench.add(
-        image=bench.picture("in.png"),
+def test_a_mask_is_inverted_and_laid_over_as_asked(harness: WorkerHarness) -> None:
+    small = harness.write_mask("small.png", (100, 80), (0, 0, 90, 80))
+    job = harness.add(
+        image=harness.write_image("in.png"),
         mask=small,
-        output=bench.path("out/r.png"),
+        output=harness.path("out/r.png"),
         mask_invert=True,
         mask_fit="bottom-right",
     )
-    bench.run(job)
-    assert bench.job(job).error_message is None
-    assert np.array_equal(changed(bench), inside((690, 520, 700, 600)))
+    harness.run(job)
+    assert harness.job(job).error_message is None
+    assert np.array_equal(changed(harness), inside((690, 520, 700, 600)))
 
 
-def test_text_is_drawn_last_and_inside_its_box(bench: Workbench) -> None:
-    ran(bench, text="SALE", text_box="300,200,500,260", text_color="#ff0000")
-    found = changed(bench)
+def test_text_is_drawn_last_and_inside_its_box(harness: WorkerHarness) -> None:
+    ran(harness, text="SALE", text_box="300,200,500,260", text_color="#ff0000")
+    found = changed(harness)
     assert not found[~inside(BOX, (300, 200, 500, 260))].any()
-    after = pixels(bench.path("out/r.png"))[200:260, 300:500]
+    after = pixels(harness.path("out/r.png"))[200:260, 300:500]
     assert (after == (255, 0, 0)).all(axis=-1).mean() > 0.1
 
 
-def test_text_without_a_box_goes_where_the_mask_is(bench: Workbench) -> None:
-    ran(bench, text="I", text_color="white")
-    assert not changed(bench)[~inside(BOX)].any()
+def test_text_without_a_box_goes_where_the_mask_is(harness: WorkerHarness) -> None:
+    ran(harness, text="I", text_color="white")
+    assert not changed(harness)[~inside(BOX)].any()
     left, top, right, bottom = BOX
-    after = pixels(bench.path("out/r.png"))[top:bottom, left:right]
+    after = pixels(harness.path("out/r.png"))[top:bottom, left:right]
     assert (after == 255).all(axis=-1).any()
 
 
-def test_a_font_is_an_input_that_is_read_and_recorded(bench: Workbench) -> None:
-    font = bench.write("font.ttf", b"not a font")
-    job = ran(bench, text="A", text_font=font)
-    (attempt,) = bench.attempts(job)
+def test_a_font_is_an_input_that_is_read_and_recorded(harness: WorkerHarness) -> None:
+    font = harness.write("font.ttf", b"not a font")
+    job = ran(harness, text="A", text_font=font)
+    (attempt,) = harness.attempts(job)
     assert attempt.error_code == "bad_font"
     assert json.loads(attempt.inputs) == {font: sha256(b"not a font").hexdigest()}
 
@@ -118,101 +120,103 @@ def test_a_font_is_an_input_that_is_read_and_recorded(bench: Workbench) -> None:
     ("params", "format"),
     [({"format": "jpeg", "quality": 60}, "JPEG"), ({"format": "webp"}, "WEBP"), ({}, "PNG")],
 )
-def test_the_asked_format_is_written(bench: Workbench, params: dict[str, Any], format: str) -> None:
-    ran(bench, output="out/result", **params)
-    with Image.open(bench.path("out/result")) as image:
+def test_the_asked_format_is_written(
+    harness: WorkerHarness, params: dict[str, Any], format: str
+) -> None:
+    ran(harness, output="out/result", **params)
+    with Image.open(harness.path("out/result")) as image:
         assert image.format == format
 
 
-def test_a_lower_quality_makes_a_smaller_file(bench: Workbench) -> None:
+def test_a_lower_quality_makes_a_smaller_file(harness: WorkerHarness) -> None:
     sizes = []
     for quality in (95, 30):
         output = f"out/{quality}.jpg"
-        ran(bench, output=output, quality=quality)
-        sizes.append(Path(bench.path(output)).stat().st_size)
+        ran(harness, output=output, quality=quality)
+        sizes.append(Path(harness.path(output)).stat().st_size)
     assert sizes[1] < sizes[0] / 2
 
 
-def test_a_result_says_how_it_was_made_but_not_where_files_lie(bench: Workbench) -> None:
-    eyes = bench.mask("eyes.png", SIZE, OTHER)
-    job = ran(bench, prompt="a cup", passes=(PassSpec(mask=eyes),))
-    said = xmp(bench.path("out/r.png"))
+def test_a_result_says_how_it_was_made_but_not_where_files_lie(harness: WorkerHarness) -> None:
+    eyes = harness.write_mask("eyes.png", SIZE, OTHER)
+    job = ran(harness, prompt="a cup", passes=(PassSpec(mask=eyes),))
+    said = xmp(harness.path("out/r.png"))
     assert "compositeWithTrainedAlgorithmicMedia" in said
     assert f">{job}<" in said or f'"{job}"' in said
     assert "a cup" in said
     assert "eyes.png" in said
-    assert str(bench.folder) not in said
+    assert str(harness.folder) not in said
 
 
 @pytest.mark.parametrize("case", ["turned off", "empty mask"])
 def test_nothing_is_said_where_it_is_turned_off_or_nothing_was_done(
-    bench: Workbench, case: str
+    harness: WorkerHarness, case: str
 ) -> None:
     off = case == "turned off"
-    job = bench.add(
-        image=bench.picture("in.png"),
-        mask=bench.mask("m.png", SIZE, *([BOX] if off else [])),
-        output=bench.path("out/r.png"),
+    job = harness.add(
+        image=harness.write_image("in.png"),
+        mask=harness.write_mask("m.png", SIZE, *([BOX] if off else [])),
+        output=harness.path("out/r.png"),
         provenance=not off,
     )
-    bench.run(job)
-    assert bench.job(job).state == "succeeded"
-    assert xmp(bench.path("out/r.png")) == ""
+    harness.run(job)
+    assert harness.job(job).state == "succeeded"
+    assert xmp(harness.path("out/r.png")) == ""
 
 
 @pytest.fixture
-def flat(bench: Workbench) -> str:
+def flat(harness: WorkerHarness) -> str:
     """A picture where whatever the engine paints shows at once."""
-    Image.new("RGB", SIZE, (120, 120, 120)).save(bench.path("flat.png"))
-    return bench.path("flat.png")
+    Image.new("RGB", SIZE, (120, 120, 120)).save(harness.path("flat.png"))
+    return harness.path("flat.png")
 
 
-def test_a_result_that_fails_its_gate_is_not_published(bench: Workbench, flat: str) -> None:
-    job = ran(bench, image=flat, gate="fail")
-    row, (attempt,) = bench.job(job), bench.attempts(job)
+def test_a_result_that_fails_its_gate_is_not_published(harness: WorkerHarness, flat: str) -> None:
+    job = ran(harness, image=flat, gate="fail")
+    row, (attempt,) = harness.job(job), harness.attempts(job)
     assert (row.state, row.error_code) in (("failed", "gate_seam"), ("failed", "gate_colour"))
     assert attempt.reseeds == 1
     assert row.score == json.loads(attempt.scores)["score"] < 0.5
-    assert not Path(bench.path("out/r.png")).exists()
+    assert not Path(harness.path("out/r.png")).exists()
 
 
 def test_a_result_for_review_is_published_and_found_until_it_is_run_again(
-    bench: Workbench, flat: str
+    harness: WorkerHarness, flat: str
 ) -> None:
-    job = ran(bench, image=flat, gate="review")
-    row = bench.job(job)
+    job = ran(harness, image=flat, gate="review")
+    row = harness.job(job)
     assert row.state == "succeeded"
     assert row.review in ("gate_seam", "gate_colour")
     assert row.score < 0.5
-    assert Path(bench.path("out/r.png")).exists()
-    assert jobs.retry(bench.db, Selection(review=True)).count == 1
-    assert (bench.job(job).review, bench.job(job).score) == (None, None)
+    assert Path(harness.path("out/r.png")).exists()
+    assert jobs.retry(harness.db, Selection(review=True)).count == 1
+    assert (harness.job(job).review, harness.job(job).score) == (None, None)
 
 
-def test_an_attempt_records_the_seed_that_made_the_result(bench: Workbench) -> None:
-    job = ran(bench, seed=11, gate="review")
-    (attempt,) = bench.attempts(job)
-    painted = pixels(bench.path("out/r.png"))[130, 130]
+def test_an_attempt_records_the_seed_that_made_the_result(harness: WorkerHarness) -> None:
+    job = ran(harness, seed=11, gate="review")
+    (attempt,) = harness.attempts(job)
+    painted = pixels(harness.path("out/r.png"))[130, 130]
     assert painted[0] == attempt.seed % 251
-    assert bench.job(job).seed == 11
+    assert harness.job(job).seed == 11
 
 
 @pytest.mark.parametrize("invert", [False, True])
 def test_holes_are_filled_only_where_they_are_what_is_repainted(
-    bench: Workbench, invert: bool
+    harness: WorkerHarness, invert: bool
 ) -> None:
     image = np.full((600, 700, 4), 200, np.uint8)
     image[..., 3] = 255
     image[100:200, 100:200, 3] = 0
-    Image.fromarray(image).save(bench.path("holes.png"))
-    job = bench.add(
-        image=bench.path("holes.png"),
+    Image.fromarray(image).save(harness.path("holes.png"))
+    job = harness.add(
+        image=harness.path("holes.png"),
         mask="alpha",
-        output=bench.path("out/r.png"),
+        output=harness.path("out/r.png"),
         mask_invert=invert,
     )
-    bench.run(job)
-    alpha = pixels(bench.path("out/r.png"))[..., 3]
+    harness.run(job)
+    alpha = pixels(harness.path("out/r.png"))[..., 3]
     assert (alpha[100:200, 100:200] == (0 if invert else 255)).all()
 
 
@@ -226,28 +230,28 @@ def test_holes_are_filled_only_where_they_are_what_is_repainted(
     ],
 )
 def test_what_would_fail_at_the_end_fails_before_anything_is_painted(
-    bench: Workbench, params: dict[str, Any], code: str
+    harness: WorkerHarness, params: dict[str, Any], code: str
 ) -> None:
-    job = bench.add(
-        image=bench.picture("in.png", mode="RGBA"),
-        mask=bench.mask("mask.png", SIZE, BOX),
-        output=bench.path("out/r"),
+    job = harness.add(
+        image=harness.write_image("in.png", mode="RGBA"),
+        mask=harness.write_mask("mask.png", SIZE, BOX),
+        output=harness.path("out/r"),
         **params,
     )
-    bench.run(job)
-    assert bench.job(job).error_code == code
-    assert bench.bench.engine.works == []  # type: ignore[attr-defined]
+    harness.run(job)
+    assert harness.job(job).error_code == code
+    assert harness.worker.engine.works == []  # type: ignore[attr-defined]
 
 
-def test_a_picture_whose_holes_are_filled_needs_no_alpha(bench: Workbench) -> None:
+def test_a_picture_whose_holes_are_filled_needs_no_alpha(harness: WorkerHarness) -> None:
     image = np.full((600, 700, 4), 200, np.uint8)
     image[..., 3] = 255
     image[100:200, 100:200, 3] = 0
-    Image.fromarray(image).save(bench.path("holes.png"))
-    job = bench.add(
-        image=bench.path("holes.png"), mask="alpha", output=bench.path("r.jpg"), format="jpeg"
+    Image.fromarray(image).save(harness.path("holes.png"))
+    job = harness.add(
+        image=harness.path("holes.png"), mask="alpha", output=harness.path("r.jpg"), format="jpeg"
     )
-    bench.run(job)
-    assert bench.job(job).state == "succeeded"
-    with Image.open(bench.path("r.jpg")) as written:
+    harness.run(job)
+    assert harness.job(job).state == "succeeded"
+    with Image.open(harness.path("r.jpg")) as written:
         assert (written.format, written.mode) == ("JPEG", "RGB")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from shared.db.models import Attempt
 from shared.errors import EngineUnavailable, OutOfMemory
 from shared.settings import Quantization
-from tests.workers.bench import Workbench
 from tests.workers.engines.stable_diffusion.samples import Watch, engine, region
+from tests.workers.worker_harness import WorkerHarness
 from workers import replay
 from workers.engines import load_engine
 from workers.engines.options import EngineOptions, quantized_revision, recorded_quantization
@@ -280,26 +280,28 @@ def test_a_replay_quantizes_as_the_record_says(tiny_model: Path, tmp_path: Path)
     name = f"diffusers:{tiny_model}"
     url = f"sqlite:///{tmp_path / 'inpaint.db'}"
     ours = load_engine(name, device="cpu", quantization="int8", deterministic=True)
-    bench = Workbench(url, tmp_path, ours, database_url=url, roots=(tmp_path,), deterministic=True)
+    harness = WorkerHarness(
+        url, tmp_path, ours, database_url=url, roots=(tmp_path,), deterministic=True
+    )
     size = (160, 160)
-    job = bench.add(
-        image=bench.picture("in.png", size),
-        mask=bench.mask("mask.png", size, (32, 32, 96, 96)),
-        output=bench.path("out.png"),
+    job = harness.add(
+        image=harness.write_image("in.png", size),
+        mask=harness.write_mask("mask.png", size, (32, 32, 96, 96)),
+        output=harness.path("out.png"),
         engine=name,
         **{"num_inference_steps": 2, "width": 128, "height": 128},
     )
-    bench.run(job, engine=name)
+    harness.run(job, engine=name)
     ours.close()
-    assert bench.attempts(job)[0].engine_revision.endswith("+int8")
-    found = replay.replay(bench.bench.settings, job, device="cpu")
+    assert harness.attempts(job)[0].engine_revision.endswith("+int8")
+    found = replay.replay(harness.worker.settings, job, device="cpu")
     assert (found["same"], found["differs"]) == (True, [])
-    with bench.db.write() as connection:
+    with harness.db.write() as connection:
         connection.execute(update(Attempt).values(engine_revision="sha256:ab+fp8"))
     message = f"job {job} ran with quantization fp8, which cannot be repeated here: .* CUDA device"
     with pytest.raises(EngineUnavailable, match=message):
-        replay.replay(bench.bench.settings, job, device="cpu")
-    bench.close()
+        replay.replay(harness.worker.settings, job, device="cpu")
+    harness.close()
 
 
 def worker(*options: str, home: Path) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""A worker's bench for tests: real tables, real files, and a small deterministic engine."""
+"""A worker's harness for tests: real tables, real files, and a small deterministic engine."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from workers.pending_writes import PendingWrites
 
 
 @dataclass
-class Painter:
-    """Fills a region with one colour that its seed decides; ``meanwhile`` runs first."""
+class SolidColourEngine:
+    """Fills a region with one colour that its seed decides; ``on_submit`` runs first."""
 
     name: str = "sd2"
     revision: str = "painter 1"
     device: str = "cpu"
-    meanwhile: Callable[[RegionWork], None] = lambda _work: None
+    on_submit: Callable[[RegionWork], None] = lambda _work: None
     works: list[RegionWork] = field(default_factory=list)
 
     def submit(self, work: RegionWork) -> Future[Pixels]:
         self.works.append(work)
         future: Future[Pixels] = Future()
         try:
-            self.meanwhile(work)
+            self.on_submit(work)
             work.interruption.check()
             painted = work.image.copy()
             painted[work.mask > 0] = (work.seed % 251, 20, 220)
@@ -57,8 +57,8 @@ class Painter:
     def close(self) -> None: ...
 
 
-class Workbench:
-    """A bench, and short ways to put jobs on it and look at what became of them."""
+class WorkerHarness:
+    """A harness, and short ways to put jobs on it and look at what became of them."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Workbench:
         self.folder = folder
         self.db = Database(make_url(url))
         schema.upgrade(self.db)
-        engine = engine or Painter()
-        self.bench = Bench(
+        engine = engine or SolidColourEngine()
+        self.worker = Bench(
             settings=Settings(_env_file=None, home=folder / "home", **settings),
             db=self.db,
             storage=Storage(roots=[folder.resolve()], buckets=()),
@@ -123,17 +123,17 @@ class Workbench:
             found = connection.execute(select(Job.id).where(Job.content_key == key))
             return found.scalar_one()
 
-    def queue(self, engine: str = "sd2") -> list[Message]:
+    def dispatch(self, engine: str = "sd2") -> list[Message]:
         """Dispatches what is due; returns the messages instead of sending them."""
-        sent = Sent()
+        sent = RecordingQueue()
         jobs.dispatch(self.db, sent, engine, bound=1000)  # type: ignore[arg-type]
         return sent.messages
 
     def run(self, job: int, *, engine: str = "sd2") -> None:
         """Queues and runs one job."""
-        messages = [m for m in self.queue(engine) if m.job == job]
+        messages = [m for m in self.dispatch(engine) if m.job == job]
         assert messages, f"job {job} was not due"
-        run_job(self.bench, job=job, seen_attempt=messages[0].attempt)
+        run_job(self.worker, job=job, seen_attempt=messages[0].attempt)
 
     def job(self, job: int) -> Any:
         with self.db.read() as connection:
@@ -149,7 +149,7 @@ class Workbench:
     def cancel(self, job: int) -> None:
         jobs.cancel(self.db, Selection(jobs=(job,)))
 
-    def picture(
+    def write_image(
         self, name: str, size: tuple[int, int] = (700, 600), *, mode: str = "RGB", seed: int = 0
     ) -> str:
         """Writes noise, so that any changed pixel shows; returns its path."""
@@ -157,7 +157,9 @@ class Workbench:
         image = Image.fromarray(noise, "RGBA").convert(mode)
         return self.write(name, _encoded(image, name))
 
-    def mask(self, name: str, size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> str:
+    def write_mask(
+        self, name: str, size: tuple[int, int], *boxes: tuple[int, int, int, int]
+    ) -> str:
         mask = np.zeros((size[1], size[0]), np.uint8)
         for left, top, right, bottom in boxes:
             mask[top:bottom, left:right] = 255
@@ -172,12 +174,12 @@ class Workbench:
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
-    def temporaries(self) -> list[Path]:
+    def temporary_files(self) -> list[Path]:
         return list(self.folder.rglob("*.tmp"))
 
 
 @dataclass
-class Sent:
+class RecordingQueue:
     """Where a queue's messages go when a test wants to hold them."""
 
     messages: list[Message] = field(default_factory=list)
