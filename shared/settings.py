@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     heartbeat_seconds: float = Field(
         default=15, gt=0, description="How often a worker renews its leases."
     )
-    upkeep_seconds: float = Field(
+    maintenance_seconds: float = Field(
         default=2, gt=0, le=60, description="How often a worker dispatches and reaps."
     )
     stall_seconds: float = Field(
@@ -157,7 +157,7 @@ class Settings(BaseSettings):
         gt=0,
         description="A worker process whose engine makes no step for so long is started again.",
     )
-    refused_seconds: float = Field(
+    write_retry_seconds: float = Field(
         default=600,
         ge=0,
         description="How long a worker waits with a result for an output that refuses it "
@@ -172,7 +172,7 @@ class Settings(BaseSettings):
     concurrency: int = Field(
         default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
     )
-    megapixels_in_hand: int = Field(
+    megapixel_budget: int = Field(
         default=0,
         ge=0,
         description="Decoded pixels that a worker process holds at a time, in millions, whatever "

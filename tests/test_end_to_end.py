@@ -122,7 +122,7 @@ def fleet(
         INPAINT_DATABASE_URL=postgres_url,
         INPAINT_BROKER_URL=redis_url,
         INPAINT_BUCKETS=s3.name,
-        INPAINT_UPKEEP_SECONDS="0.2",
+        INPAINT_MAINTENANCE_SECONDS="0.2",
     )
     shell.run("inpaint-jobs", "upgrade")
     workers = [

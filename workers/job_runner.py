@@ -183,11 +183,11 @@ def _wait(
 def _published_in_time(
     bench: Bench, held: ActiveJob, rendered: Rendered, refused: OutputRefused, *, aside: bool
 ) -> str:
-    """The output's new version. Raises OutputRefused after ``refused_seconds``.
+    """The output's new version. Raises OutputRefused after ``write_retry_seconds``.
 
     Where it keeps others waiting, which other outputs would serve, it raises that at once.
     """
-    deadline = time.monotonic() + bench.settings.refused_seconds
+    deadline = time.monotonic() + bench.settings.write_retry_seconds
     pause, said = REFUSED_PAUSE_SECONDS, False
     while time.monotonic() + pause <= deadline and (
         aside or not bench.waiting.others_are_written()

@@ -37,8 +37,8 @@ class Maintenance:
             _Duty("watch", min(settings.heartbeat_seconds, 5.0), lambda: watch(bench)),
         ]
         queues = [
-            _Duty("reap", settings.upkeep_seconds, lambda: reap(bench)),
-            _Duty("dispatch", settings.upkeep_seconds, lambda: dispatch(bench, queue)),
+            _Duty("reap", settings.maintenance_seconds, lambda: reap(bench)),
+            _Duty("dispatch", settings.maintenance_seconds, lambda: dispatch(bench, queue)),
             _Duty("redeliver", redelivery_seconds(settings), lambda: redeliver(bench, queue)),
         ]
         self._threads = [
@@ -157,7 +157,7 @@ def reap(bench: Bench) -> None:
 
 
 def redelivery_seconds(settings: Settings) -> float:
-    return ROUNDS_BEFORE_REDELIVERY * settings.upkeep_seconds
+    return ROUNDS_BEFORE_REDELIVERY * settings.maintenance_seconds
 
 
 def dispatch(bench: Bench, queue: Queue) -> None:

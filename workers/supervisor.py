@@ -75,7 +75,7 @@ def worker(
             *("--concurrency", str(configured.concurrency if concurrency is None else concurrency)),
             *("--max-batch", str(configured.max_batch), "--compile", configured.compile),
             *("--quantization", configured.quantization),
-            *("--megapixels-in-hand", str(_megapixels_in_hand(configured, len(places)))),
+            *("--megapixel-budget", str(_megapixel_budget(configured, len(places)))),
             *(["--deterministic"] if configured.deterministic else []),
         ]
         if check:
@@ -84,8 +84,8 @@ def worker(
         sys.exit(Supervisor(configured, db, places, options).run())
 
 
-def _megapixels_in_hand(configured: Settings, processes: int) -> int:
-    return configured.megapixels_in_hand or default_megapixels(processes)
+def _megapixel_budget(configured: Settings, processes: int) -> int:
+    return configured.megapixel_budget or default_megapixels(processes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ SWITCH_SECONDS = 0.0005
 @click.option("--worker", required=True, help="The name, and what tells this life from others.")
 @click.option("--concurrency", type=int, required=True)
 @click.option("--max-batch", required=True)
-@click.option("--megapixels-in-hand", type=int, required=True)
+@click.option("--megapixel-budget", type=int, required=True)
 @click.option("--compile", required=True)
 @click.option("--quantization", required=True)
 @click.option("--deterministic", is_flag=True)
@@ -110,7 +110,7 @@ def _bench(configured: Settings, engine: Any, worker: str) -> Bench:
             base_seconds=configured.retry_base_seconds,
             cap_seconds=configured.retry_cap_seconds,
         ),
-        room=PixelBudget(configured.megapixels_in_hand),
+        room=PixelBudget(configured.megapixel_budget),
     )
 
 

@@ -252,7 +252,7 @@ def _work() -> None:
             *("--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"),
             *("--concurrency", "0", "--max-batch", "32" if tflops else "16", "--compile", "off"),
             *("--quantization", "off"),
-            *("--megapixels-in-hand", "300"),
+            *("--megapixel-budget", "300"),
         ]
     )
 

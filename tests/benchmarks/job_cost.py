@@ -139,7 +139,7 @@ def _run_ours() -> None:
             *("--worker", "bench-1"),
             *("--concurrency", str(THREADS), "--max-batch", "1", "--compile", "off"),
             *("--quantization", "off"),
-            *("--megapixels-in-hand", "1000"),
+            *("--megapixel-budget", "1000"),
         ]
     )
 

@@ -21,7 +21,7 @@ from tests.faults.site import Site, make_catalog
 from tests.workers.fleet import Fleet, wait_for
 
 LONG = "steps 1000000"
-DEFAULTS = ("INPAINT_UPKEEP_SECONDS", "INPAINT_LEASE_SECONDS", "INPAINT_HEARTBEAT_SECONDS")
+DEFAULTS = ("INPAINT_MAINTENANCE_SECONDS", "INPAINT_LEASE_SECONDS", "INPAINT_HEARTBEAT_SECONDS")
 
 
 def main() -> None:

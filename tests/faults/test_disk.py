@@ -42,7 +42,7 @@ def test_a_disk_that_stays_full_fails_the_job_with_its_code(site: Site) -> None:
     switch.touch()
     site.fleet.environment |= {
         "FAULTS_FULL_DISK": str(switch),
-        "INPAINT_REFUSED_SECONDS": "0",
+        "INPAINT_WRITE_RETRY_SECONDS": "0",
         "INPAINT_MAX_FAILURES": "2",
     }
     ids = site.add(4)

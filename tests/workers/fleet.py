@@ -34,7 +34,7 @@ class Fleet:
             "INPAINT_BROKER_URL": redis_url,
             "INPAINT_ROOTS": str(folder),
             "INPAINT_HOME": str(folder / "home"),
-            "INPAINT_UPKEEP_SECONDS": "0.2",
+            "INPAINT_MAINTENANCE_SECONDS": "0.2",
             "INPAINT_LEASE_SECONDS": "3",
             "INPAINT_HEARTBEAT_SECONDS": "0.5",
         }
