@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
@@ -20,6 +22,15 @@ from shared.params import did_you_mean
 
 PREFIX = "INPAINT_"
 DOTENV = ".env"
+
+# Old name to new name. A user may have the old one in a .env: it works for one more version.
+RENAMED = {
+    "refused_seconds": "write_retry_seconds",
+    "upkeep_seconds": "maintenance_seconds",
+    "megapixels_in_hand": "megapixel_budget",
+}
+
+log = logging.getLogger(__name__)
 
 # Host and port, then the number of a database and options; or a socket's path.
 _BROKER_OPTIONS = frozenset(
@@ -247,10 +258,15 @@ class Settings(BaseSettings):
 
 
 def load(**overrides: Any) -> Settings:
-    """Reads the environment and ``.env``; raises SettingsError that lists everything wrong."""
+    """Reads the environment and ``.env``; overrides win over both.
+
+    Raises SettingsError that lists everything wrong. Logs a warning for each old name.
+    """
+    problems = []
     try:
-        problems = _unknown_variables()
-        settings = Settings(**overrides)
+        variables = _variables()
+        problems = _unknown(variables)
+        settings = Settings(**{**_values_of_old_names(variables), **overrides})
     except ValidationError as error:
         problems += _described(error)
     except (OSError, UnicodeDecodeError) as error:
@@ -260,11 +276,34 @@ def load(**overrides: Any) -> Settings:
     return settings
 
 
-def _unknown_variables() -> list[str]:
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    found = {*os.environ, *(name.upper() for name in dotenv_values(DOTENV))}
-    unknown = sorted(name for name in found if name.startswith(PREFIX) and name not in known)
+def _variables() -> dict[str, str | None]:
+    """Every ``INPAINT_*`` variable; the environment wins over ``.env``."""
+    dotenv = {name.upper(): value for name, value in dotenv_values(DOTENV).items()}
+    merged = {**dotenv, **os.environ}
+    return {name: value for name, value in merged.items() if name.startswith(PREFIX)}
+
+
+def _unknown(variables: Iterable[str]) -> list[str]:
+    known = {_variable(name) for name in Settings.model_fields}
+    unknown = sorted({*variables} - known - {_variable(name) for name in RENAMED})
     return [f"{name} is not a setting{did_you_mean(name, known)}" for name in unknown]
+
+
+def _values_of_old_names(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """New names to the values set under old ones; a value under the new name wins."""
+    values = {}
+    for old_name, new_name in RENAMED.items():
+        old, new = _variable(old_name), _variable(new_name)
+        if old in variables and new in variables:
+            log.warning("%s is ignored: its new name %s is set too; remove %s", old, new, old)
+        elif old in variables:
+            log.warning("%s is now called %s; the next version ignores the old name", old, new)
+            values[new_name] = variables[old]
+    return values
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
 
 
 def _described(error: ValidationError) -> list[str]:
@@ -275,7 +314,7 @@ def _described(error: ValidationError) -> list[str]:
     found: dict[str, list[str]] = {}
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
-        name = f"{PREFIX}{str(problem['loc'][0]).upper()}: " if problem["loc"] else ""
+        name = f"{_variable(str(problem['loc'][0]))}: " if problem["loc"] else ""
         found.setdefault(name, []).append(message)
     return [name + _alternatives(messages) for name, messages in found.items()]
 

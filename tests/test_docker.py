@@ -16,7 +16,12 @@ from shared import settings
 ROOT = Path(__file__).resolve().parents[1]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+# A default that is the setting's old name, itself with a default: ``${NEW:-${OLD:-0}}``.
+OLD_NAMES = "|".join(settings.PREFIX + name.upper() for name in settings.RENAMED)
+OLD_NAME = re.compile(rf"\$\{{(?:{OLD_NAMES}):-([^}}]*)\}}")
+COMPOSE_TEXT = OLD_NAME.sub(r"\1", (DOCKER / "compose.yaml").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 EXAMPLE = dict(
     line.split("=", 1)
@@ -49,7 +54,7 @@ def instructions(path: Path) -> Iterator[tuple[str, str]]:
 
 def references() -> Iterator[tuple[str, str, str]]:
     """Each ``${NAME:-default}`` of the compose file: name, ``-`` or ``?`` or empty, the rest."""
-    yield from REFERENCE.findall((DOCKER / "compose.yaml").read_text())
+    yield from REFERENCE.findall(COMPOSE_TEXT)
 
 
 def substituted(value: object, known: dict[str, str]) -> str:

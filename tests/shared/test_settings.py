@@ -188,6 +188,81 @@ def test_an_unknown_name_in_a_dotenv_file_is_found_too(tmp_path: Path) -> None:
     assert "INPAINT_ENGIN is not a setting; did you mean 'INPAINT_ENGINE'?" in refusal()
 
 
+OLD_NAMES = [
+    ("INPAINT_REFUSED_SECONDS", "INPAINT_WRITE_RETRY_SECONDS"),
+    ("INPAINT_UPKEEP_SECONDS", "INPAINT_MAINTENANCE_SECONDS"),
+    ("INPAINT_MEGAPIXELS_IN_HAND", "INPAINT_MEGAPIXEL_BUDGET"),
+]
+
+
+def value(variable: str) -> object:
+    return getattr(settings.load(), variable.removeprefix(settings.PREFIX).lower())
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+def test_an_old_name_still_works_with_a_warning_that_names_the_new_one(
+    set_to: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, old: str, new: str
+) -> None:
+    set_to.setenv(old, "7")
+    assert value(new) == 7
+    assert caplog.messages == [f"{old} is now called {new}; the next version ignores the old name"]
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+def test_an_old_name_in_a_dotenv_file_still_works(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, old: str, new: str
+) -> None:
+    (tmp_path / ".env").write_text(f"{old}=7\n")
+    assert value(new) == 7
+    assert f"{old} is now called {new}" in caplog.text
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_NAMES)
+@pytest.mark.parametrize("place_of_new", ["environment", "dotenv"])
+def test_the_new_name_wins_over_the_old_one_with_a_warning(
+    set_to: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    old: str,
+    new: str,
+    place_of_new: str,
+) -> None:
+    set_to.setenv(old, "7")
+    if place_of_new == "environment":
+        set_to.setenv(new, "8")
+    else:
+        (tmp_path / ".env").write_text(f"{new}=8\n")
+    assert value(new) == 8
+    assert caplog.messages == [f"{old} is ignored: its new name {new} is set too; remove {old}"]
+
+
+def test_an_old_name_in_the_environment_wins_over_the_same_one_in_a_dotenv_file(
+    set_to: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / ".env").write_text("INPAINT_UPKEEP_SECONDS=7\n")
+    set_to.setenv("INPAINT_UPKEEP_SECONDS", "8")
+    assert settings.load().maintenance_seconds == 8
+
+
+def test_an_option_wins_over_an_old_name(set_to: pytest.MonkeyPatch) -> None:
+    set_to.setenv("INPAINT_UPKEEP_SECONDS", "7")
+    assert settings.load(maintenance_seconds=8).maintenance_seconds == 8
+
+
+def test_a_wrong_value_under_an_old_name_is_reported(set_to: pytest.MonkeyPatch) -> None:
+    set_to.setenv("INPAINT_UPKEEP_SECONDS", "often")
+    assert "INPAINT_MAINTENANCE_SECONDS: " in refusal()
+
+
+def test_settings_under_their_present_names_cause_no_warning(
+    set_to: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _, new in OLD_NAMES:
+        set_to.setenv(new, "7")
+    settings.load()
+    assert caplog.messages == []
+
+
 def test_a_heartbeat_that_a_lease_cannot_hold_twice_is_refused(
     set_to: pytest.MonkeyPatch,
 ) -> None:
