@@ -35,7 +35,7 @@ class Verdict:
         return f"{self.what:<9} {self.verdict:<5} {self.text}"
 
 
-def examine(settings: Settings, *, engine: str | None, devices: str) -> Iterator[Verdict]:
+def run_checks(settings: Settings, *, engine: str | None, devices: str) -> Iterator[Verdict]:
     yield _verdict("database", lambda: _database(settings))
     yield _broker(settings)
     yield from _storage(settings)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import islice
 
 from producer.manifest import Problem
-from producer.validate import CheckedManifest
+from producer.validate import ValidatedManifest
 from shared import images, masks
 from shared.engines import engine_spec
 from shared.errors import ImageError, InpaintError, ObjectMissing
@@ -40,8 +40,8 @@ class DryRunReport:
         return dict(vars(self))
 
 
-def rehearse(
-    checked: CheckedManifest,
+def simulate(
+    checked: ValidatedManifest,
     storage: Storage,
     settings: Settings,
     *,
@@ -49,7 +49,7 @@ def rehearse(
 ) -> DryRunReport:
     """Looks at every image and mask; reports what would fail, and counts what would run."""
     total = DryRunReport(rows=checked.rows, invalid=checked.invalid)
-    stage = _Stage(storage, settings)
+    stage = _RowPlanner(storage, settings)
     with ThreadPoolExecutor(THREADS) as pool:
         for batch in _batches(checked.jobs()):
             for found in pool.map(stage.look, batch):
@@ -68,31 +68,31 @@ def _batches(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Found:
-    """What one row would do. ``is_there``: something lies at its output already."""
+class _RowPlan:
+    """What one row would do. ``output_exists``: something lies at its output already."""
 
     plan: tuple[regions.Region, ...]
-    is_there: bool
+    output_exists: bool
 
 
-def _add(total: DryRunReport, found: _Found) -> None:
+def _add(total: DryRunReport, found: _RowPlan) -> None:
     total.regions += len(found.plan)
     total.windows += sum(len(region.windows) for region in found.plan)
     total.empty += not found.plan
-    total.overwritten += found.is_there
+    total.overwritten += found.output_exists
 
 
-class _Stage:
+class _RowPlanner:
     def __init__(self, storage: Storage, settings: Settings) -> None:
         self._storage = storage
         self._settings = settings
         # One mask for all rows is common; it is read and decoded once.
         self._mask_file = lru_cache(KEPT_MASKS)(self._read_mask)
 
-    def look(self, job: NewJob) -> _Found | Problem:
+    def look(self, job: NewJob) -> _RowPlan | Problem:
         try:
-            is_there = self._storage.stat(job.output) is not None
-            return _Found(plan=self._plan(job), is_there=is_there)
+            output_exists = self._storage.stat(job.output) is not None
+            return _RowPlan(plan=self._plan(job), output_exists=output_exists)
         except InpaintError as error:
             return Problem(line=job.line, text=f"{error.code}: {error}")
 

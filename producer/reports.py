@@ -64,7 +64,7 @@ class Progress:
     counts: dict[str, int]
     rate: float
     review: int = 0
-    troubles: tuple[BlockedJobs, ...] = ()
+    blocked: tuple[BlockedJobs, ...] = ()
 
     @property
     def total(self) -> int:
@@ -79,7 +79,9 @@ class Progress:
         return self.left / self.rate if self.left and self.rate else None
 
 
-def progress(db: Database, submission: int | None, *, also: Sequence[int] = ()) -> Progress:
+def measure_progress(
+    db: Database, submission: int | None, *, extra_jobs: Sequence[int] = ()
+) -> Progress:
     """also: ids of jobs of other submissions that count as well."""
     chosen = Selection(submission=submission).conditions()
     with db.read() as connection:
@@ -94,13 +96,13 @@ def progress(db: Database, submission: int | None, *, also: Sequence[int] = ()) 
         review = connection.execute(
             select(func.count()).where(*chosen, Job.review.is_not(None))
         ).scalar_one()
-        troubled = connection.execute(_troubled(chosen)).all()
-        others = [row for ids in _slices(also) for row in _states(connection, ids)]
+        troubled = connection.execute(_blocked_query(chosen)).all()
+        others = [row for ids in _slices(extra_jobs) for row in _states(connection, ids)]
     counts = dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
     for state, number in others:
         counts[state] += number
-    troubles = tuple(trouble for row in troubled if (trouble := _trouble(row)))
-    return Progress(counts=counts, rate=_rate(*recent), review=review, troubles=troubles)
+    blocked = tuple(trouble for row in troubled if (trouble := _blocked_jobs(row)))
+    return Progress(counts=counts, rate=_rate(*recent), review=review, blocked=blocked)
 
 
 def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -114,7 +116,7 @@ def _states(connection: Connection, ids: Sequence[int]) -> list[tuple[str, int]]
     return [(row[0], row[1]) for row in connection.execute(counted)]
 
 
-def _troubled(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...]]:
+def _blocked_query(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...]]:
     columns = (
         *(Job.error_code, Job.state, func.min(Job.error_message).label("message")),
         *(func.count().label("jobs"), func.min(Job.run_after).label("next")),
@@ -129,7 +131,7 @@ def _troubled(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...
     )
 
 
-def _trouble(row: Any) -> BlockedJobs | None:
+def _blocked_jobs(row: Any) -> BlockedJobs | None:
     """None of a job that runs again after an error; one that is paused runs, too."""
     is_paused = row.state == "running"
     if is_paused and row.error_code != OutputRefused.code:
@@ -160,7 +162,7 @@ class SubmissionProgress:
     counts: dict[str, int]
 
 
-def submissions(db: Database, *, limit: int = 20) -> list[SubmissionProgress]:
+def list_submissions(db: Database, *, limit: int = 20) -> list[SubmissionProgress]:
     """The newest submissions first."""
     newest = select(Submission).order_by(desc(Submission.id)).limit(limit)
     with db.read() as connection:
@@ -197,12 +199,12 @@ def list_jobs(db: Database, selection: Selection, *, limit: int | None) -> list[
         return list(connection.execute(query).mappings())
 
 
-def errors(
-    db: Database, submission: int | None, *, also: Sequence[int] = ()
+def count_errors(
+    db: Database, submission: int | None, *, extra_jobs: Sequence[int] = ()
 ) -> list[tuple[str, int, str]]:
     """(code, count, message) of the failed jobs, the most frequent ``MANY_ERRORS`` first."""
     selections = [Selection(submission=submission, states=("failed",))]
-    selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _slices(also)]
+    selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _slices(extra_jobs)]
     counted = select(Job.error_code, Job.error_message, func.count().label("jobs"))
     counts: Counter[tuple[str, str]] = Counter()
     with db.read() as connection:
@@ -226,7 +228,7 @@ class JobHistory:
     attempts: list[RowMapping]
 
 
-def story(db: Database, job: int) -> JobHistory | None:
+def job_history(db: Database, job: int) -> JobHistory | None:
     with db.read() as connection:
         found = connection.execute(select(Job.__table__).where(Job.id == job)).mappings().first()
         if found is None:
@@ -253,7 +255,7 @@ class RankedJobs:
     sample: list[str]
 
 
-def ranked(db: Database, submission: int, *, limit: int) -> RankedJobs | None:
+def rank_jobs(db: Database, submission: int, *, limit: int) -> RankedJobs | None:
     """Results by score, before them those for review; and before these the failed jobs.
 
     Failed jobs take at most a quarter of the room where results could fill it, so that one
@@ -322,7 +324,7 @@ EXPORTED = (
 )
 
 
-def export(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
+def export_jobs(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
     """The audit: a record per job with its last attempt; streamed in pages of constant size."""
     last = 0
     while True:

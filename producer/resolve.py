@@ -28,7 +28,7 @@ _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RowDefaults:
     """What the command line says about every row.
 
     output: folder or prefix. values: parameters from ``--set``, read and checked.
@@ -53,10 +53,10 @@ class Options:
         return frozenset(names - _OURS)
 
 
-class Resolver:
+class RowResolver:
     """Turns rows into jobs. Resolved parameters are kept: most rows share theirs."""
 
-    def __init__(self, options: Options, storage: Storage) -> None:
+    def __init__(self, options: RowDefaults, storage: Storage) -> None:
         self._options = options
         self._storage = storage
         self._base = parent(options.manifest)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from sqlalchemy import select
 
 from producer import reports
-from producer.resolve import Options
-from producer.validate import CheckedManifest
+from producer.resolve import RowDefaults
+from producer.validate import ValidatedManifest
 from shared import jobs
 from shared.db import Database
 from shared.db.models import FINAL_STATES, Job
@@ -27,7 +27,7 @@ STAT_THREADS = 16
 
 
 @dataclass(kw_only=True)
-class Summary:
+class SubmitResult:
     """What one submission did. ``accepted``: rows that will run because of it.
 
     duplicates: rows whose job existed already and was left as it is. left: jobs of the
@@ -44,7 +44,7 @@ class Summary:
     cut_off: bool = False
     again: bool = False
     left: int = 0
-    elsewhere: array[int] = field(default_factory=lambda: array("q"))
+    earlier_jobs: array[int] = field(default_factory=lambda: array("q"))
     broker_error: str | None = None
 
     def to_json(self) -> dict[str, int]:
@@ -56,13 +56,13 @@ class Summary:
 class RerunOptions:
     """Which existing jobs run again: all (``--force``), or those whose inputs changed."""
 
-    everything: bool = False
+    all_rows: bool = False
     changed: bool = False
 
 
 def submit(
-    checked: CheckedManifest,
-    options: Options,
+    checked: ValidatedManifest,
+    options: RowDefaults,
     *,
     db: Database,
     queue: Queue,
@@ -70,7 +70,7 @@ def submit(
     bound: int,
     again: RerunOptions,
     progress: Callable[[int], None] = lambda _rows: None,
-) -> Summary:
+) -> SubmitResult:
     """Records every checked row and dispatches as it goes; safe to repeat after a crash.
 
     A broker that does not answer is not an error: the jobs are recorded, workers dispatch
@@ -84,34 +84,36 @@ def submit(
         rows=checked.rows,
         invalid=checked.invalid,
     )
-    summary = Summary(
+    summary = SubmitResult(
         submission=opened.id,
         rows=checked.rows,
         invalid=checked.invalid,
         resumed=opened.resumed,
         cut_off=opened.interrupted,
-        again=again.everything or again.changed,
+        again=again.all_rows or again.changed,
     )
     for chunk in checked.chunks():
-        existing = submissions.record(db, opened.id, chunk, replace=again.everything)
-        summary.elsewhere.extend(_unfinished_elsewhere(db, opened.id, existing))
+        existing = submissions.record(db, opened.id, chunk, replace=again.all_rows)
+        summary.earlier_jobs.extend(_unfinished_elsewhere(db, opened.id, existing))
         reopened = _run_again(db, storage, opened.id, existing, again)
         summary.accepted += len(chunk) - len(existing) + reopened
         summary.duplicates += len(existing) - reopened
         _dispatch(db, queue, checked.engines, bound, summary)
         progress(len(chunk))
     submissions.close_submission(db, opened.id)
-    summary.left = reports.progress(db, opened.id).left
+    summary.left = reports.measure_progress(db, opened.id).left
     return summary
 
 
-def _recorded_options(options: Options) -> dict[str, object]:
+def _recorded_options(options: RowDefaults) -> dict[str, object]:
     recorded = asdict(options)
     recorded["values"] = dict(options.values)
     return recorded
 
 
-def _dispatch(db: Database, queue: Queue, engines: set[str], bound: int, summary: Summary) -> None:
+def _dispatch(
+    db: Database, queue: Queue, engines: set[str], bound: int, summary: SubmitResult
+) -> None:
     if summary.broker_error is not None:
         return
     try:
@@ -124,12 +126,12 @@ def _dispatch(db: Database, queue: Queue, engines: set[str], bound: int, summary
 def _run_again(
     db: Database, storage: Storage, submission: int, existing: list[NewJob], again: RerunOptions
 ) -> int:
-    if not existing or not (again.everything or again.changed):
+    if not existing or not (again.all_rows or again.changed):
         return 0
-    chosen = existing if again.everything else _changed(db, storage, existing)
+    chosen = existing if again.all_rows else _changed(db, storage, existing)
     keys = {job.content_key: (submission, job.line) for job in chosen}
-    reopened = jobs.reopen_by_content_key(db, keys, replace=again.everything)
-    if again.everything:
+    reopened = jobs.reopen_by_content_key(db, keys, replace=again.all_rows)
+    if again.all_rows:
         reopened += jobs.reopen_as_submitted(db, submission, chosen)
     return reopened
 
@@ -147,7 +149,7 @@ def _unfinished_elsewhere(db: Database, submission: int, existing: list[NewJob])
         return list(connection.execute(chosen).scalars())
 
 
-_Versions = tuple[str | None, ...]
+_FileVersions = tuple[str | None, ...]
 
 
 def _changed(db: Database, storage: Storage, existing: list[NewJob]) -> list[NewJob]:
@@ -163,12 +165,12 @@ def _changed(db: Database, storage: Storage, existing: list[NewJob]) -> list[New
         ]
 
 
-def _differ(now: _Versions, seen: _Versions) -> bool:
+def _differ(now: _FileVersions, seen: _FileVersions) -> bool:
     """A job that never had a result can only have other inputs."""
     return now != seen if seen[-1] is not None else now[:-1] != seen[:-1]
 
 
-def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Versions]:
+def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _FileVersions]:
     keys = [job.content_key for job in existing]
     columns = (Job.content_key, Job.image_version, Job.mask_version, Job.output_version)
     with db.read() as connection:
@@ -178,7 +180,7 @@ def _recorded_versions(db: Database, existing: list[NewJob]) -> dict[bytes, _Ver
     return {key: tuple(versions) for key, *versions in rows}
 
 
-def _versions(storage: Storage, job: NewJob) -> _Versions:
+def _versions(storage: Storage, job: NewJob) -> _FileVersions:
     masks = [*([job.mask] if is_file(job.mask) else []), *further_inputs(job.params)]
     image, output, *rest = (_version(storage, place) for place in (job.image, job.output, *masks))
     return image, join_versions(rest), output

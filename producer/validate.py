@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from producer.manifest import ManifestRow, Problem, read
-from producer.resolve import Options, Resolver
+from producer.resolve import RowDefaults, RowResolver
 from shared.db import Database
 from shared.errors import ManifestError
 from shared.jobs import submissions
@@ -33,7 +33,7 @@ CHUNK = 5000
 MANY_FOLDERS = 4
 
 
-class Spool:
+class JobSpool:
     """Checked rows on disk, in the order they came; iterable any number of times."""
 
     def __init__(self) -> None:
@@ -74,13 +74,13 @@ def _astuple(job: NewJob) -> tuple[object, ...]:
 
 
 @dataclass(kw_only=True)
-class CheckedManifest:
+class ValidatedManifest:
     """A manifest whose rows are all known. ``digest`` is the same for the same rows.
 
     folders: where results go, the first few.
     """
 
-    spool: Spool
+    spool: JobSpool
     digest: str = ""
     rows: int = 0
     invalid: int = 0
@@ -98,27 +98,30 @@ class CheckedManifest:
             yield chunk
 
 
-def check(
-    options: Options, storage: Storage, *, report: Callable[[Problem], None]
-) -> CheckedManifest:
+def validate_manifest(
+    options: RowDefaults, storage: Storage, *, report: Callable[[Problem], None]
+) -> ValidatedManifest:
     """Reads the whole manifest; every problem is reported as it is found.
 
     Raises ManifestError for what spoils the whole file, an empty one included.
     """
-    checked = CheckedManifest(spool=Spool())
+    checked = ValidatedManifest(spool=JobSpool())
     with ExitStack() as undo:
         undo.callback(checked.spool.close)
-        _check_into(checked, options, storage, report)
+        _validate_into(checked, options, storage, report)
         undo.pop_all()
     return checked
 
 
-def _check_into(
-    checked: CheckedManifest, options: Options, storage: Storage, report: Callable[[Problem], None]
+def _validate_into(
+    checked: ValidatedManifest,
+    options: RowDefaults,
+    storage: Storage,
+    report: Callable[[Problem], None],
 ) -> None:
-    resolver = Resolver(options, storage)
-    outputs = _Names()
-    inputs = _Names()
+    resolver = RowResolver(options, storage)
+    outputs = NameHashes()
+    inputs = NameHashes()
     digest = sha256(options.manifest.encode())
     has_mask = options.mask is not None
     known = options.known_placeholders()
@@ -149,7 +152,7 @@ def _check_into(
     checked.digest = digest.hexdigest()
 
 
-class _Names:
+class NameHashes:
     """A 64-bit hash per name: eight bytes a row, enough to find the few that need a look."""
 
     def __init__(self) -> None:
@@ -162,7 +165,7 @@ class _Names:
         ordered = np.sort(self._array())
         return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
 
-    def shared_with(self, other: _Names) -> set[int]:
+    def shared_with(self, other: NameHashes) -> set[int]:
         return set(np.intersect1d(self._array(), other._array()).tolist())
 
     def _array(self) -> NDArray[np.uint64]:
@@ -181,7 +184,10 @@ def _inputs(job: NewJob) -> Iterator[tuple[str, str]]:
 
 
 def _check_outputs(
-    checked: CheckedManifest, outputs: _Names, inputs: _Names, report: Callable[[Problem], None]
+    checked: ValidatedManifest,
+    outputs: NameHashes,
+    inputs: NameHashes,
+    report: Callable[[Problem], None],
 ) -> None:
     """Two rows may share an output only where they ask for the very same work."""
     repeated, clashing = outputs.repeated(), outputs.shared_with(inputs)
@@ -209,8 +215,8 @@ def _check_outputs(
             report(Problem(line=job.line, text=f"{text}; give the row an output of its own"))
 
 
-def check_owners(
-    checked: CheckedManifest, db: Database, *, report: Callable[[Problem], None]
+def check_output_owners(
+    checked: ValidatedManifest, db: Database, *, report: Callable[[Problem], None]
 ) -> None:
     """Reports rows whose output belongs to a job that asks for something else."""
     for chunk in checked.chunks():

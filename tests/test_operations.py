@@ -22,7 +22,7 @@ from shared.db import Database
 from shared.db.models import STATES
 from tests import servers
 from tests.job_table import JobTable
-from tests.producer.desk import Desk
+from tests.producer.workspace import Workspace
 from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +45,9 @@ def test_every_command_and_query_is_run_by_a_test() -> None:
 
 
 @pytest.fixture
-def desk(
+def workspace(
     tmp_path: Path, postgres_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> Desk:
+) -> Workspace:
     """An operator's, with the fleet's database and Redis in the environment."""
     plain = make_url(postgres_url).set(drivername="postgresql")
     tools = f"{servers.postgres_tools()}:{os.environ['PATH']}"
@@ -59,24 +59,24 @@ def desk(
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    desk = Desk(tmp_path)
-    run(desk, ["inpaint-jobs", "upgrade"])
-    return desk
+    workspace = Workspace(tmp_path)
+    run(workspace, ["inpaint-jobs", "upgrade"])
+    return workspace
 
 
-def run(desk: Desk, command: list[str]) -> None:
+def run(workspace: Workspace, command: list[str]) -> None:
     """As a shell does, with variables expanded."""
     program, *words = (os.path.expandvars(word) for word in command)
     if program == "inpaint-jobs":
-        ran = desk.jobs(*words)
-        assert ran.status == 0, ran.err
+        result = workspace.jobs(*words)
+        assert result.status == 0, result.err
     else:
         done = subprocess.run([program, *words], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
 def test_the_commands_work_as_written_and_a_backup_comes_back(
-    desk: Desk, tmp_path: Path, postgres_url: str
+    workspace: Workspace, tmp_path: Path, postgres_url: str
 ) -> None:
     with closing(Database(make_url(postgres_url))) as database:
         table = JobTable(database)
@@ -84,11 +84,11 @@ def test_the_commands_work_as_written_and_a_backup_comes_back(
         table.succeed(ids[0])
         table.cancel(ids[1])
         for command in commands("operations"):
-            run(desk, command)
+            run(workspace, command)
         assert (tmp_path / "inpaint.dump").stat().st_size > 0
         table.set(ids[2], state="failed", finished_at=datetime.now(UTC), error_code="lost_since")
         for command in commands("restore"):
-            run(desk, command)
+            run(workspace, command)
         assert table.states() == ["cancelled"] * 3
         assert len(table.attempts(ids[0])) == 1
 

@@ -33,7 +33,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def friendly(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
+def reporting_errors(command: str, *, interrupted: str = "interrupted") -> Iterator[None]:
     """A user's mistake, or a service that is down, is one line on stderr and exit 2.
 
     Ctrl-C is the line ``interrupted`` and exit 130, SIGTERM the same and exit 143.
@@ -69,7 +69,7 @@ def _raising_terminated() -> Iterator[None]:
 @contextmanager
 def opened() -> Iterator[tuple[Settings, Database]]:
     """The settings and the tables, for a command of inpaint-jobs."""
-    with friendly("inpaint-jobs"):
+    with reporting_errors("inpaint-jobs"):
         configured = settings.load()
         db = Database(configured.database)
         try:

@@ -80,7 +80,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def counts_line(counts: Counts) -> str:
+def progress_line(counts: Counts) -> str:
     """One line: how many in each state, the rate and the time left."""
     states = "  ".join(f"{state} {number:,}" for state, number in counts.counts.items() if number)
     line = states or "no jobs"
@@ -88,7 +88,7 @@ def counts_line(counts: Counts) -> str:
         line += f"  ({counts.review:,} to review)"
     if counts.left:
         line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
-    for trouble in counts.troubles:
+    for trouble in counts.blocked:
         line += f"  |  {trouble.summary}: {escape(trouble.message)}"
     return line
 
@@ -96,7 +96,7 @@ def counts_line(counts: Counts) -> str:
 def note(counts: Counts) -> str:
     """Beside a progress bar: what failed, and what keeps jobs waiting."""
     failed = [f"{counts.counts['failed']:,} failed"] if counts.counts["failed"] else []
-    return ", ".join(failed + [f"{one.summary} ({one.code})" for one in counts.troubles])
+    return ", ".join(failed + [f"{one.summary} ({one.code})" for one in counts.blocked])
 
 
 def submissions_table(listed: Iterable[SubmissionProgress]) -> Table:
@@ -136,16 +136,16 @@ def jobs_table(rows: Iterable[RowMapping]) -> Table:
     return table
 
 
-def story_tables(story: JobHistory) -> Iterable[Table]:
+def history_tables(job_history: JobHistory) -> Iterable[Table]:
     """The job's own facts, its parameters, then a table per attempt."""
-    job = dict(story.job)
+    job = dict(job_history.job)
     params = json.loads(job.pop("params"))
     job.pop("content_key")
     yield _facts(f"job {job['id']}", job)
     yield _facts("parameters", params | {"seed": job["seed"]})
-    for attempt in story.attempts:
+    for attempt in job_history.attempts:
         facts = dict(attempt)
-        same = facts.pop("params") == story.job["params"] and facts["seed"] == job["seed"]
+        same = facts.pop("params") == job_history.job["params"] and facts["seed"] == job["seed"]
         facts["parameters"] = "as above" if same else attempt["params"]
         timings = json.loads(facts.pop("timings") or "{}")
         facts["timings"] = "  ".join(f"{name} {duration_ms(s)}" for name, s in timings.items())

@@ -20,9 +20,9 @@ from producer.cli import console
 from producer.cli.command import (
     ID,
     broker_note,
-    friendly,
     opened,
     parse_sets,
+    reporting_errors,
     require_submission,
 )
 from producer.cli.prune import prune
@@ -63,23 +63,23 @@ def status(submission: int | None, watch: bool, as_json: bool) -> None:
     with opened() as (_, db):
         require_submission(db, submission)
         if as_json:
-            found = reports.progress(db, submission)
+            found = reports.measure_progress(db, submission)
             rate = {"rate": round(found.rate, 3), "seconds_left": found.seconds_left}
             click.echo(json.dumps({**found.counts, "review": found.review, **rate}))
             return
         if submission is None and not watch:
-            console.out().print(console.submissions_table(reports.submissions(db)))
+            console.out().print(console.submissions_table(reports.list_submissions(db)))
         if watch:
             _watch(db, submission)
         else:
-            click.echo(console.counts_line(reports.progress(db, submission)))
+            click.echo(console.progress_line(reports.measure_progress(db, submission)))
 
 
 def _watch(db: Database, submission: int | None) -> None:
     with Live(console=console.out(), auto_refresh=False) as live:
         while True:
-            found = reports.progress(db, submission)
-            live.update(Text(console.counts_line(found)), refresh=True)
+            found = reports.measure_progress(db, submission)
+            live.update(Text(console.progress_line(found)), refresh=True)
             if not found.left:
                 return
             time.sleep(WATCH_SECONDS)
@@ -123,14 +123,14 @@ def list_command(
 def show(job: int, as_json: bool) -> None:
     """One job: every parameter and every attempt."""
     with opened() as (_, db):
-        story = reports.story(db, job)
-        if story is None:
+        job_history = reports.job_history(db, job)
+        if job_history is None:
             raise InputError(f"job {job} does not exist; see inpaint-jobs list")
         if as_json:
-            attempts = [_plain(attempt) for attempt in story.attempts]
-            click.echo(_json(_plain(story.job) | {"attempts": attempts}))
+            attempts = [_plain(attempt) for attempt in job_history.attempts]
+            click.echo(_json(_plain(job_history.job) | {"attempts": attempts}))
             return
-        for table in console.story_tables(story):
+        for table in console.history_tables(job_history):
             console.out().print(table)
 
 
@@ -214,7 +214,7 @@ def export(kind: str, submission: int | None, state: str | None) -> None:
     with opened() as (_, db):
         require_submission(db, submission)
         chosen = _selection((), submission, None, states=(state,) if state else None)
-        records = reports.export(db, chosen)
+        records = reports.export_jobs(db, chosen)
         if kind == "jsonl":
             for record in records:
                 click.echo(_json(record))
@@ -277,7 +277,7 @@ def presets(as_json: bool) -> None:
 @jobs_command.command()
 def upgrade() -> None:
     """Create or upgrade the tables."""
-    with friendly("inpaint-jobs"):
+    with reporting_errors("inpaint-jobs"):
         db = Database(settings.load().database)
         try:
             schema.upgrade(db)
@@ -291,9 +291,9 @@ def upgrade() -> None:
 @click.option("--devices", default="all", show_default=True, help="all, cpu or 0,1,...")
 def doctor_command(engine: str | None, devices: str) -> None:
     """Database, broker, storage, engine and device: a verdict and a remedy for each."""
-    with friendly("inpaint-jobs"):
+    with reporting_errors("inpaint-jobs"):
         configured = settings.load()
-        verdicts = list(doctor.examine(configured, engine=engine, devices=devices))
+        verdicts = list(doctor.run_checks(configured, engine=engine, devices=devices))
         for verdict in verdicts:
             click.echo(str(verdict))
         sys.exit(1 if any(verdict.bad for verdict in verdicts) else 0)

@@ -13,14 +13,19 @@ from typing import Any
 import click
 
 from producer.cli import console
-from producer.cli.command import broker_note, friendly, parse_sets
+from producer.cli.command import broker_note, parse_sets, reporting_errors
 from producer.local_run import LocalWorkers, require_engines, running_redis, running_workers
 from producer.manifest import Problem, stem
-from producer.reports import Progress, errors, progress
-from producer.resolve import Options
-from producer.submit import RerunOptions, Summary
+from producer.reports import Progress, count_errors, measure_progress
+from producer.resolve import RowDefaults
+from producer.submit import RerunOptions, SubmitResult
 from producer.submit import submit as submit_rows
-from producer.validate import MANY_FOLDERS, CheckedManifest, check, check_owners
+from producer.validate import (
+    MANY_FOLDERS,
+    ValidatedManifest,
+    check_output_owners,
+    validate_manifest,
+)
 from shared import embedded_redis, masks, settings
 from shared.command_errors import exit_with_error
 from shared.db import Database, schema
@@ -73,15 +78,15 @@ def submit(
 
     MANIFEST is a path or s3://bucket/key: CSV, TSV or JSONL, optionally gzipped.
     """
-    with friendly("inpaint-submit", interrupted=INTERRUPTED), ExitStack() as stack:
+    with reporting_errors("inpaint-submit", interrupted=INTERRUPTED), ExitStack() as stack:
         configured = settings.load()
         options = _options(configured, manifest, given)
         roots = _roots(configured, options, given)
         storage = Storage(roots=roots, buckets=configured.buckets)
-        checked = check(options, storage, report=_report)
+        checked = validate_manifest(options, storage, report=_report)
         stack.callback(checked.spool.close)
         if dry_run:
-            sys.exit(_rehearse(checked, storage, configured, as_json))
+            sys.exit(_dry_run(checked, storage, configured, as_json))
         _refuse_invalid(checked, skip=given["skip_invalid"])
         if local:
             require_engines(checked.engines)
@@ -90,7 +95,7 @@ def submit(
         stack.callback(db.close)
         schema.ensure(db)
         if not given["force"]:
-            check_owners(checked, db, report=_report)
+            check_output_owners(checked, db, report=_report)
             _refuse_invalid(checked, skip=given["skip_invalid"])
         started = time.monotonic()
         summary = _record(
@@ -112,7 +117,7 @@ def submit(
         sys.exit(1 if ended.counts["failed"] else 0)
 
 
-def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Options:
+def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> RowDefaults:
     uri = absolute(manifest, base=str(Path.cwd()))
     here = str(Path.cwd())
     output = given["output"] and _folder(given["output"], base=here)
@@ -125,7 +130,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> Opti
         find_presets(given["preset"])
     if given["prompt"]:
         placeholders(given["prompt"])
-    return Options(
+    return RowDefaults(
         manifest=uri,
         output=output or f"{parent(uri).rstrip('/')}/{stem(uri)}-out",
         has_output=bool(output),
@@ -150,7 +155,7 @@ def _folder(reference: str, *, base: str) -> str:
     return parent(absolute(f"{reference.rstrip('/')}/file", base=base))
 
 
-def _roots(configured: Settings, options: Options, given: dict[str, Any]) -> list[Path]:
+def _roots(configured: Settings, options: RowDefaults, given: dict[str, Any]) -> list[Path]:
     """What this manifest may name: its folder, the output's, --root, INPAINT_ROOTS."""
     named = [parent(options.manifest), options.output, *given["roots"]]
     if options.mask and options.mask.startswith("/"):
@@ -163,7 +168,7 @@ def _report(problem: Problem) -> None:
     click.echo(str(problem), err=True)
 
 
-def _refuse_invalid(checked: CheckedManifest, *, skip: bool) -> None:
+def _refuse_invalid(checked: ValidatedManifest, *, skip: bool) -> None:
     if not checked.invalid or (skip and checked.invalid < checked.rows):
         return
     exit_with_error(
@@ -173,12 +178,12 @@ def _refuse_invalid(checked: CheckedManifest, *, skip: bool) -> None:
     )
 
 
-def _rehearse(
-    checked: CheckedManifest, storage: Storage, configured: Settings, as_json: bool
+def _dry_run(
+    checked: ValidatedManifest, storage: Storage, configured: Settings, as_json: bool
 ) -> int:
     from producer import dry_run  # only this option decodes pictures
 
-    found = dry_run.rehearse(checked, storage, configured, report=_report)
+    found = dry_run.simulate(checked, storage, configured, report=_report)
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:
@@ -191,14 +196,14 @@ def _rehearse(
 
 
 def _record(
-    checked: CheckedManifest,
+    checked: ValidatedManifest,
     *,
-    options: Options,
+    options: RowDefaults,
     configured: Settings,
     db: Database,
     storage: Storage,
     given: dict[str, Any],
-) -> Summary:
+) -> SubmitResult:
     queue = Queue(embedded_redis.broker_url(configured))
     screen = console.err()
     with console.job_progress(screen) as bar:
@@ -212,7 +217,7 @@ def _record(
                 queue=queue,
                 storage=storage,
                 bound=configured.queue_bound,
-                again=RerunOptions(everything=given["force"], changed=given["changed"]),
+                again=RerunOptions(all_rows=given["force"], changed=given["changed"]),
                 progress=lambda count: bar.advance(task, count),
             )
         finally:
@@ -221,8 +226,8 @@ def _record(
 
 def _print_summary(
     configured: Settings,
-    summary: Summary,
-    checked: CheckedManifest,
+    summary: SubmitResult,
+    checked: ValidatedManifest,
     *,
     as_json: bool,
     waits: bool,
@@ -242,7 +247,7 @@ def _print_summary(
         click.echo(f"watch: inpaint-jobs status {summary.submission} --watch")
 
 
-def _describe(summary: Summary) -> str:
+def _describe(summary: SubmitResult) -> str:
     line = f"submission {summary.submission}: {summary.rows:,} rows, {summary.accepted:,} accepted"
     if summary.duplicates:
         line += f", {summary.duplicates:,} already there"
@@ -252,7 +257,7 @@ def _describe(summary: Summary) -> str:
         line += "; it had been cut off and is complete now"
     elif summary.resumed and not summary.accepted:
         line += "; nothing added"
-    left = summary.left + len(summary.elsewhere)
+    left = summary.left + len(summary.earlier_jobs)
     if left > summary.accepted:
         line += f"; {left:,} still to run"
     elif summary.resumed and not summary.accepted and not summary.again:
@@ -263,7 +268,7 @@ def _describe(summary: Summary) -> str:
 def _local_workers(
     stack: ExitStack,
     configured: Settings,
-    checked: CheckedManifest,
+    checked: ValidatedManifest,
     roots: list[Path],
     given: dict[str, Any],
 ) -> LocalWorkers:
@@ -274,7 +279,7 @@ def _local_workers(
 
 
 def _wait(
-    db: Database, summary: Summary, workers: LocalWorkers | None, checked: CheckedManifest
+    db: Database, summary: SubmitResult, workers: LocalWorkers | None, checked: ValidatedManifest
 ) -> Progress:
     """Until nothing is left; says once where no worker seems to be there, or why jobs wait."""
     screen = console.err()
@@ -285,12 +290,12 @@ def _wait(
         task = bar.add_task("inpainting", total=None, note="")
         while True:
             asked = time.monotonic()
-            found = progress(db, summary.submission, also=summary.elsewhere)
+            found = measure_progress(db, summary.submission, extra_jobs=summary.earlier_jobs)
             # Counting a million rows takes a while; the database has better things to do.
             pause = max(POLL_SECONDS, 10 * (time.monotonic() - asked))
             done = found.total - found.left
             bar.update(task, total=found.total, completed=done, note=console.note(found))
-            for trouble in found.troubles:
+            for trouble in found.blocked:
                 if (trouble.code, trouble.is_paused) not in explained:
                     screen.print(f"{trouble.summary}: {console.escape(trouble.message)}")
                 explained.add((trouble.code, trouble.is_paused))
@@ -305,7 +310,7 @@ def _wait(
             time.sleep(pause)
 
 
-def _nobody_yet(checked: CheckedManifest, workers: LocalWorkers | None) -> str:
+def _nobody_yet(checked: ValidatedManifest, workers: LocalWorkers | None) -> str:
     if workers is not None:
         return f"the worker is getting ready; a model takes a while to load: see {workers.log}"
     engine = sorted(checked.engines)[0]
@@ -315,10 +320,10 @@ def _nobody_yet(checked: CheckedManifest, workers: LocalWorkers | None) -> str:
 def _print_end(
     db: Database,
     *,
-    summary: Summary,
+    summary: SubmitResult,
     ended: Progress,
     seconds: float,
-    checked: CheckedManifest,
+    checked: ValidatedManifest,
     as_json: bool,
 ) -> None:
     succeeded, failed = ended.counts["succeeded"], ended.counts["failed"]
@@ -330,7 +335,9 @@ def _print_end(
     click.echo(
         f"{succeeded:,} succeeded, {failed:,} failed{cancelled} in {console.duration(seconds)}"
     )
-    for code, count, message in errors(db, summary.submission, also=summary.elsewhere):
+    for code, count, message in count_errors(
+        db, summary.submission, extra_jobs=summary.earlier_jobs
+    ):
         console.out().print(f"  [red]{code}[/red] {count:,}: {console.escape(message)}")
     if ended.review:
         listed = f"inpaint-jobs list --review --submission {summary.submission}"
@@ -340,7 +347,7 @@ def _print_end(
     click.echo(f"results: {_places(checked)}")
 
 
-def _places(checked: CheckedManifest) -> str:
+def _places(checked: ValidatedManifest) -> str:
     folders = list(checked.folders)
     shown = ", ".join(folders[: MANY_FOLDERS - 1])
     return shown + (" and elsewhere" if len(folders) == MANY_FOLDERS else "")

@@ -36,7 +36,7 @@ def write(
     roots: folders to read from, besides the settings' and the submission's own. Raises
     InputError where there is no such submission, nothing to show, or no place to write to.
     """
-    ranked = reports.ranked(db, submission, limit=limit)
+    ranked = reports.rank_jobs(db, submission, limit=limit)
     if ranked is None:
         raise InputError(f"submission {submission} does not exist; see inpaint-jobs status")
     if not ranked.jobs:

@@ -76,14 +76,14 @@ def cards(
     rows: Sequence[RowMapping], usual: Mapping[str, Any], storage: Storage, settings: Settings
 ) -> Iterator[Card]:
     """One after the other, in the rows' order; only a few jobs' pictures exist at a time."""
-    desk = _Desk(storage, settings)
+    desk = CardBuilder(storage, settings)
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(rows), THREADS):
             batch = rows[start : start + THREADS]
             yield from pool.map(lambda row: desk.card(row, usual), batch)
 
 
-class _Desk:
+class CardBuilder:
     def __init__(self, storage: Storage, settings: Settings) -> None:
         self._storage = storage
         self._settings = settings

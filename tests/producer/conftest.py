@@ -1,4 +1,4 @@
-"""A desk to work at: an empty folder, our variables clean, a Redis of the test's own."""
+"""An empty folder to work in, no INPAINT_ variables, and a Redis that only this test uses."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pytest
 
 from shared.settings import PREFIX
 from tests.job_table import JobTable
-from tests.producer.desk import Desk
+from tests.producer.workspace import Workspace
 
 
 @pytest.fixture
-def desk(
+def workspace(
     tmp_path: Path, redis_url: str, migrated_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> Desk:
+) -> Workspace:
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         monkeypatch.delenv(name)
-    folder = tmp_path.resolve() / "desk"
+    folder = tmp_path.resolve() / "workspace"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("INPAINT_BROKER_URL", redis_url)
@@ -28,12 +28,12 @@ def desk(
     monkeypatch.setenv("COLUMNS", "200")
     (folder / ".inpaint").mkdir()
     shutil.copy(migrated_file, folder / ".inpaint")
-    return Desk(folder)
+    return Workspace(folder)
 
 
 @pytest.fixture
-def table(desk: Desk) -> Iterator[JobTable]:
-    """The desk's own tables."""
-    table = desk.table()
+def table(workspace: Workspace) -> Iterator[JobTable]:
+    """The workspace's own tables."""
+    table = workspace.table()
     yield table
     table.db.close()

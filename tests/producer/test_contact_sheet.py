@@ -26,7 +26,7 @@ from shared.params import Params, PassSpec
 from shared.storage import Object, Storage
 from tests.conftest import Bucket
 from tests.job_table import AT_ONCE, JobTable
-from tests.producer.desk import Desk, Ran, png
+from tests.producer.workspace import CommandResult, Workspace, png
 
 SIZE, MARK = (320, 200), (150, 100, 190, 120)
 GREY, RED = (90, 120, 150), (200, 30, 30)
@@ -77,20 +77,20 @@ class Page(HTMLParser):
         return found
 
 
-class Shop:
+class SheetScenario:
     """Jobs with real pictures: each grey, repainted red inside a box."""
 
-    def __init__(self, desk: Desk, table: JobTable) -> None:
-        self.desk, self.table = desk, table
-        self.submission = table.submission(manifest=str(desk.folder / "m.csv"))
-        self.mask = desk.mask("mask.png", MARK, size=SIZE)
+    def __init__(self, workspace: Workspace, table: JobTable) -> None:
+        self.workspace, self.table = workspace, table
+        self.submission = table.submission(manifest=str(workspace.folder / "m.csv"))
+        self.mask = workspace.mask("mask.png", MARK, size=SIZE)
 
     def add(self, name: str = "a.png", **changes: Any) -> int:
-        self.desk.picture(f"in/{name}", size=SIZE)
+        self.workspace.image(f"in/{name}", size=SIZE)
         places = {
-            "image": str(self.desk.folder / "in" / name),
+            "image": str(self.workspace.folder / "in" / name),
             "mask": str(self.mask),
-            "output": str(self.desk.folder / "out" / name),
+            "output": str(self.workspace.folder / "out" / name),
         }
         return self.table.one(submission=self.submission, **{**places, **changes})
 
@@ -99,7 +99,7 @@ class Shop:
         job = self.add(name, **changes)
         after = Image.new("RGB", SIZE, GREY)
         after.paste(RED, MARK)
-        path = self.desk.write(f"out/{name}", png(after))
+        path = self.workspace.write(f"out/{name}", png(after))
         record = AttemptRecord(score=score, **found)
         version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
         jobs.succeed(self.table.db, self.table.run(job), record, output_version=version)
@@ -111,14 +111,14 @@ class Shop:
         return job
 
     def sheet(self, *args: object) -> Page:
-        ran = self.desk.jobs("sheet", self.submission, "--output", "s.html", *args)
-        assert ran.status == 0, ran.err
-        return Page((self.desk.folder / "s.html").read_text())
+        result = self.workspace.jobs("sheet", self.submission, "--output", "s.html", *args)
+        assert result.status == 0, result.err
+        return Page((self.workspace.folder / "s.html").read_text())
 
 
 @pytest.fixture
-def shop(desk: Desk, table: JobTable) -> Shop:
-    return Shop(desk, table)
+def scenario(workspace: Workspace, table: JobTable) -> SheetScenario:
+    return SheetScenario(workspace, table)
 
 
 def shown(page: Page) -> list[int]:
@@ -128,38 +128,40 @@ def shown(page: Page) -> list[int]:
 # --- which jobs ------------------------------------------------------------------------------
 
 
-def test_failed_jobs_come_first_then_reviews_then_the_lowest_scores(shop: Shop) -> None:
-    best, worst = shop.done("a.png", 0.9), shop.done("b.png", 0.2)
-    review = shop.done("c.png", 0.6, review="gate_seam")
-    missing = shop.failed(ObjectMissing("gone"), "d.png")
-    black = shop.failed(GateError("all black", code="gate_black"), "e.png")
-    shop.add("waits.png")
-    assert shown(shop.sheet()) == [black, missing, review, worst, best]
+def test_failed_jobs_come_first_then_reviews_then_the_lowest_scores(
+    scenario: SheetScenario,
+) -> None:
+    best, worst = scenario.done("a.png", 0.9), scenario.done("b.png", 0.2)
+    review = scenario.done("c.png", 0.6, review="gate_seam")
+    missing = scenario.failed(ObjectMissing("gone"), "d.png")
+    black = scenario.failed(GateError("all black", code="gate_black"), "e.png")
+    scenario.add("waits.png")
+    assert shown(scenario.sheet()) == [black, missing, review, worst, best]
 
 
-def test_what_the_limit_leaves_out_is_counted(shop: Shop) -> None:
-    found = [shop.done(f"{n}.png", n / 10) for n in range(4)]
-    page = shop.sheet("--limit", 3)
+def test_what_the_limit_leaves_out_is_counted(scenario: SheetScenario) -> None:
+    found = [scenario.done(f"{n}.png", n / 10) for n in range(4)]
+    page = scenario.sheet("--limit", 3)
     assert shown(page) == found[:3]
     assert "3 jobs, the worst first; 1 more are left out" in page.html
 
 
-def test_failed_jobs_leave_room_for_results(shop: Shop) -> None:
-    broken = [shop.failed(ObjectMissing("gone"), f"f{n}.png") for n in range(6)]
-    results = [shop.done(f"r{n}.png", n / 10) for n in range(6)]
-    assert shown(shop.sheet("--limit", 4)) == [broken[0], *results[:3]]
-    assert shown(shop.sheet("--limit", 9)) == [*broken[:3], *results]
+def test_failed_jobs_leave_room_for_results(scenario: SheetScenario) -> None:
+    broken = [scenario.failed(ObjectMissing("gone"), f"f{n}.png") for n in range(6)]
+    results = [scenario.done(f"r{n}.png", n / 10) for n in range(6)]
+    assert shown(scenario.sheet("--limit", 4)) == [broken[0], *results[:3]]
+    assert shown(scenario.sheet("--limit", 9)) == [*broken[:3], *results]
 
 
 def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_used(
-    shop: Shop,
+    scenario: SheetScenario,
 ) -> None:
     for number, score in enumerate((0.0, 0.049, 0.5, 1.0)):
-        shop.done(f"{number}.png", score)
-    job = shop.add("reseeded.png")
+        scenario.done(f"{number}.png", score)
+    job = scenario.add("reseeded.png")
     record = AttemptRecord(score=0.5, seed=77, scores={"seam": 1.5})
-    jobs.succeed(shop.table.db, shop.table.run(job), record)
-    ranked = reports.ranked(shop.table.db, shop.submission, limit=10)
+    jobs.succeed(scenario.table.db, scenario.table.run(job), record)
+    ranked = reports.rank_jobs(scenario.table.db, scenario.submission, limit=10)
     assert ranked is not None
     assert {n: count for n, count in enumerate(ranked.scores) if count} == {0: 2, 10: 2, 19: 1}
     row = next(row for row in ranked.jobs if row["id"] == job)
@@ -169,9 +171,9 @@ def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_use
 # --- what is shown of them -------------------------------------------------------------------
 
 
-def test_a_result_is_shown_before_and_after_whole_and_close_up(shop: Shop) -> None:
-    shop.done(scores={"seam": 1.25, "score": 0.9, "black": 0.0})
-    page = shop.sheet()
+def test_a_result_is_shown_before_and_after_whole_and_close_up(scenario: SheetScenario) -> None:
+    scenario.done(scores={"seam": 1.25, "score": 0.9, "black": 0.0})
+    page = scenario.sheet()
     assert len(page.pictures()) == 4
     before, after = (np.asarray(page.pictures(f"{side}, whole")[0]) for side in ("before", "after"))
     assert np.abs(before[110, 170].astype(int) - GREY).max() < 12
@@ -183,19 +185,19 @@ def test_a_result_is_shown_before_and_after_whole_and_close_up(shop: Shop) -> No
     assert "black" not in page.cards[0]
 
 
-def test_large_pictures_are_made_small(shop: Shop) -> None:
+def test_large_pictures_are_made_small(scenario: SheetScenario) -> None:
     large = png(Image.new("RGB", (1600, 1000), GREY))
     for name in ("in/large.png", "out/large.png"):
-        shop.desk.write(name, large)
-    places = {name: str(shop.desk.folder / name / "large.png") for name in ("in", "out")}
-    shop.done(image=places["in"], output=places["out"], mask="box:500,500,900,700")
-    assert {picture.size for picture in shop.sheet().pictures()} == {(SIDE_PX, SIDE_PX * 5 // 8)}
+        scenario.workspace.write(name, large)
+    places = {name: str(scenario.workspace.folder / name / "large.png") for name in ("in", "out")}
+    scenario.done(image=places["in"], output=places["out"], mask="box:500,500,900,700")
+    assert {image.size for image in scenario.sheet().pictures()} == {(SIDE_PX, SIDE_PX * 5 // 8)}
 
 
-def test_a_failed_job_shows_its_image_its_code_and_its_message(shop: Shop) -> None:
-    job = shop.failed(GateError("all black here", code="gate_black"))
-    shop.desk.picture("out/a.png")  # an older result, which is not this job's
-    page = shop.sheet()
+def test_a_failed_job_shows_its_image_its_code_and_its_message(scenario: SheetScenario) -> None:
+    job = scenario.failed(GateError("all black here", code="gate_black"))
+    scenario.workspace.image("out/a.png")  # an older result, which is not this job's
+    page = scenario.sheet()
     assert "failed: gate_black all black here" in page.cards[0]
     assert [attrs["class"] for attrs in page.of("article")] == ["card failed"]
     assert len(page.pictures("before")) == 2
@@ -203,20 +205,20 @@ def test_a_failed_job_shows_its_image_its_code_and_its_message(shop: Shop) -> No
     assert shown(page) == [job]
 
 
-def test_a_result_for_review_says_so(shop: Shop) -> None:
-    shop.done(score=0.4, review="gate_colour")
-    page = shop.sheet()
+def test_a_result_for_review_says_so(scenario: SheetScenario) -> None:
+    scenario.done(score=0.4, review="gate_colour")
+    page = scenario.sheet()
     assert "to be reviewed: gate_colour" in page.cards[0]
     assert page.of("article")[0]["class"] == "card review"
 
 
-def test_what_is_missing_is_said_and_the_rest_is_shown(shop: Shop) -> None:
-    shop.done("a.png", 0.1)
-    shop.done("b.png", 0.2, mask="/elsewhere/mask.png")
-    shop.done("c.png", 0.3)
-    (shop.desk.folder / "in/a.png").unlink()
-    (shop.desk.folder / "out/c.png").write_bytes(b"not a picture")
-    page = shop.sheet()
+def test_what_is_missing_is_said_and_the_rest_is_shown(scenario: SheetScenario) -> None:
+    scenario.done("a.png", 0.1)
+    scenario.done("b.png", 0.2, mask="/elsewhere/mask.png")
+    scenario.done("c.png", 0.3)
+    (scenario.workspace.folder / "in/a.png").unlink()
+    (scenario.workspace.folder / "out/c.png").write_bytes(b"not a picture")
+    page = scenario.sheet()
     first, second, third = page.cards
     assert "no image: " in first
     assert "in/a.png' does not exist" in first
@@ -226,48 +228,48 @@ def test_what_is_missing_is_said_and_the_rest_is_shown(shop: Shop) -> None:
     assert len(page.pictures("after")) == 1 + 1
 
 
-def test_the_mask_is_what_all_rounds_repaint(shop: Shop) -> None:
+def test_the_mask_is_what_all_rounds_repaint(scenario: SheetScenario) -> None:
     eyes = PassSpec(mask="box:10,10,30,20")
-    shop.done(params=Params(passes=(eyes, PassSpec(mask="/elsewhere/nose.png"))))
-    page = shop.sheet()
+    scenario.done(params=Params(passes=(eyes, PassSpec(mask="/elsewhere/nose.png"))))
+    page = scenario.sheet()
     expected = np.zeros((SIZE[1], SIZE[0]), np.bool_)
     expected[10:20, 10:30] = expected[MARK[1] : MARK[3], MARK[0] : MARK[2]] = True
     assert np.array_equal(page.masks()[0], expected)
     assert "no mask: '/elsewhere/nose.png' is outside the allowed folders" in page.cards[0]
 
 
-def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(shop: Shop) -> None:
-    shop.done()
+def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(scenario: SheetScenario) -> None:
+    scenario.done()
     for folder in ("in", "out"):
-        (shop.desk.folder / folder / "a.png").unlink()
-    page = shop.sheet()
+        (scenario.workspace.folder / folder / "a.png").unlink()
+    page = scenario.sheet()
     assert "no picture" in page.cards[0]
     assert page.pictures() == []
 
 
-def test_files_that_changed_since_are_pointed_out(shop: Shop) -> None:
-    shop.done()
-    shop.desk.picture("out/a.png", size=(160, 100))
-    page = shop.sheet()
+def test_files_that_changed_since_are_pointed_out(scenario: SheetScenario) -> None:
+    scenario.done()
+    scenario.workspace.image("out/a.png", size=(160, 100))
+    page = scenario.sheet()
     assert "the output was written by something else after this job" in page.cards[0]
     assert "image 320x200, result 160x100" in page.cards[0]
     before, after = page.pictures("before, whole")[0], page.pictures("after, whole")[0]
     assert before.size == after.size
 
 
-def test_a_result_written_over_its_image_is_pointed_out(shop: Shop) -> None:
-    shop.done(output=str(shop.desk.folder / "in/a.png"))
-    path = shop.desk.folder / "in/a.png"
+def test_a_result_written_over_its_image_is_pointed_out(scenario: SheetScenario) -> None:
+    scenario.done(output=str(scenario.workspace.folder / "in/a.png"))
+    path = scenario.workspace.folder / "in/a.png"
     version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
-    shop.table.set(1, output_version=version)
-    assert "the result was written over its image" in shop.sheet().cards[0]
+    scenario.table.set(1, output_version=version)
+    assert "the result was written over its image" in scenario.sheet().cards[0]
 
 
-def test_parameters_are_shown_where_they_are_not_the_usual_ones(shop: Shop) -> None:
+def test_parameters_are_shown_where_they_are_not_the_usual_ones(scenario: SheetScenario) -> None:
     for number in range(3):
-        shop.done(f"{number}.png", params=Params(strength=0.5, prompt=f"cup {number}"))
-    shop.done("odd.png", params=Params(strength=0.75, prompt="cup 3"))
-    page = shop.sheet()
+        scenario.done(f"{number}.png", params=Params(strength=0.5, prompt=f"cup {number}"))
+    scenario.done("odd.png", params=Params(strength=0.75, prompt="cup 3"))
+    page = scenario.sheet()
     head = page.html[: page.html.index("<main")]
     assert "<dt>strength</dt><dd>0.5</dd>" in head
     assert "prompt" not in re.findall(r"<dt>(\w+)</dt>", head)
@@ -281,50 +283,50 @@ def test_usual_is_what_more_than_half_have() -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "I;16", "1"])
-def test_pictures_of_every_mode_are_shown(shop: Shop, mode: str) -> None:
-    shop.done("a.tif")
+def test_pictures_of_every_mode_are_shown(scenario: SheetScenario, mode: str) -> None:
+    scenario.done("a.tif")
     image = Image.new("RGB", SIZE, GREY).convert(mode.replace("I;16", "L"))
     if mode in ("LA", "RGBA"):
         image.putalpha(Image.linear_gradient("L").resize(SIZE))
     if mode == "I;16":
         image = Image.fromarray(np.full((200, 320), 30_000, np.uint16))
     for folder in ("in", "out"):
-        image.save(shop.desk.folder / folder / "a.tif")
-    modes = {picture.mode for picture in shop.sheet().pictures()}
+        image.save(scenario.workspace.folder / folder / "a.tif")
+    modes = {image.mode for image in scenario.sheet().pictures()}
     assert modes == {"RGBA" if mode in ("LA", "RGBA") else "RGB"}
 
 
-def test_a_colour_profile_goes_with_the_picture(shop: Shop) -> None:
+def test_a_colour_profile_goes_with_the_picture(scenario: SheetScenario) -> None:
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    shop.done()
+    scenario.done()
     image = Image.new("RGB", SIZE, "red")
-    image.save(shop.desk.folder / "in/a.png", icc_profile=profile)
-    (found,) = shop.sheet().pictures("before, whole")
+    image.save(scenario.workspace.folder / "in/a.png", icc_profile=profile)
+    (found,) = scenario.sheet().pictures("before, whole")
     assert found.info["icc_profile"] == profile
 
 
-def test_pictures_in_s3_are_read(shop: Shop, s3: Bucket) -> None:
+def test_pictures_in_s3_are_read(scenario: SheetScenario, s3: Bucket) -> None:
     for key in ("in.png", "out.png"):
         s3.client.put_object(Bucket=s3.name, Key=key, Body=png(Image.new("RGB", (64, 48), GREY)))
-    shop.done(
+    scenario.done(
         image=f"s3://{s3.name}/in.png",
         mask="box:10,10,20,20",
         output=f"s3://{s3.name}/out.png",
     )
-    page = shop.sheet()
+    page = scenario.sheet()
     assert len(page.pictures("before")) == 1
     assert [attrs for attrs in page.of("a") if "s3" in str(attrs)] == []
 
 
-def test_a_folder_can_be_allowed_for_reading(shop: Shop, tmp_path: Path) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    Image.new("RGB", SIZE).save(elsewhere / "a.png")
-    shop.done(image=str(elsewhere / "a.png"))
-    assert "is outside the allowed folders" in shop.sheet().cards[0]
-    assert "no image" not in shop.sheet("--root", elsewhere).cards[0]
+def test_a_folder_can_be_allowed_for_reading(scenario: SheetScenario, tmp_path: Path) -> None:
+    other_folder = tmp_path / "elsewhere"
+    other_folder.mkdir()
+    Image.new("RGB", SIZE).save(other_folder / "a.png")
+    scenario.done(image=str(other_folder / "a.png"))
+    assert "is outside the allowed folders" in scenario.sheet().cards[0]
+    assert "no image" not in scenario.sheet("--root", other_folder).cards[0]
 
 
 # --- where to look ---------------------------------------------------------------------------
@@ -374,10 +376,10 @@ def test_no_close_up_of_a_small_picture_or_an_empty_mask() -> None:
 HOSTILE = "\"><script>alert(1)</script><img src=//evil.example onerror=alert(2)>\u202e\x1b[31m'"
 
 
-def test_nothing_from_outside_becomes_markup(shop: Shop) -> None:
-    shop.done("<b>.png", 0.3, key=HOSTILE, params=Params(prompt=HOSTILE))
-    shop.failed(InpaintError(HOSTILE), "b.png", mask=f"/x/{HOSTILE}")
-    page = shop.sheet()
+def test_nothing_from_outside_becomes_markup(scenario: SheetScenario) -> None:
+    scenario.done("<b>.png", 0.3, key=HOSTILE, params=Params(prompt=HOSTILE))
+    scenario.failed(InpaintError(HOSTILE), "b.png", mask=f"/x/{HOSTILE}")
+    page = scenario.sheet()
     assert len(page.of("script")) == 1
     assert page.pictures("before")
     for _, attrs in page.elements:
@@ -387,9 +389,9 @@ def test_nothing_from_outside_becomes_markup(shop: Shop) -> None:
     assert "\x1b" not in page.html
 
 
-def test_the_page_allows_its_own_script_and_style_and_nothing_else(shop: Shop) -> None:
-    shop.done()
-    page = shop.sheet()
+def test_the_page_allows_its_own_script_and_style_and_nothing_else(scenario: SheetScenario) -> None:
+    scenario.done()
+    page = scenario.sheet()
     policy = next(str(a["content"]) for a in page.of("meta") if "http-equiv" in a)
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
@@ -402,9 +404,9 @@ def test_the_page_allows_its_own_script_and_style_and_nothing_else(shop: Shop) -
     assert {place.partition(":")[0] for place in places} == {"data", "file"}
 
 
-def test_the_page_can_be_used_without_a_mouse_and_without_scripts(shop: Shop) -> None:
-    shop.done()
-    page = shop.sheet()
+def test_the_page_can_be_used_without_a_mouse_and_without_scripts(scenario: SheetScenario) -> None:
+    scenario.done()
+    page = scenario.sheet()
     sliders = [attrs for attrs in page.of("input") if attrs["type"] == "range"]
     assert len(sliders) == 2
     for slider in sliders:
@@ -416,51 +418,61 @@ def test_the_page_can_be_used_without_a_mouse_and_without_scripts(shop: Shop) ->
 # --- the command -----------------------------------------------------------------------------
 
 
-def test_the_page_is_named_after_the_submission_and_a_picture_can_go_with_it(shop: Shop) -> None:
+def test_the_page_is_named_after_the_submission_and_a_picture_can_go_with_it(
+    scenario: SheetScenario,
+) -> None:
     for number in range(3):
-        shop.done(f"{number}.png", number / 4)
-    ran = shop.desk.jobs("sheet", shop.submission, "--png", "s.png")
-    assert (ran.status, ran.err) == (0, "")
-    assert ran.out == "3 jobs in sheet-1.html; 0 left out (--limit)\nthe worst of them in s.png\n"
-    assert (shop.desk.folder / "sheet-1.html").is_file()
-    with Image.open(shop.desk.folder / "s.png") as picture:
-        assert picture.mode == "RGB"
-        colours = np.asarray(picture).reshape(-1, 3).astype(int)
+        scenario.done(f"{number}.png", number / 4)
+    result = scenario.workspace.jobs("sheet", scenario.submission, "--png", "s.png")
+    assert (result.status, result.err) == (0, "")
+    assert (
+        result.out == "3 jobs in sheet-1.html; 0 left out (--limit)\nthe worst of them in s.png\n"
+    )
+    assert (scenario.workspace.folder / "sheet-1.html").is_file()
+    with Image.open(scenario.workspace.folder / "s.png") as image:
+        assert image.mode == "RGB"
+        colours = np.asarray(image).reshape(-1, 3).astype(int)
     red = np.abs(colours - RED).max(axis=1) < 10
     grey = np.abs(colours - GREY).max(axis=1) < 10
     assert red.sum() > 3000
     assert grey.sum() > 100_000
 
 
-def refused(ran: Ran, message: str) -> None:
-    assert (ran.status, ran.out) == (2, "")
-    assert ran.err == f"inpaint-jobs: {message}\n"
+def refused(result: CommandResult, message: str) -> None:
+    assert (result.status, result.out) == (2, "")
+    assert result.err == f"inpaint-jobs: {message}\n"
 
 
-def test_a_submission_without_ended_jobs_has_no_sheet(shop: Shop) -> None:
-    shop.add()
-    refused(shop.desk.jobs("sheet", 9), "submission 9 does not exist; see inpaint-jobs status")
-    refused(shop.desk.jobs("sheet", 1), "no job of submission 1 has succeeded or failed yet")
+def test_a_submission_without_ended_jobs_has_no_sheet(scenario: SheetScenario) -> None:
+    scenario.add()
+    refused(
+        scenario.workspace.jobs("sheet", 9), "submission 9 does not exist; see inpaint-jobs status"
+    )
+    refused(
+        scenario.workspace.jobs("sheet", 1), "no job of submission 1 has succeeded or failed yet"
+    )
 
 
-def test_a_place_that_cannot_be_written_is_named(shop: Shop) -> None:
-    shop.done()
-    ran = shop.desk.jobs("sheet", 1, "--output", "nowhere/s.html")
-    refused(ran, "cannot write 'nowhere/s.html': No such file or directory; name another file")
+def test_a_place_that_cannot_be_written_is_named(scenario: SheetScenario) -> None:
+    scenario.done()
+    result = scenario.workspace.jobs("sheet", 1, "--output", "nowhere/s.html")
+    refused(result, "cannot write 'nowhere/s.html': No such file or directory; name another file")
 
 
-def test_a_page_appears_whole_or_not_at_all(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    shop.done()
-    old = shop.desk.write("s.html", "the old page")
+def test_a_page_appears_whole_or_not_at_all(
+    scenario: SheetScenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario.done()
+    old = scenario.workspace.write("s.html", "the old page")
     monkeypatch.setattr("producer.contact_sheet.html._card", lambda card: 1 / 0)
     with pytest.raises(AssertionError, match="traceback"):
-        shop.sheet()
+        scenario.sheet()
     assert old.read_text() == "the old page"
-    assert [path.name for path in shop.desk.folder.glob(".*.tmp")] == []
+    assert [path.name for path in scenario.workspace.folder.glob(".*.tmp")] == []
 
 
 def test_pictures_are_read_as_the_page_is_written(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    scenario: SheetScenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     get = Storage.get
@@ -471,12 +483,14 @@ def test_pictures_are_read_as_the_page_is_written(
 
     monkeypatch.setattr(Storage, "get", counted)
     for number in range(12):
-        shop.done(f"{number}.png", number / 20)
-    ranked = reports.ranked(shop.table.db, shop.submission, limit=20)
+        scenario.done(f"{number}.png", number / 20)
+    ranked = reports.rank_jobs(scenario.table.db, scenario.submission, limit=20)
     assert ranked is not None
-    storage = Storage(roots=[shop.desk.folder], buckets=())
+    storage = Storage(roots=[scenario.workspace.folder], buckets=())
     found = cards(ranked.jobs, {}, storage, settings.load())
     next(found)
-    assert str(shop.desk.folder / "in/11.png") not in read
+    assert str(scenario.workspace.folder / "in/11.png") not in read
     assert len(list(found)) == 11
-    assert read.count(str(shop.mask)) <= 4  # one mask for all rows is read once a thread at most
+    assert (
+        read.count(str(scenario.mask)) <= 4
+    )  # one mask for all rows is read once a thread at most

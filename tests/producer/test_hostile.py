@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from producer.resolve import Options
-from producer.validate import check
+from producer.resolve import RowDefaults
+from producer.validate import validate_manifest
 from shared.errors import ManifestError
 from shared.storage import Storage
 from tests.conftest import Bucket
-from tests.producer.desk import Desk
+from tests.producer.workspace import Workspace
 
 
 @pytest.mark.parametrize(
@@ -25,21 +25,25 @@ from tests.producer.desk import Desk
         ("m.tsv", ",", "separated by commas; save it with tabs"),
     ],
 )
-def test_another_delimiter_is_named(desk: Desk, name: str, delimiter: str, said: str) -> None:
-    desk.write(name, f"image{delimiter}mask\na.png{delimiter}alpha\n")
-    ran = desk.submit(name)
-    assert ran.status == 2
-    assert f"line 1: the columns are {said}" in ran.err
+def test_another_delimiter_is_named(
+    workspace: Workspace, name: str, delimiter: str, said: str
+) -> None:
+    workspace.write(name, f"image{delimiter}mask\na.png{delimiter}alpha\n")
+    result = workspace.submit(name)
+    assert result.status == 2
+    assert f"line 1: the columns are {said}" in result.err
 
 
-def test_a_quote_that_swallows_the_next_row_is_named_by_where_it_opens(desk: Desk) -> None:
-    desk.write("m.csv", 'image,mask\na.png,"al"\nb.png,"alpha\nc.png,"alpha"\nd.png,alpha\n')
-    ran = desk.submit("m.csv")
-    assert ran.status == 2
-    assert "line 3: a quote that opens here is not closed as it should, up to line 4" in ran.err
+def test_a_quote_that_swallows_the_next_row_is_named_by_where_it_opens(
+    workspace: Workspace,
+) -> None:
+    workspace.write("m.csv", 'image,mask\na.png,"al"\nb.png,"alpha\nc.png,"alpha"\nd.png,alpha\n')
+    result = workspace.submit("m.csv")
+    assert result.status == 2
+    assert "line 3: a quote that opens here is not closed as it should, up to line 4" in result.err
 
 
-class Meanwhile(Storage):
+class ChangingStorage(Storage):
     """A store where something happens once a manifest has been opened."""
 
     def __init__(self, happens: Callable[[], Any], **allowed: Any) -> None:
@@ -53,21 +57,21 @@ class Meanwhile(Storage):
 
 
 def rows(store: Storage, manifest: str) -> int:
-    options = Options(manifest=manifest, output="/out", engine="opencv")
-    checked = check(options, store, report=lambda _problem: None)
+    options = RowDefaults(manifest=manifest, output="/out", engine="opencv")
+    checked = validate_manifest(options, store, report=lambda _problem: None)
     checked.spool.close()
     return checked.rows
 
 
-def test_a_manifest_that_changes_while_it_is_read_is_refused(desk: Desk) -> None:
-    manifest = desk.catalog(2)
+def test_a_manifest_that_changes_while_it_is_read_is_refused(workspace: Workspace) -> None:
+    manifest = workspace.catalog(2)
 
     def grow() -> None:
         with manifest.open("a") as file:
             file.write("in/1.png,alpha\n")
 
-    roots = [desk.folder, Path("/out")]
-    store = Meanwhile(grow, roots=roots, buckets=())
+    roots = [workspace.folder, Path("/out")]
+    store = ChangingStorage(grow, roots=roots, buckets=())
     with pytest.raises(ManifestError, match=r"m\.csv: changed while it was read; submit it again"):
         rows(store, str(manifest))
     assert rows(Storage(roots=roots, buckets=()), str(manifest)) == 3
@@ -78,22 +82,22 @@ def test_a_manifest_on_s3_that_changes_while_it_is_read_is_refused(s3: Bucket) -
         s3.client.put_object(Bucket=s3.name, Key="m.csv", Body=f"image,mask\n{rows}".encode())
 
     put("a.png,alpha\n")
-    store = Meanwhile(lambda: put("b.png,alpha\n"), roots=[Path("/out")], buckets=[s3.name])
+    store = ChangingStorage(lambda: put("b.png,alpha\n"), roots=[Path("/out")], buckets=[s3.name])
     with pytest.raises(ManifestError, match="changed while it was read"):
         rows(store, s3.uri("m.csv"))
 
 
-def test_control_characters_do_nothing_to_a_terminal(desk: Desk) -> None:
-    desk.catalog(1)
-    desk.write("m.csv", "image,mask,id\nin/1.png,alpha,a\x1b]0;owned\x07b\n")
-    assert desk.submit("m.csv").status == 0
-    for ran in (desk.jobs("list"), desk.jobs("show", 1)):
-        assert "\x1b" not in ran.out
-        assert "a\\x1b]0;owned\\x07b" in ran.out
+def test_control_characters_do_nothing_to_a_terminal(workspace: Workspace) -> None:
+    workspace.catalog(1)
+    workspace.write("m.csv", "image,mask,id\nin/1.png,alpha,a\x1b]0;owned\x07b\n")
+    assert workspace.submit("m.csv").status == 0
+    for result in (workspace.jobs("list"), workspace.jobs("show", 1)):
+        assert "\x1b" not in result.out
+        assert "a\\x1b]0;owned\\x07b" in result.out
 
 
 def test_no_secret_is_printed_logged_or_recorded(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     secret = "hush-5f3a"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -106,25 +110,25 @@ def test_no_secret_is_printed_logged_or_recorded(
     said = []
 
     def run(command: Callable[..., Any], *arguments: str) -> None:
-        ran = command(*arguments)
-        said.append(ran.out + ran.err)
+        result = command(*arguments)
+        said.append(result.out + result.err)
 
-    desk.catalog(1)
-    bad = desk.manifest([(f"s3://key:{secret}@shop/a.png", "alpha")], name="bad.csv")
-    run(desk.submit, "m.csv")
-    run(desk.submit, str(bad))
-    run(desk.submit, f"https://user:{secret}@host/m.csv")
-    run(desk.submit, "m.csv", "--output", f"s3://key:{secret}@shop/out/")
-    run(desk.jobs, "retry", "--submission", "1")
-    run(desk.jobs, "export")
+    workspace.catalog(1)
+    bad = workspace.manifest([(f"s3://key:{secret}@shop/a.png", "alpha")], name="bad.csv")
+    run(workspace.submit, "m.csv")
+    run(workspace.submit, str(bad))
+    run(workspace.submit, f"https://user:{secret}@host/m.csv")
+    run(workspace.submit, "m.csv", "--output", f"s3://key:{secret}@shop/out/")
+    run(workspace.jobs, "retry", "--submission", "1")
+    run(workspace.jobs, "export")
     recorded = b"".join(
-        path.read_bytes() for path in (desk.folder / ".inpaint").glob("inpaint.db*")
+        path.read_bytes() for path in (workspace.folder / ".inpaint").glob("inpaint.db*")
     )
     monkeypatch.setenv("INPAINT_DATABASE_URL", f"postgresql+psycopg://u:{secret}@127.0.0.1:9/x")
-    run(desk.jobs, "status")
-    run(desk.jobs, "doctor", "--engine", "opencv")
+    run(workspace.jobs, "status")
+    run(workspace.jobs, "doctor", "--engine", "opencv")
     monkeypatch.setenv("INPAINT_DATABASE_URL", f"mysql://u:{secret}@host/x")
-    run(desk.jobs, "status")
+    run(workspace.jobs, "status")
     assert len(said) == 9
     assert all(said), "each of them had something to say"
     assert b"in/1.png" in recorded

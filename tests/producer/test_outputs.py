@@ -13,74 +13,83 @@ from shared.errors import InputError
 from shared.jobs import submissions
 from shared.jobs.submissions import NewJob
 from tests.job_table import JobTable, new_job
-from tests.producer.desk import Desk
+from tests.producer.workspace import Workspace
 
 COLUMNS = ("image", "mask", "output")
 
 
-def manifest(desk: Desk, name: str, *, image: str = "1") -> str:
-    desk.catalog(2)
+def manifest(workspace: Workspace, name: str, *, image: str = "1") -> str:
+    workspace.catalog(2)
     row = (f"in/{image}.png", f"masks/{image}.png", "same.png")
-    desk.manifest([row], columns=COLUMNS, name=name)
+    workspace.manifest([row], columns=COLUMNS, name=name)
     return name
 
 
-def test_an_output_of_another_job_is_refused_with_both_named(desk: Desk, table: JobTable) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
-    ran = desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out")
-    assert ran.status == 2
-    assert "line 2: output: " in ran.err
-    assert "is written by job 1 (submission 1)" in ran.err
-    assert "--force" in ran.err
+def test_an_output_of_another_job_is_refused_with_both_named(
+    workspace: Workspace, table: JobTable
+) -> None:
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
+    result = workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out")
+    assert result.status == 2
+    assert "line 2: output: " in result.err
+    assert "is written by job 1 (submission 1)" in result.err
+    assert "--force" in result.err
     assert len(table.states()) == 1
 
 
-def test_the_others_go_with_skip_invalid(desk: Desk, table: JobTable) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
+def test_the_others_go_with_skip_invalid(workspace: Workspace, table: JobTable) -> None:
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
     rows = [("in/2.png", "masks/2.png", "same.png"), ("in/2.png", "masks/2.png", "other.png")]
-    desk.manifest(rows, columns=COLUMNS, name="b.csv")
-    ran = desk.submit("b.csv", "--output", "out", "--skip-invalid")
-    assert ran.status == 0
-    assert "1 accepted, 1 invalid and skipped" in ran.out
+    workspace.manifest(rows, columns=COLUMNS, name="b.csv")
+    result = workspace.submit("b.csv", "--output", "out", "--skip-invalid")
+    assert result.status == 0
+    assert "1 accepted, 1 invalid and skipped" in result.out
     assert len(table.states()) == 2
 
 
 def test_force_takes_the_output_and_says_so_at_the_job_that_had_it(
-    desk: Desk, table: JobTable
+    workspace: Workspace, table: JobTable
 ) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
     table.succeed(1)
-    assert desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out", "--force").status == 0
+    assert (
+        workspace.submit(
+            manifest(workspace, "b.csv", image="2"), "--output", "out", "--force"
+        ).status
+        == 0
+    )
     old = table.job(1)
     assert (old.state, old.error_code) == ("succeeded", "output_replaced")
     assert old.error_message == "submission 2 writes this output since"
     assert table.state(2) == "queued"
 
 
-def test_force_cancels_a_job_that_would_still_write_there(desk: Desk, table: JobTable) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
-    desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out", "--force")
+def test_force_cancels_a_job_that_would_still_write_there(
+    workspace: Workspace, table: JobTable
+) -> None:
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
+    workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out", "--force")
     assert (table.state(1), table.job(1).error_code) == ("cancelled", "output_replaced")
 
 
 def test_a_job_that_lost_its_output_is_not_retried_and_force_takes_it_back(
-    desk: Desk, table: JobTable
+    workspace: Workspace, table: JobTable
 ) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
-    desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out", "--force")
-    ran = desk.jobs("retry", 1)
-    assert "0 jobs to run again" in ran.out
-    assert "1 left alone: a later submission writes their output" in ran.err
-    assert desk.submit("a.csv", "--output", "out").status == 0  # nothing of it would run
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
+    workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out", "--force")
+    result = workspace.jobs("retry", 1)
+    assert "0 jobs to run again" in result.out
+    assert "1 left alone: a later submission writes their output" in result.err
+    assert workspace.submit("a.csv", "--output", "out").status == 0  # nothing of it would run
     assert table.state(1) == "cancelled"
-    desk.submit("a.csv", "--output", "out", "--force")
+    workspace.submit("a.csv", "--output", "out", "--force")
     assert (table.state(1), table.state(2)) == ("queued", "cancelled")
 
 
-def test_a_failed_job_s_output_is_free(desk: Desk, table: JobTable) -> None:
-    desk.submit(manifest(desk, "a.csv"), "--output", "out")
+def test_a_failed_job_s_output_is_free(workspace: Workspace, table: JobTable) -> None:
+    workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
     table.cancel(1)
-    assert desk.submit(manifest(desk, "b.csv", image="2"), "--output", "out").status == 0
+    assert workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out").status == 0
 
 
 def test_two_producers_that_want_one_output_at_the_same_moment(db: Database) -> None:
@@ -140,26 +149,30 @@ def test_producers_that_share_rows_in_opposite_order_do_not_wait_in_a_circle(db:
         assert sum(pool.map(record, owners, (rows, turned))) == len(rows)
 
 
-def test_force_runs_a_row_whose_job_was_changed_since(desk: Desk, table: JobTable) -> None:
-    desk.catalog(2)
-    desk.submit("m.csv")
+def test_force_runs_a_row_whose_job_was_changed_since(
+    workspace: Workspace, table: JobTable
+) -> None:
+    workspace.catalog(2)
+    workspace.submit("m.csv")
     table.succeed(1)
-    desk.jobs("retry", 1, "--set", "opencv_radius=9")
+    workspace.jobs("retry", 1, "--set", "opencv_radius=9")
     table.succeed(1)
     assert '"opencv_radius":9' in table.job(1).params
-    assert "2 already there" in desk.submit("m.csv").out
+    assert "2 already there" in workspace.submit("m.csv").out
     table.succeed(2)
-    assert "2 accepted" in desk.submit("m.csv", "--force").out
+    assert "2 accepted" in workspace.submit("m.csv", "--force").out
     assert '"opencv_radius":5' in table.job(1).params
     assert table.states() == ["queued", "queued"]
     # And again the row and the job are the same work.
-    assert "2 already there" in desk.submit("m.csv").out
+    assert "2 already there" in workspace.submit("m.csv").out
 
 
-def test_a_row_of_an_earlier_submission_counts_as_still_to_run(desk: Desk, table: JobTable) -> None:
-    desk.catalog(3)
-    desk.submit("m.csv", "--output", "out")
-    desk.manifest([("in/2.png", "masks/2.png"), ("in/1.png", "masks/1.png")], name="b.csv")
-    ran = desk.submit("b.csv", "--output", "out")
-    assert "0 accepted, 2 already there" in ran.out
-    assert "2 still to run" in ran.out
+def test_a_row_of_an_earlier_submission_counts_as_still_to_run(
+    workspace: Workspace, table: JobTable
+) -> None:
+    workspace.catalog(3)
+    workspace.submit("m.csv", "--output", "out")
+    workspace.manifest([("in/2.png", "masks/2.png"), ("in/1.png", "masks/1.png")], name="b.csv")
+    result = workspace.submit("b.csv", "--output", "out")
+    assert "0 accepted, 2 already there" in result.out
+    assert "2 still to run" in result.out

@@ -32,12 +32,12 @@ def fail(table: JobTable, job: int, error: InpaintError) -> None:
 
 
 def test_progress_counts_every_state_even_those_of_no_job(table: JobTable) -> None:
-    assert reports.progress(table.db, None) == reports.Progress(
+    assert reports.measure_progress(table.db, None) == reports.Progress(
         counts=dict.fromkeys(STATES, 0), rate=0.0
     )
     done, _ = table.add(2)
     table.succeed(done)
-    found = reports.progress(table.db, None)
+    found = reports.measure_progress(table.db, None)
     assert (found.counts["succeeded"], found.counts["queued"]) == (1, 1)
     assert (found.total, found.left) == (2, 1)
 
@@ -51,32 +51,32 @@ def test_the_rate_is_of_the_last_minute(table: JobTable) -> None:
     old = table.one()
     table.succeed(old)
     table.set(old, finished_at=now - timedelta(seconds=300))
-    found = reports.progress(table.db, 1)
+    found = reports.measure_progress(table.db, 1)
     assert found.rate == pytest.approx(10 / 20, rel=0.1)
     assert found.seconds_left == pytest.approx(2 / found.rate)
 
 
 def test_there_is_no_time_left_where_nothing_is_left_or_nothing_moves(table: JobTable) -> None:
     job = table.one()
-    assert reports.progress(table.db, None).seconds_left is None
+    assert reports.measure_progress(table.db, None).seconds_left is None
     table.succeed(job)
-    assert reports.progress(table.db, None).seconds_left is None
+    assert reports.measure_progress(table.db, None).seconds_left is None
 
 
 def test_a_burst_is_no_rate_without_end(table: JobTable) -> None:
     for job in table.add(3):
         table.succeed(job)
-    assert reports.progress(table.db, None).rate <= 3
+    assert reports.measure_progress(table.db, None).rate <= 3
 
 
 def test_submissions_come_newest_first_and_with_their_counts(table: JobTable) -> None:
     first = table.submission("first", manifest="/a.csv")
     second = table.submission("second", manifest="/b.csv")
     table.succeed(table.add(2, submission=first)[0])
-    listed = reports.submissions(table.db)
+    listed = reports.list_submissions(table.db)
     assert [(one.id, one.manifest) for one in listed] == [(second, "/b.csv"), (first, "/a.csv")]
     assert [one.counts for one in listed] == [{}, {"succeeded": 1, "queued": 1}]
-    assert [one.id for one in reports.submissions(table.db, limit=1)] == [second]
+    assert [one.id for one in reports.list_submissions(table.db, limit=1)] == [second]
     assert listed[0].created_at.tzinfo is not None
 
 
@@ -87,23 +87,23 @@ def test_errors_come_most_frequent_first_one_for_each_message(table: JobTable) -
     fail(table, three, ImageError("a is no picture"))
     fail(table, four, InpaintError("odd"))
     fail(table, five, ImageError("a is no picture"))
-    assert reports.errors(table.db, None) == [
+    assert reports.count_errors(table.db, None) == [
         ("bad_image", 2, "a is no picture"),
         ("bad_image", 1, "b is no picture"),
         ("internal_error", 1, "odd"),
     ]
-    assert reports.errors(table.db, 99) == []
+    assert reports.count_errors(table.db, 99) == []
 
 
 def test_a_story_is_one_job_and_its_attempts_oldest_first(table: JobTable) -> None:
     job = table.one()
     fail(table, job, OutOfMemory("full"))
     table.succeed(job)
-    story = reports.story(table.db, job)
-    assert story is not None
-    assert story.job["id"] == job
-    assert [attempt["outcome"] for attempt in story.attempts] == ["retried", "succeeded"]
-    assert reports.story(table.db, job + 1) is None
+    job_history = reports.job_history(table.db, job)
+    assert job_history is not None
+    assert job_history.job["id"] == job
+    assert [attempt["outcome"] for attempt in job_history.attempts] == ["retried", "succeeded"]
+    assert reports.job_history(table.db, job + 1) is None
 
 
 def test_an_export_goes_through_every_page_in_order(table: JobTable) -> None:
@@ -111,7 +111,7 @@ def test_an_export_goes_through_every_page_in_order(table: JobTable) -> None:
     submission = table.submission()
     rows = [new_job(line, content_key=b"%016d" % line) for line in range(count)]
     submissions.record(table.db, submission, rows)
-    exported = list(reports.export(table.db, Selection()))
+    exported = list(reports.export_jobs(table.db, Selection()))
     assert [record["line"] for record in exported] == list(range(count))
     assert set(exported[0]) == set(reports.EXPORTED)
 
@@ -120,7 +120,7 @@ def test_an_export_tells_of_the_last_attempt(table: JobTable) -> None:
     job = table.one()
     fail(table, job, OutOfMemory("full"))
     table.succeed(job, width=3, timings={"fetch": 1.0})
-    (record,) = reports.export(table.db, Selection())
+    (record,) = reports.export_jobs(table.db, Selection())
     assert (record["state"], record["attempts"], record["width"]) == ("succeeded", 2, 3)
     assert record["timings"] == {"fetch": 1.0}
     assert record["params"]["mode"] == "auto"
@@ -132,8 +132,8 @@ def test_progress_tells_what_waits_because_of_an_error(table: JobTable) -> None:
     jobs.fail(table.db, failing, AttemptRecord(), StorageUnavailable("'/a.png': busy"), LATER)
     jobs.record_blocked_reason(table.db, paused, OutputRefused("'/b.png': No space left on device"))
     jobs.record_blocked_reason(table.db, again, StorageUnavailable("'/c.png': busy"))
-    found = reports.progress(table.db, 1)
-    full, retried = found.troubles
+    found = reports.measure_progress(table.db, 1)
+    full, retried = found.blocked
     assert full.summary == "1 paused until it is mended"
     assert full.message == "'/b.png': No space left on device"
     assert retried.code == "storage_unavailable"
@@ -146,7 +146,7 @@ def test_progress_counts_jobs_of_other_submissions_where_asked(table: JobTable) 
     first, second, _ = table.add(3)
     table.succeed(second)
     other = table.submission("other")
-    found = reports.progress(table.db, other, also=[first, second])
+    found = reports.measure_progress(table.db, other, extra_jobs=[first, second])
     assert (found.total, found.left) == (2, 1)
 
 
@@ -155,4 +155,6 @@ def test_errors_of_other_submissions_jobs_are_told_where_asked(table: JobTable) 
     fail(table, own, ImageError("not a picture"))
     fail(table, foreign, ImageError("not a picture"))
     other = table.submission("other")
-    assert reports.errors(table.db, other, also=[foreign]) == [("bad_image", 1, "not a picture")]
+    assert reports.count_errors(table.db, other, extra_jobs=[foreign]) == [
+        ("bad_image", 1, "not a picture")
+    ]

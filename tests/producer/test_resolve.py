@@ -10,30 +10,30 @@ from typing import Any
 import pytest
 
 from producer.manifest import ManifestRow, Problem
-from producer.resolve import Options, Resolver
+from producer.resolve import RowDefaults, RowResolver
 from shared.engines import engine_name
 from shared.errors import ParameterError
 from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.storage import Storage
 
-OPTIONS = Options(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
+OPTIONS = RowDefaults(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
 ON_S3 = replace(OPTIONS, manifest="s3://bucket/jobs/m.csv", output="s3://bucket/jobs/m-out")
 STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
 
 
-def resolved(options: Options = OPTIONS, **cells: str) -> NewJob | list[Problem]:
+def resolved(options: RowDefaults = OPTIONS, **cells: str) -> NewJob | list[Problem]:
     row = ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
-    return Resolver(options, STORE).job(row)
+    return RowResolver(options, STORE).job(row)
 
 
-def job(options: Options = OPTIONS, **cells: str) -> NewJob:
+def job(options: RowDefaults = OPTIONS, **cells: str) -> NewJob:
     found = resolved(options, **cells)
     assert isinstance(found, NewJob), found
     return found
 
 
-def problems(options: Options = OPTIONS, **cells: str) -> list[str]:
+def problems(options: RowDefaults = OPTIONS, **cells: str) -> list[str]:
     found = resolved(options, **cells)
     assert isinstance(found, list), found
     assert {problem.line for problem in found} == {2}
@@ -85,7 +85,7 @@ def params(found: NewJob) -> Params:
     ],
 )
 def test_names_are_resolved_against_the_manifests_own_place(
-    options: Options, cells: dict[str, str], expected: tuple[str, str, str]
+    options: RowDefaults, cells: dict[str, str], expected: tuple[str, str, str]
 ) -> None:
     found = job(options, **cells)
     assert (found.image, found.mask, found.output) == expected
@@ -99,7 +99,7 @@ def test_a_mask_may_be_no_file(mask: str) -> None:
 def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
     options = replace(OPTIONS, mask="/data/all.png")
     row = ManifestRow(line=2, cells={"image": "a.png"})
-    found = Resolver(options, STORE).job(row)
+    found = RowResolver(options, STORE).job(row)
     assert isinstance(found, NewJob)
     assert found.mask == "/data/all.png"
     assert job(options).mask == "/data/b.png"
@@ -141,7 +141,7 @@ def test_a_bad_cell_is_named_with_its_value_and_the_remedy(
 ) -> None:
     given = {"image": "a.png", "mask": "b.png", **cells}
     row = ManifestRow(line=2, cells={name: value for name, value in given.items() if value})
-    found = Resolver(OPTIONS, STORE).job(row)
+    found = RowResolver(OPTIONS, STORE).job(row)
     assert isinstance(found, list)
     assert [problem.text for problem in found] == [found[0].text]
     assert found[0].text.startswith(text)
@@ -238,7 +238,7 @@ def test_rows_have_the_same_key_when_they_ask_for_the_same_work(
 
 def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() -> None:
     """One resolver for all rows, as in a run: what it keeps may not leak between them."""
-    resolver = Resolver(OPTIONS, STORE)
+    resolver = RowResolver(OPTIONS, STORE)
 
     def through(**cells: str) -> dict[str, Any]:
         found = resolver.job(
@@ -293,7 +293,7 @@ def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> No
     (folder / "images").mkdir()
     (folder / "out").symlink_to("images")
     options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
-    resolver = Resolver(options, Storage(roots=[folder], buckets=()))
+    resolver = RowResolver(options, Storage(roots=[folder], buckets=()))
     row = ManifestRow(line=2, cells={"image": "images/a.png", "mask": "alpha"})
     (problem,) = resolver.job(row)  # type: ignore[misc]
     assert "is also an input" in problem.text

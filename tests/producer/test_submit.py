@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from producer.resolve import Options
-from producer.validate import CHUNK, Spool, check
+from producer.resolve import RowDefaults
+from producer.validate import CHUNK, JobSpool, validate_manifest
 from shared import jobs
 from shared.errors import ImageError
 from shared.jobs import AttemptRecord, submissions
@@ -24,7 +24,7 @@ from shared.params import Params
 from shared.storage import Storage
 from tests.conftest import Bucket
 from tests.job_table import JobTable
-from tests.producer.desk import Desk, Ran
+from tests.producer.workspace import CommandResult, Workspace
 
 NEVER = RetryPolicy(max_failures=1, base_seconds=0, cap_seconds=0)
 REPOSITORY = Path(__file__).parents[2]
@@ -32,13 +32,13 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def either(
-    request: pytest.FixtureRequest, desk: Desk, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[JobTable]:
-    """The desk's tables on each kind of database."""
+    """The workspace's tables on each kind of database."""
     if request.param == "postgresql":
         url = request.getfixturevalue("migrated_url")
         monkeypatch.setenv("INPAINT_DATABASE_URL", url)
-    table = desk.table()
+    table = workspace.table()
     if not table.db.is_sqlite:
         with table.db.write() as connection:
             connection.exec_driver_sql("TRUNCATE submissions, jobs, attempts RESTART IDENTITY")
@@ -74,30 +74,32 @@ def finish(table: JobTable, **found: Any) -> None:
         jobs.succeed(table.db, leased, record)
 
 
-def refused(ran: Ran, *expected: str) -> None:
-    assert ran.status == 2
-    assert ran.out == ""
+def refused(result: CommandResult, *expected: str) -> None:
+    assert result.status == 2
+    assert result.out == ""
     for text in expected:
-        assert text in ran.err
+        assert text in result.err
 
 
 # --- recorded and queued ---------------------------------------------------------------------
 
 
-def test_every_row_becomes_a_queued_job(desk: Desk, either: JobTable, redis_url: str) -> None:
-    ran = desk.submit(desk.catalog(3))
-    assert ran.status == 0
-    assert ran.out.splitlines() == [
+def test_every_row_becomes_a_queued_job(
+    workspace: Workspace, either: JobTable, redis_url: str
+) -> None:
+    result = workspace.submit(workspace.catalog(3))
+    assert result.status == 0
+    assert result.out.splitlines() == [
         "submission 1: 3 rows, 3 accepted",
-        f"results: {desk.folder}/m-out",
+        f"results: {workspace.folder}/m-out",
         "work: inpaint-worker --engine opencv",
         "watch: inpaint-jobs status 1 --watch",
     ]
-    assert ran.err == ""
+    assert result.err == ""
     rows = all_jobs(either)
     assert [row.line for row in rows] == [2, 3, 4]
-    assert [row.image for row in rows] == [f"{desk.folder}/in/{n}.png" for n in (1, 2, 3)]
-    assert [row.output for row in rows] == [f"{desk.folder}/m-out/{n}.png" for n in (1, 2, 3)]
+    assert [row.image for row in rows] == [f"{workspace.folder}/in/{n}.png" for n in (1, 2, 3)]
+    assert [row.output for row in rows] == [f"{workspace.folder}/m-out/{n}.png" for n in (1, 2, 3)]
     assert {row.state for row in rows} == {"queued"}
     queue = Queue(redis_url)
     assert queue.ready_messages("opencv") == {(row.id, 0) for row in rows}
@@ -108,35 +110,37 @@ def test_every_row_becomes_a_queued_job(desk: Desk, either: JobTable, redis_url:
     assert json.loads(submission.options)["engine"] == "opencv"
 
 
-def test_json_is_one_object_with_exactly_the_promised_keys(desk: Desk) -> None:
-    ran = desk.submit(desk.catalog(2), "--json")
-    assert ran.json == {
+def test_json_is_one_object_with_exactly_the_promised_keys(workspace: Workspace) -> None:
+    result = workspace.submit(workspace.catalog(2), "--json")
+    assert result.json == {
         "submission": 1,
         "rows": 2,
         "accepted": 2,
         "duplicates": 0,
         "invalid": 0,
     }
-    assert list(ran.json) == ["submission", "rows", "accepted", "duplicates", "invalid"]
-    assert len(ran.out.splitlines()) == 1
+    assert list(result.json) == ["submission", "rows", "accepted", "duplicates", "invalid"]
+    assert len(result.out.splitlines()) == 1
 
 
-def test_the_same_manifest_again_adds_nothing_and_says_so(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(3)
-    desk.submit(manifest)
-    again = desk.submit(manifest)
+def test_the_same_manifest_again_adds_nothing_and_says_so(
+    workspace: Workspace, either: JobTable
+) -> None:
+    manifest = workspace.catalog(3)
+    workspace.submit(manifest)
+    again = workspace.submit(manifest)
     assert again.status == 0
     assert again.out.splitlines()[0] == (
         "submission 1: 3 rows, 0 accepted, 3 already there; nothing added; 3 still to run"
     )
-    assert desk.submit(manifest, "--json").json["duplicates"] == 3
+    assert workspace.submit(manifest, "--json").json["duplicates"] == 3
     assert len(job_ids(either)) == 3
     assert len(either.submissions()) == 1
 
 
-def test_a_manifest_that_grew_adds_its_new_rows_only(desk: Desk, table: JobTable) -> None:
-    desk.submit(desk.catalog(2))
-    assert desk.submit(desk.catalog(3), "--json").json == {
+def test_a_manifest_that_grew_adds_its_new_rows_only(workspace: Workspace, table: JobTable) -> None:
+    workspace.submit(workspace.catalog(2))
+    assert workspace.submit(workspace.catalog(3), "--json").json == {
         "submission": 2,
         "rows": 3,
         "accepted": 1,
@@ -146,10 +150,10 @@ def test_a_manifest_that_grew_adds_its_new_rows_only(desk: Desk, table: JobTable
     assert len(job_ids(table)) == 3
 
 
-def test_identical_rows_are_one_job(desk: Desk, either: JobTable) -> None:
-    desk.catalog(1)
-    manifest = desk.manifest([("in/1.png", "masks/1.png")] * 3)
-    assert desk.submit(manifest, "--json").json == {
+def test_identical_rows_are_one_job(workspace: Workspace, either: JobTable) -> None:
+    workspace.catalog(1)
+    manifest = workspace.manifest([("in/1.png", "masks/1.png")] * 3)
+    assert workspace.submit(manifest, "--json").json == {
         "submission": 1,
         "rows": 3,
         "accepted": 1,
@@ -158,39 +162,45 @@ def test_identical_rows_are_one_job(desk: Desk, either: JobTable) -> None:
     }
     assert len(job_ids(either)) == 1
     finish(either)
-    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 1
+    assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 1
     finish(either)
-    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 1
+    assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 1
 
 
-def test_once_all_is_done_it_says_how_to_run_rows_again(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(2)
-    desk.submit(manifest)
+def test_once_all_is_done_it_says_how_to_run_rows_again(
+    workspace: Workspace, either: JobTable
+) -> None:
+    manifest = workspace.catalog(2)
+    workspace.submit(manifest)
     for job in job_ids(either):
         either.succeed(job)
     again = "nothing added (--force or --changed run rows again)"
-    assert again in desk.submit(manifest).out
-    assert again not in desk.submit(manifest, "--force").out
+    assert again in workspace.submit(manifest).out
+    assert again not in workspace.submit(manifest, "--force").out
 
 
-def test_a_run_that_was_cut_off_is_completed(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(4)
-    _record_part_of(desk, either, manifest, rows=2)
+def test_a_run_that_was_cut_off_is_completed(workspace: Workspace, either: JobTable) -> None:
+    manifest = workspace.catalog(4)
+    _record_part_of(workspace, either, manifest, rows=2)
     assert len(job_ids(either)) == 2
-    ran = desk.submit(manifest)
-    assert ran.out.splitlines()[0] == (
+    result = workspace.submit(manifest)
+    assert result.out.splitlines()[0] == (
         "submission 1: 4 rows, 2 accepted, 2 already there; "
         "it had been cut off and is complete now; 4 still to run"
     )
     assert [row.line for row in all_jobs(either)] == [2, 3, 4, 5]
     assert {row.state for row in all_jobs(either)} == {"queued"}
-    assert "nothing added" in desk.submit(manifest).out
+    assert "nothing added" in workspace.submit(manifest).out
 
 
-def _record_part_of(desk: Desk, table: JobTable, manifest: Path, *, rows: int) -> None:
+def _record_part_of(workspace: Workspace, table: JobTable, manifest: Path, *, rows: int) -> None:
     """What a producer has done when it is killed between two chunks."""
-    options = Options(manifest=str(manifest), output=f"{desk.folder}/m-out", engine="opencv")
-    checked = check(options, Storage(roots=[desk.folder], buckets=()), report=pytest.fail)
+    options = RowDefaults(
+        manifest=str(manifest), output=f"{workspace.folder}/m-out", engine="opencv"
+    )
+    checked = validate_manifest(
+        options, Storage(roots=[workspace.folder], buckets=()), report=pytest.fail
+    )
     opened = submissions.open_submission(
         table.db,
         manifest=options.manifest,
@@ -203,9 +213,11 @@ def _record_part_of(desk: Desk, table: JobTable, manifest: Path, *, rows: int) -
     checked.spool.close()
 
 
-def test_two_producers_with_one_manifest_record_each_row_once(desk: Desk, either: JobTable) -> None:
+def test_two_producers_with_one_manifest_record_each_row_once(
+    workspace: Workspace, either: JobTable
+) -> None:
     count = 4000
-    manifest = desk.manifest([(f"in/{n}.png", "alpha") for n in range(count)])
+    manifest = workspace.manifest([(f"in/{n}.png", "alpha") for n in range(count)])
     command = [sys.executable, "-m", "tests.producer.run_submit", str(manifest), "--json"]
     running = [
         subprocess.Popen(
@@ -226,47 +238,49 @@ def test_two_producers_with_one_manifest_record_each_row_once(desk: Desk, either
 
 
 def test_a_broker_that_is_down_costs_nothing_but_time(
-    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
-    ran = desk.submit(desk.catalog(2))
-    assert ran.status == 0
-    assert "submission 1: 2 rows, 2 accepted" in ran.out
-    assert ran.err.endswith("; workers enqueue the jobs when it is back\n")
-    assert ran.err.startswith("broker redis://")
-    assert "hush" not in ran.err
+    result = workspace.submit(workspace.catalog(2))
+    assert result.status == 0
+    assert "submission 1: 2 rows, 2 accepted" in result.out
+    assert result.err.endswith("; workers enqueue the jobs when it is back\n")
+    assert result.err.startswith("broker redis://")
+    assert "hush" not in result.err
     assert len(job_ids(table)) == 2
 
 
-def test_a_database_that_is_down_is_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_is_down_is_one_line(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
-    ran = desk.submit(desk.catalog(1))
-    refused(ran, "inpaint-submit: database: ")
-    assert len(ran.err.splitlines()) == 1
-    assert "hush" not in ran.err
+    result = workspace.submit(workspace.catalog(1))
+    refused(result, "inpaint-submit: database: ")
+    assert len(result.err.splitlines()) == 1
+    assert "hush" not in result.err
 
 
 def test_a_database_without_tables_names_the_remedy(
-    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
-    refused(desk.submit(desk.catalog(1)), "run: inpaint-jobs upgrade")
-    assert desk.jobs("upgrade").status == 0
-    assert desk.submit(desk.catalog(1)).status == 0
+    refused(workspace.submit(workspace.catalog(1)), "run: inpaint-jobs upgrade")
+    assert workspace.jobs("upgrade").status == 0
+    assert workspace.submit(workspace.catalog(1)).status == 0
 
 
 def test_more_rows_than_the_queue_holds_wait_in_the_table(
-    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_QUEUE_BOUND", "2")
-    desk.submit(desk.catalog(5))
+    workspace.submit(workspace.catalog(5))
     assert sorted(table.states()) == ["pending"] * 3 + ["queued"] * 2
 
 
-def test_a_submission_of_several_chunks_is_whole(desk: Desk, table: JobTable) -> None:
+def test_a_submission_of_several_chunks_is_whole(workspace: Workspace, table: JobTable) -> None:
     count = 2 * CHUNK + 7
-    manifest = desk.manifest([(f"{n}.png", "alpha") for n in range(count)])
-    assert desk.submit(manifest, "--json").json["accepted"] == count
+    manifest = workspace.manifest([(f"{n}.png", "alpha") for n in range(count)])
+    assert workspace.submit(manifest, "--json").json["accepted"] == count
     with table.db.read() as connection:
         lines = connection.exec_driver_sql("SELECT count(DISTINCT line) FROM jobs").scalar_one()
     assert lines == count
@@ -276,10 +290,10 @@ def test_a_submission_of_several_chunks_is_whole(desk: Desk, table: JobTable) ->
 
 
 def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
-    desk: Desk, table: JobTable
+    workspace: Workspace, table: JobTable
 ) -> None:
-    desk.catalog(1)
-    manifest = desk.manifest(
+    workspace.catalog(1)
+    manifest = workspace.manifest(
         [
             ("in/1.png", "masks/1.png", "0.8", ""),
             ("in/1.png", "masks/1.png", "2", "x"),
@@ -289,18 +303,18 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
         ],
         columns=("image", "mask", "strength", "seed"),
     )
-    ran = desk.submit(manifest)
-    refused(ran)
-    lines = ran.err.splitlines()
+    result = workspace.submit(manifest)
+    refused(result)
+    lines = result.err.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         *("line 3", "line 3", "line 4", "line 5", "line 6", "line 6"),
         "inpaint-submit",
     ]
-    assert "line 3: seed: 'x' is not allowed; use a whole number from 0 to" in ran.err
-    assert "line 3: strength: '2' is not allowed; use a number above 0" in ran.err
-    assert "line 4: 1 cells under 4 columns; quote cells that hold the delimiter" in ran.err
-    assert "line 5: image: 'http://h/1.png': http:// is not supported; use s3://" in ran.err
-    assert "line 6: image: empty; name the picture" in ran.err
+    assert "line 3: seed: 'x' is not allowed; use a whole number from 0 to" in result.err
+    assert "line 3: strength: '2' is not allowed; use a number above 0" in result.err
+    assert "line 4: 1 cells under 4 columns; quote cells that hold the delimiter" in result.err
+    assert "line 5: image: 'http://h/1.png': http:// is not supported; use s3://" in result.err
+    assert "line 6: image: empty; name the picture" in result.err
     assert lines[-1] == (
         "inpaint-submit: 4 of 5 rows are not valid; nothing was enqueued. "
         "Fix them, or submit the others with --skip-invalid."
@@ -308,19 +322,23 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
     assert (job_ids(table), table.submissions()) == ([], [])
 
 
-def test_good_rows_can_be_submitted_without_the_bad_ones(desk: Desk, table: JobTable) -> None:
-    desk.catalog(2)
-    manifest = desk.manifest([("in/1.png", "alpha"), ("../x.png", "alpha"), ("in/2.png", "alpha")])
-    ran = desk.submit(manifest, "--skip-invalid")
-    assert ran.status == 0
-    assert "3 rows, 2 accepted, 1 invalid and skipped" in ran.out
-    assert "line 3: image: '../x.png': '..' is refused" in ran.err
+def test_good_rows_can_be_submitted_without_the_bad_ones(
+    workspace: Workspace, table: JobTable
+) -> None:
+    workspace.catalog(2)
+    manifest = workspace.manifest(
+        [("in/1.png", "alpha"), ("../x.png", "alpha"), ("in/2.png", "alpha")]
+    )
+    result = workspace.submit(manifest, "--skip-invalid")
+    assert result.status == 0
+    assert "3 rows, 2 accepted, 1 invalid and skipped" in result.out
+    assert "line 3: image: '../x.png': '..' is refused" in result.err
     assert [row.line for row in all_jobs(table)] == [2, 4]
 
 
-def test_a_manifest_without_one_good_row_is_refused_all_the_same(desk: Desk) -> None:
-    manifest = desk.manifest([("../x.png", "alpha")])
-    refused(desk.submit(manifest, "--skip-invalid"), "1 of 1 rows are not valid; nothing was")
+def test_a_manifest_without_one_good_row_is_refused_all_the_same(workspace: Workspace) -> None:
+    manifest = workspace.manifest([("../x.png", "alpha")])
+    refused(workspace.submit(manifest, "--skip-invalid"), "1 of 1 rows are not valid; nothing was")
 
 
 @pytest.mark.parametrize(
@@ -338,76 +356,78 @@ def test_a_manifest_without_one_good_row_is_refused_all_the_same(desk: Desk) -> 
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused_in_a_line(
-    desk: Desk, name: str, data: bytes, expected: str
+    workspace: Workspace, name: str, data: bytes, expected: str
 ) -> None:
-    refused(desk.submit(desk.write(name, data)), expected)
+    refused(workspace.submit(workspace.write(name, data)), expected)
 
 
-def test_a_manifest_that_is_not_there_is_refused_in_a_line(desk: Desk) -> None:
-    ran = desk.submit("nowhere.csv")
-    assert ran.err == f"inpaint-submit: '{desk.folder}/nowhere.csv' does not exist\n"
-    refused(ran)
-    refused(desk.submit("http://host/m.csv"), "http:// is not supported")
-    refused(desk.submit(desk.folder), "is not a regular file")
+def test_a_manifest_that_is_not_there_is_refused_in_a_line(workspace: Workspace) -> None:
+    result = workspace.submit("nowhere.csv")
+    assert result.err == f"inpaint-submit: '{workspace.folder}/nowhere.csv' does not exist\n"
+    refused(result)
+    refused(workspace.submit("http://host/m.csv"), "http:// is not supported")
+    refused(workspace.submit(workspace.folder), "is not a regular file")
 
 
-def test_outputs_that_collide_name_both_lines(desk: Desk, table: JobTable) -> None:
-    manifest = desk.manifest(
+def test_outputs_that_collide_name_both_lines(workspace: Workspace, table: JobTable) -> None:
+    manifest = workspace.manifest(
         [("a/1.png", "alpha"), ("b/1.png", "alpha"), ("a/2.png", "alpha"), ("c/1.png", "alpha")]
     )
-    ran = desk.submit(manifest)
-    out = f"'{desk.folder}/m-out/1.png'"
+    result = workspace.submit(manifest)
+    out = f"'{workspace.folder}/m-out/1.png'"
     refused(
-        ran,
+        result,
         f"line 3: output: {out} is also written by line 2; give the row an output of its own",
         f"line 5: output: {out} is also written by line 2",
         "2 of 4 rows are not valid",
     )
     assert job_ids(table) == []
-    assert desk.submit(manifest, "--skip-invalid", "--json").json["accepted"] == 2
+    assert workspace.submit(manifest, "--skip-invalid", "--json").json["accepted"] == 2
 
 
-def test_an_output_may_not_be_another_rows_image_or_mask(desk: Desk) -> None:
-    manifest = desk.manifest(
+def test_an_output_may_not_be_another_rows_image_or_mask(workspace: Workspace) -> None:
+    manifest = workspace.manifest(
         [("1.png", "m1.png", "2.png"), ("2.png", "m2.png", "m1.png"), ("3.png", "alpha", "4.png")],
         columns=("image", "mask", "output"),
     )
     refused(
-        desk.submit(manifest),
-        f"line 2: output: '{desk.folder}/2.png' is the image of line 3; give the row an output",
-        f"line 3: output: '{desk.folder}/m1.png' is the mask of line 2",
+        workspace.submit(manifest),
+        f"line 2: output: '{workspace.folder}/2.png' is the image of line 3; give the row an ",
+        f"line 3: output: '{workspace.folder}/m1.png' is the mask of line 2",
         "2 of 3 rows",
     )
 
 
-def test_an_output_may_not_be_the_mask_for_all_rows(desk: Desk) -> None:
-    manifest = desk.manifest([("1.png", "all.png")], columns=("image", "output"))
+def test_an_output_may_not_be_the_mask_for_all_rows(workspace: Workspace) -> None:
+    manifest = workspace.manifest([("1.png", "all.png")], columns=("image", "output"))
     refused(
-        desk.submit(manifest, "--mask", "all.png"),
-        f"line 2: output: '{desk.folder}/all.png' is also an input; choose another output",
+        workspace.submit(manifest, "--mask", "all.png"),
+        f"line 2: output: '{workspace.folder}/all.png' is also an input; choose another output",
     )
-    manifest = desk.manifest(
+    manifest = workspace.manifest(
         [("1.png", "alpha", "all.png"), ("2.png", "", "x.png")],
         columns=("image", "mask", "output"),
     )
-    refused(desk.submit(manifest, "--mask", "all.png"), "is the mask of line 3")
+    refused(workspace.submit(manifest, "--mask", "all.png"), "is the mask of line 3")
 
 
 # --- options ---------------------------------------------------------------------------------
 
 
-def test_options_apply_to_every_row_that_says_nothing_else(desk: Desk, table: JobTable) -> None:
-    manifest = desk.manifest(
+def test_options_apply_to_every_row_that_says_nothing_else(
+    workspace: Workspace, table: JobTable
+) -> None:
+    manifest = workspace.manifest(
         [("1.png", "cup", "", ""), ("2.png", "pot", "0.6", "7")],
         columns=("image", "product", "strength", "priority"),
     )
-    ran = desk.submit(
+    result = workspace.submit(
         *(manifest, "--mask", "box:1,2,30,40", "--preset", "ecommerce+preview"),
         *("--prompt", "photo of a {product}", "--set", "guidance_scale=5"),
         *("--set", "seed=11", "--set", "strength=0.9", "--priority", "3"),
         *("--engine", "sd2", "--output", "results/"),
     )
-    assert ran.status == 0, ran.err
+    assert result.status == 0, result.err
     first, second = all_jobs(table)
     params = [Params.from_json(row.params, seed=row.seed) for row in (first, second)]
     assert [one.prompt for one in params] == ["photo of a cup", "photo of a pot"]
@@ -417,7 +437,7 @@ def test_options_apply_to_every_row_that_says_nothing_else(desk: Desk, table: Jo
     assert {one.seed for one in params} == {11}
     assert [row.priority for row in (first, second)] == [3, 7]
     assert {row.mask for row in (first, second)} == {"box:1,2,30,40"}
-    assert first.output == f"{desk.folder}/results/1.png"
+    assert first.output == f"{workspace.folder}/results/1.png"
     assert {row.engine for row in (first, second)} == {"sd2"}
 
 
@@ -442,43 +462,51 @@ def test_options_apply_to_every_row_that_says_nothing_else(desk: Desk, table: Jo
     ],
 )
 def test_a_bad_option_is_refused_with_the_remedy(
-    desk: Desk, options: tuple[str, ...], expected: str
+    workspace: Workspace, options: tuple[str, ...], expected: str
 ) -> None:
-    refused(desk.submit(desk.catalog(1), *options), expected)
+    refused(workspace.submit(workspace.catalog(1), *options), expected)
 
 
-def test_bad_settings_are_one_line(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_settings_are_one_line(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INPAINT_QUEUE_BOUND", "many")
     monkeypatch.setenv("INPAINT_ENGIN", "opencv")
-    ran = desk.submit(desk.catalog(1))
-    refused(ran, "inpaint-submit: settings: INPAINT_ENGIN is not", "INPAINT_QUEUE_BOUND: ")
-    assert len(ran.err.splitlines()) == 1
+    result = workspace.submit(workspace.catalog(1))
+    refused(result, "inpaint-submit: settings: INPAINT_ENGIN is not", "INPAINT_QUEUE_BOUND: ")
+    assert len(result.err.splitlines()) == 1
 
 
-def test_files_outside_the_manifests_folder_need_a_root(desk: Desk, tmp_path: Path) -> None:
-    elsewhere = tmp_path.resolve() / "elsewhere"
-    elsewhere.mkdir()
-    manifest = desk.manifest([(f"{elsewhere}/1.png", "alpha")])
-    refused(desk.submit(manifest), f"image: '{elsewhere}/1.png' is outside the allowed folders")
-    assert desk.submit(manifest, "--root", elsewhere).status == 0
-    assert desk.submit(manifest, "--root", tmp_path, "--root", elsewhere).status == 0
+def test_files_outside_the_manifests_folder_need_a_root(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    other_folder = tmp_path.resolve() / "elsewhere"
+    other_folder.mkdir()
+    manifest = workspace.manifest([(f"{other_folder}/1.png", "alpha")])
+    refused(
+        workspace.submit(manifest), f"image: '{other_folder}/1.png' is outside the allowed folders"
+    )
+    assert workspace.submit(manifest, "--root", other_folder).status == 0
+    assert workspace.submit(manifest, "--root", tmp_path, "--root", other_folder).status == 0
 
 
-def test_a_mask_for_all_rows_and_the_output_may_lie_anywhere(desk: Desk, tmp_path: Path) -> None:
-    manifest = desk.manifest([("1.png",)], columns=("image",))
-    ran = desk.submit(manifest, "--mask", f"{tmp_path}/all.png", "--output", f"{tmp_path}/results")
-    assert ran.status == 0, ran.err
+def test_a_mask_for_all_rows_and_the_output_may_lie_anywhere(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    manifest = workspace.manifest([("1.png",)], columns=("image",))
+    result = workspace.submit(
+        manifest, "--mask", f"{tmp_path}/all.png", "--output", f"{tmp_path}/results"
+    )
+    assert result.status == 0, result.err
 
 
 # --- again -----------------------------------------------------------------------------------
 
 
-def test_force_runs_every_finished_row_again(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(3)
-    desk.submit(manifest)
+def test_force_runs_every_finished_row_again(workspace: Workspace, either: JobTable) -> None:
+    manifest = workspace.catalog(3)
+    workspace.submit(manifest)
     finish(either)
-    assert desk.submit(manifest, "--json").json["accepted"] == 0
-    assert desk.submit(manifest, "--force", "--json").json == {
+    assert workspace.submit(manifest, "--json").json["accepted"] == 0
+    assert workspace.submit(manifest, "--force", "--json").json == {
         "submission": 1,
         "rows": 3,
         "accepted": 3,
@@ -488,19 +516,21 @@ def test_force_runs_every_finished_row_again(desk: Desk, either: JobTable) -> No
     assert either.states() == ["queued"] * 3
 
 
-def test_force_leaves_alone_what_is_not_finished(desk: Desk, table: JobTable) -> None:
-    manifest = desk.catalog(2)
-    desk.submit(manifest)
-    assert desk.submit(manifest, "--force", "--json").json["accepted"] == 0
+def test_force_leaves_alone_what_is_not_finished(workspace: Workspace, table: JobTable) -> None:
+    manifest = workspace.catalog(2)
+    workspace.submit(manifest)
+    assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 0
 
 
-def test_changed_runs_only_the_row_whose_picture_was_touched(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(3)
-    desk.submit(manifest)
+def test_changed_runs_only_the_row_whose_picture_was_touched(
+    workspace: Workspace, either: JobTable
+) -> None:
+    manifest = workspace.catalog(3)
+    workspace.submit(manifest)
     finish(either)
-    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 0
-    desk.picture("in/2.png", colour=200)
-    assert desk.submit(manifest, "--changed", "--json").json == {
+    assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 0
+    workspace.image("in/2.png", colour=200)
+    assert workspace.submit(manifest, "--changed", "--json").json == {
         "submission": 1,
         "rows": 3,
         "accepted": 1,
@@ -509,14 +539,16 @@ def test_changed_runs_only_the_row_whose_picture_was_touched(desk: Desk, either:
     }
     assert either.states() == ["succeeded", "queued", "succeeded"]
     finish(either)
-    os.utime(desk.folder / "masks/3.png", ns=(1, 1))
-    desk.submit(manifest, "--changed")
+    os.utime(workspace.folder / "masks/3.png", ns=(1, 1))
+    workspace.submit(manifest, "--changed")
     assert either.states() == ["succeeded", "succeeded", "queued"]
 
 
-def test_changed_leaves_what_failed_and_has_not_changed(desk: Desk, either: JobTable) -> None:
-    manifest = desk.catalog(1)
-    desk.submit(manifest)
+def test_changed_leaves_what_failed_and_has_not_changed(
+    workspace: Workspace, either: JobTable
+) -> None:
+    manifest = workspace.catalog(1)
+    workspace.submit(manifest)
     (row,) = all_jobs(either)
     leased = either.acquire(row.id, seen=row.attempt)
     assert leased is not None
@@ -526,13 +558,13 @@ def test_changed_leaves_what_failed_and_has_not_changed(desk: Desk, either: JobT
     assert mask
     record = AttemptRecord(image_version=image.version, mask_version=mask.version)
     jobs.fail(either.db, leased, record, ImageError("damaged"), NEVER)
-    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 0
-    desk.picture("in/1.png", colour=200)
-    assert desk.submit(manifest, "--changed", "--json").json["accepted"] == 1
+    assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 0
+    workspace.image("in/1.png", colour=200)
+    assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 1
 
 
 def test_changed_on_s3_goes_by_the_etag(
-    desk: Desk, table: JobTable, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
     for n in (1, 2):
@@ -541,12 +573,12 @@ def test_changed_on_s3_goes_by_the_etag(
         b'{"image": "1.png", "mask": "alpha"}\n{"image": "2.png", "mask": "alpha"}'
     )
     s3.client.put_object(Bucket=s3.name, Key="jobs/m.jsonl.gz", Body=body)
-    assert desk.submit(s3.uri("jobs/m.jsonl.gz"), "--json").json["accepted"] == 2
+    assert workspace.submit(s3.uri("jobs/m.jsonl.gz"), "--json").json["accepted"] == 2
     assert all_jobs(table)[0].output == s3.uri("jobs/m-out/1.png")
     _finish_on_s3(table, s3)
     s3.client.put_object(Bucket=s3.name, Key="jobs/1.png", Body=b"1")  # the same bytes again
     s3.client.put_object(Bucket=s3.name, Key="jobs/2.png", Body=b"two")
-    assert desk.submit(s3.uri("jobs/m.jsonl.gz"), "--changed", "--json").json["accepted"] == 1
+    assert workspace.submit(s3.uri("jobs/m.jsonl.gz"), "--changed", "--json").json["accepted"] == 1
     assert table.states() == ["succeeded", "queued"]
 
 
@@ -559,20 +591,20 @@ def _finish_on_s3(table: JobTable, s3: Bucket) -> None:
 
 
 def test_a_bucket_that_is_not_allowed_is_refused(
-    desk: Desk, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", "others")
-    refused(desk.submit(s3.uri("m.csv")), f"bucket '{s3.name}' is not allowed")
-    manifest = desk.manifest([(s3.uri("1.png"), "alpha")])
-    refused(desk.submit(manifest), "line 2: image: ", "add it to INPAINT_BUCKETS")
+    refused(workspace.submit(s3.uri("m.csv")), f"bucket '{s3.name}' is not allowed")
+    manifest = workspace.manifest([(s3.uri("1.png"), "alpha")])
+    refused(workspace.submit(manifest), "line 2: image: ", "add it to INPAINT_BUCKETS")
 
 
 # --- memory ----------------------------------------------------------------------------------
 
 
-def test_memory_does_not_grow_with_the_rows(desk: Desk) -> None:
-    small = desk.manifest([(f"{n}.png", "alpha") for n in range(2_000)], name="small.csv")
-    large = desk.manifest([(f"{n}.png", "alpha") for n in range(60_000)], name="large.csv")
+def test_memory_does_not_grow_with_the_rows(workspace: Workspace) -> None:
+    small = workspace.manifest([(f"{n}.png", "alpha") for n in range(2_000)], name="small.csv")
+    large = workspace.manifest([(f"{n}.png", "alpha") for n in range(60_000)], name="large.csv")
     few, many = _peak_megabytes(small), _peak_megabytes(large)
     assert many - few < 25, f"{few:.0f} MB for 2,000 rows, {many:.0f} MB for 60,000"
 
@@ -592,7 +624,7 @@ def _peak_megabytes(manifest: Path) -> float:
 def test_a_spool_gives_its_rows_again_and_in_order() -> None:
     from tests.job_table import new_job
 
-    spool = Spool()
+    spool = JobSpool()
     rows = [new_job(line) for line in range(CHUNK + 3)]
     for row in rows:
         spool.append(row)

@@ -19,7 +19,7 @@ from shared.storage import Storage, files
 from tests.conftest import Bucket
 from tests.fuzz.mutations import BOMB, png_chunk
 from tests.fuzz.seeds import seeds
-from tests.producer.desk import png
+from tests.producer.workspace import png
 from tests.workers.worker_harness import WorkerHarness
 
 HEADER = b"\x89PNG\r\n\x1a\n"

@@ -20,7 +20,7 @@ from shared.jobs.queue import Queue
 from shared.params import Params
 from shared.presets import presets
 from tests.job_table import AT_ONCE, JobTable
-from tests.producer.desk import Desk, Ran
+from tests.producer.workspace import CommandResult, Workspace
 
 HOPELESS = ImageError("not a picture")
 
@@ -29,9 +29,9 @@ def fail(table: JobTable, job: int, error: InpaintError = HOPELESS) -> None:
     jobs.fail(table.db, table.run(job), AttemptRecord(), error, AT_ONCE)
 
 
-def refused(ran: Ran, message: str) -> None:
-    assert (ran.status, ran.out) == (2, "")
-    assert ran.err == f"inpaint-jobs: {message}\n"
+def refused(result: CommandResult, message: str) -> None:
+    assert (result.status, result.out) == (2, "")
+    assert result.err == f"inpaint-jobs: {message}\n"
 
 
 @pytest.fixture
@@ -51,44 +51,44 @@ def six(table: JobTable) -> dict[str, int]:
 # --- status ----------------------------------------------------------------------------------
 
 
-def test_status_without_jobs_says_so(desk: Desk) -> None:
-    ran = desk.jobs("status")
-    assert ran.status == 0
-    assert ran.out.endswith("no jobs\n")
+def test_status_without_jobs_says_so(workspace: Workspace) -> None:
+    result = workspace.jobs("status")
+    assert result.status == 0
+    assert result.out.endswith("no jobs\n")
 
 
-def test_status_counts_every_state(desk: Desk, six: dict[str, int]) -> None:
-    ran = desk.jobs("status", 1)
-    assert ran.status == 0
+def test_status_counts_every_state(workspace: Workspace, six: dict[str, int]) -> None:
+    result = workspace.jobs("status", 1)
+    assert result.status == 0
     for state in STATES:
-        assert f"{state} 1" in ran.out
-    assert "jobs/s" in ran.out
-    found = desk.jobs("status", "--json").json
+        assert f"{state} 1" in result.out
+    assert "jobs/s" in result.out
+    found = workspace.jobs("status", "--json").json
     assert {state: found[state] for state in STATES} == dict.fromkeys(STATES, 1)
     assert found["rate"] > 0
     assert found["seconds_left"] == pytest.approx(3 / found["rate"], rel=0.01)
 
 
-def test_status_lists_the_newest_submissions_first(desk: Desk, table: JobTable) -> None:
+def test_status_lists_the_newest_submissions_first(workspace: Workspace, table: JobTable) -> None:
     table.add(2)
     other = table.submission("other", manifest="/[b]other[/b].csv")
     table.succeed(table.add(submission=other)[0])
-    lines = desk.jobs("status").out.splitlines()
+    lines = workspace.jobs("status").out.splitlines()
     first, second = (line.split() for line in lines if ".csv" in line)
     assert (first[0], first[1]) == ("2", "/[b]other[/b].csv")
     assert first[-5:] == ["1", "1", "0", "0", "0"]
     assert (second[0], second[-5:]) == ("1", ["1", "0", "0", "0", "2"])
 
 
-def test_status_can_be_of_one_submission(desk: Desk, table: JobTable) -> None:
+def test_status_can_be_of_one_submission(workspace: Workspace, table: JobTable) -> None:
     table.add(2)
     table.succeed(table.add(submission=table.submission("other"))[0])
-    assert desk.jobs("status", 2).out == "succeeded 1\n"
-    assert desk.jobs("status", 2, "--json").json["succeeded"] == 1
+    assert workspace.jobs("status", 2).out == "succeeded 1\n"
+    assert workspace.jobs("status", 2, "--json").json["succeeded"] == 1
 
 
 def test_watch_ends_when_nothing_is_left(
-    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.jobs.WATCH_SECONDS", 0.05)
     job = table.one()
@@ -99,53 +99,55 @@ def test_watch_ends_when_nothing_is_left(
 
     worker = Thread(target=work)
     worker.start()
-    ran = desk.jobs("status", "--watch")
+    result = workspace.jobs("status", "--watch")
     worker.join()
-    assert ran.status == 0
-    assert "succeeded 1" in ran.out
+    assert result.status == 0
+    assert "succeeded 1" in result.out
 
 
 # --- list and show ---------------------------------------------------------------------------
 
 
-def listed(ran: Ran) -> list[int]:
-    assert ran.status == 0
-    return [json.loads(line)["id"] for line in ran.out.splitlines()]
+def listed(result: CommandResult) -> list[int]:
+    assert result.status == 0
+    return [json.loads(line)["id"] for line in result.out.splitlines()]
 
 
-def test_list_selects_by_state_error_and_submission(desk: Desk, table: JobTable) -> None:
+def test_list_selects_by_state_error_and_submission(workspace: Workspace, table: JobTable) -> None:
     one, two, three = table.add(3)
     other = table.add(submission=table.submission("other"))[0]
     fail(table, one)
     fail(table, two, OutOfMemory("full"))
     fail(table, other)
-    assert listed(desk.jobs("list", "--json")) == [one, two, three, other]
-    assert listed(desk.jobs("list", "--json", "--state", "failed")) == [one, other]
-    assert listed(desk.jobs("list", "--json", "--error", "bad_image")) == [one, other]
-    assert listed(desk.jobs("list", "--json", "--error", "out_of_memory")) == [two]
-    assert listed(desk.jobs("list", "--json", "--submission", 1)) == [one, two, three]
+    assert listed(workspace.jobs("list", "--json")) == [one, two, three, other]
+    assert listed(workspace.jobs("list", "--json", "--state", "failed")) == [one, other]
+    assert listed(workspace.jobs("list", "--json", "--error", "bad_image")) == [one, other]
+    assert listed(workspace.jobs("list", "--json", "--error", "out_of_memory")) == [two]
+    assert listed(workspace.jobs("list", "--json", "--submission", 1)) == [one, two, three]
     chosen = ("--submission", 2, "--error", "bad_image", "--state", "failed")
-    assert listed(desk.jobs("list", "--json", *chosen)) == [other]
+    assert listed(workspace.jobs("list", "--json", *chosen)) == [other]
 
 
-def test_list_is_a_table_with_a_row_per_job(desk: Desk, six: dict[str, int]) -> None:
-    ran = desk.jobs("list")
-    rows = [line.split() for line in ran.out.splitlines() if "/pictures/" in line]
+def test_list_is_a_table_with_a_row_per_job(workspace: Workspace, six: dict[str, int]) -> None:
+    result = workspace.jobs("list")
+    rows = [line.split() for line in result.out.splitlines() if "/pictures/" in line]
     assert [row[0] for row in rows] == [str(job) for job in six.values()]
     assert [row[4] for row in rows] == list(six)
-    assert "bad_image" in ran.out
+    assert "bad_image" in result.out
 
 
-def test_list_says_when_there_is_more(desk: Desk, table: JobTable) -> None:
+def test_list_says_when_there_is_more(workspace: Workspace, table: JobTable) -> None:
     table.add(3)
-    ran = desk.jobs("list", "--limit", 2, "--json")
-    assert len(listed(ran)) == 2
-    ran = desk.jobs("list", "--limit", 2)
-    assert "and more; --limit shows them" in ran.err
-    assert desk.jobs("list", "--limit", 3).err == ""
+    result = workspace.jobs("list", "--limit", 2, "--json")
+    assert len(listed(result)) == 2
+    result = workspace.jobs("list", "--limit", 2)
+    assert "and more; --limit shows them" in result.err
+    assert workspace.jobs("list", "--limit", 3).err == ""
 
 
-def test_show_tells_every_parameter_and_every_attempt(desk: Desk, table: JobTable) -> None:
+def test_show_tells_every_parameter_and_every_attempt(
+    workspace: Workspace, table: JobTable
+) -> None:
     asked = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
     params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **asked)
     job = table.one(params=params, priority=5)
@@ -161,23 +163,23 @@ def test_show_tells_every_parameter_and_every_attempt(desk: Desk, table: JobTabl
         windows=2,
         timings={"fetch": 0.0123, "inpaint": 2.5},
     )
-    ran = desk.jobs("show", job)
-    assert ran.status == 0
+    result = workspace.jobs("show", job)
+    assert result.status == 0
     for name in json.loads(params.to_json()):
-        assert name in ran.out
+        assert name in result.out
     for text in (
         *("a [bold]cup[/bold]", "123456789012", "euler", "sku-2", "/pictures/2.png"),
         *("attempt 1", "retried", "out_of_memory", "the device is full", "attempt 2"),
         *("1" * 64, "2" * 64, "3" * 64, "640", "480", "12.3 ms", "2.50 s", "as above"),
         *("w1", "cpu", "r1", "succeeded"),
     ):
-        assert text in ran.out, text
+        assert text in result.out, text
 
 
-def test_show_as_json_holds_the_same(desk: Desk, table: JobTable) -> None:
+def test_show_as_json_holds_the_same(workspace: Workspace, table: JobTable) -> None:
     job = table.one(params=Params(seed=7))
     table.succeed(job, timings={"fetch": 0.5})
-    found = desk.jobs("show", job, "--json").json
+    found = workspace.jobs("show", job, "--json").json
     assert found["params"]["num_inference_steps"] == 50
     assert (found["seed"], found["state"]) == (7, "succeeded")
     (attempt,) = found["attempts"]
@@ -185,41 +187,45 @@ def test_show_as_json_holds_the_same(desk: Desk, table: JobTable) -> None:
     assert attempt["started_at"].endswith("+00:00")
 
 
-def test_show_tells_what_an_earlier_attempt_ran_with(desk: Desk, table: JobTable) -> None:
+def test_show_tells_what_an_earlier_attempt_ran_with(workspace: Workspace, table: JobTable) -> None:
     job = table.one()
     fail(table, job)
-    assert desk.jobs("retry", job, "--set", "strength=0.61").status == 0
-    found = desk.jobs("show", job, "--json").json
+    assert workspace.jobs("retry", job, "--set", "strength=0.61").status == 0
+    found = workspace.jobs("show", job, "--json").json
     assert found["params"]["strength"] == 0.61
     assert found["attempts"][0]["params"]["strength"] == 0.8
-    assert '"strength":0.8' in desk.jobs("show", job).out
+    assert '"strength":0.8' in workspace.jobs("show", job).out
 
 
 # --- retry and cancel ------------------------------------------------------------------------
 
 
-def test_retry_queues_a_finished_job_again(desk: Desk, table: JobTable, redis_url: str) -> None:
+def test_retry_queues_a_finished_job_again(
+    workspace: Workspace, table: JobTable, redis_url: str
+) -> None:
     job = table.one()
     table.succeed(job)
-    ran = desk.jobs("retry", job)
-    assert (ran.status, ran.out) == (0, "1 job to run again\n")
+    result = workspace.jobs("retry", job)
+    assert (result.status, result.out) == (0, "1 job to run again\n")
     assert table.state(job) == "queued"
     queue = Queue(redis_url)
     assert queue.ready_messages("opencv") == {(job, 1)}
     queue.close()
 
 
-def test_retry_changes_parameters(desk: Desk, table: JobTable) -> None:
+def test_retry_changes_parameters(workspace: Workspace, table: JobTable) -> None:
     job = table.one(params=Params(seed=3))
     fail(table, job)
-    desk.jobs("retry", job, "--set", "strength=0.6", "--set", "seed=4", "--set", "prompt=a cup")
+    workspace.jobs(
+        "retry", job, "--set", "strength=0.6", "--set", "seed=4", "--set", "prompt=a cup"
+    )
     leased = table.acquire(job, seen=1)
     assert leased is not None
     assert leased.params == Params(seed=4, strength=0.6, prompt="a cup")
 
 
 def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
-    desk: Desk, table: JobTable
+    workspace: Workspace, table: JobTable
 ) -> None:
     one, two, done = table.add(3)
     other = table.add(submission=table.submission("other"))[0]
@@ -228,37 +234,43 @@ def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
     for _ in range(5):
         fail(table, two, OutOfMemory("full"))
     fail(table, other)
-    assert desk.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith("1 job ")
+    assert workspace.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith(
+        "1 job "
+    )
     assert table.states() == ["queued", "failed", "succeeded", "failed"]
-    assert desk.jobs("retry", "--error", "bad_image").out.startswith("1 job ")
-    assert desk.jobs("retry", "--submission", 1).out.startswith("1 job ")
+    assert workspace.jobs("retry", "--error", "bad_image").out.startswith("1 job ")
+    assert workspace.jobs("retry", "--submission", 1).out.startswith("1 job ")
     assert table.states() == ["queued", "queued", "succeeded", "queued"]
-    assert desk.jobs("retry", "--submission", 1).out.startswith("0 jobs")
+    assert workspace.jobs("retry", "--submission", 1).out.startswith("0 jobs")
 
 
-def test_retry_of_a_job_that_still_runs_is_refused(desk: Desk, six: dict[str, int]) -> None:
+def test_retry_of_a_job_that_still_runs_is_refused(
+    workspace: Workspace, six: dict[str, int]
+) -> None:
     for state in ("running", "queued", "pending"):
         refused(
-            desk.jobs("retry", six["failed"], six[state]),
+            workspace.jobs("retry", six["failed"], six[state]),
             f"job {six[state]} is {state}; only final jobs run again",
         )
 
 
 def test_retry_when_the_broker_is_down_says_so(
-    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = table.one()
     table.succeed(job)
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://127.0.0.1:1/0")
-    ran = desk.jobs("retry", job)
-    assert (ran.status, ran.out) == (0, "1 job to run again\n")
-    assert "when it is back" in ran.err
+    result = workspace.jobs("retry", job)
+    assert (result.status, result.out) == (0, "1 job to run again\n")
+    assert "when it is back" in result.err
 
 
-def test_cancel_stops_what_waits_and_asks_what_runs(desk: Desk, six: dict[str, int]) -> None:
-    ran = desk.jobs("cancel", "--submission", 1)
-    assert (ran.status, ran.out) == (0, "2 cancelled, 1 running ones asked to stop\n")
-    assert desk.jobs("cancel", six["succeeded"], six["running"]).out.startswith("0 cancelled")
+def test_cancel_stops_what_waits_and_asks_what_runs(
+    workspace: Workspace, six: dict[str, int]
+) -> None:
+    result = workspace.jobs("cancel", "--submission", 1)
+    assert (result.status, result.out) == (0, "2 cancelled, 1 running ones asked to stop\n")
+    assert workspace.jobs("cancel", six["succeeded"], six["running"]).out.startswith("0 cancelled")
 
 
 @pytest.mark.parametrize(
@@ -287,40 +299,44 @@ def test_cancel_stops_what_waits_and_asks_what_runs(desk: Desk, six: dict[str, i
     ],
 )
 def test_what_makes_no_sense_is_one_line_and_changes_nothing(
-    desk: Desk, table: JobTable, command: tuple[object, ...], message: str
+    workspace: Workspace, table: JobTable, command: tuple[object, ...], message: str
 ) -> None:
     job = table.one()
     fail(table, job)
     before = table.job(job)
-    refused(desk.jobs(*command), message)
+    refused(workspace.jobs(*command), message)
     assert table.job(job) == before
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", str(2**63), "9" * 30])
 @pytest.mark.parametrize("command", ["show", "retry", "cancel", "status"])
-def test_a_number_that_no_job_can_have_is_refused(desk: Desk, command: str, number: str) -> None:
-    ran = desk.jobs(command, "--", number)
-    assert ran.status == 2
-    assert f"{number}" in ran.err
+def test_a_number_that_no_job_can_have_is_refused(
+    workspace: Workspace, command: str, number: str
+) -> None:
+    result = workspace.jobs(command, "--", number)
+    assert result.status == 2
+    assert f"{number}" in result.err
 
 
-def test_the_largest_number_is_just_unknown(desk: Desk) -> None:
-    assert "does not exist" in desk.jobs("show", 2**63 - 1).err
+def test_the_largest_number_is_just_unknown(workspace: Workspace) -> None:
+    assert "does not exist" in workspace.jobs("show", 2**63 - 1).err
 
 
 # --- export ----------------------------------------------------------------------------------
 
 
-def test_export_holds_one_record_per_job_in_both_formats(desk: Desk, six: dict[str, int]) -> None:
-    ran = desk.jobs("export", "--format", "jsonl")
-    records = [json.loads(line) for line in ran.out.splitlines()]
+def test_export_holds_one_record_per_job_in_both_formats(
+    workspace: Workspace, six: dict[str, int]
+) -> None:
+    result = workspace.jobs("export", "--format", "jsonl")
+    records = [json.loads(line) for line in result.out.splitlines()]
     assert [record["job"] for record in records] == list(six.values())
     assert [record["state"] for record in records] == list(six)
     assert records[0]["result_sha256"] == "a" * 64
     assert records[1]["error_code"] == "bad_image"
     assert records[0]["params"]["scheduler"] == "ddim"
     assert records[5]["worker"] is None
-    rows = list(csv.DictReader(io.StringIO(desk.jobs("export").out)))
+    rows = list(csv.DictReader(io.StringIO(workspace.jobs("export").out)))
     assert [list(row) for row in rows] == [list(record) for record in records]
     for row, record in zip(rows, records, strict=True):
         for name, value in record.items():
@@ -331,14 +347,14 @@ def test_export_holds_one_record_per_job_in_both_formats(desk: Desk, six: dict[s
                 assert row[name] == str(expected)
 
 
-def test_export_selects_by_submission_and_state(desk: Desk, table: JobTable) -> None:
+def test_export_selects_by_submission_and_state(workspace: Workspace, table: JobTable) -> None:
     one, _ = table.add(2)
     other = table.add(submission=table.submission("other"))[0]
     table.cancel(one, other)
 
     def exported(*options: object) -> list[Any]:
-        ran = desk.jobs("export", "--format", "jsonl", *options)
-        return [json.loads(line)["job"] for line in ran.out.splitlines()]
+        result = workspace.jobs("export", "--format", "jsonl", *options)
+        return [json.loads(line)["job"] for line in result.out.splitlines()]
 
     assert exported("--state", "cancelled") == [one, other]
     assert exported("--submission", 2) == [other]
@@ -347,82 +363,83 @@ def test_export_selects_by_submission_and_state(desk: Desk, table: JobTable) -> 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r="])
 def test_a_spreadsheet_runs_nothing_from_a_csv_export(
-    desk: Desk, table: JobTable, start: str
+    workspace: Workspace, table: JobTable, start: str
 ) -> None:
     key = f"{start}1+1"
     table.one(key=key, image=f"{start}a.png")
-    (row,) = csv.DictReader(io.StringIO(desk.jobs("export").out, newline=""))
+    (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
     assert row["id"] == f"'{key}"
     assert row["image"] == f"'{start}a.png"
-    record = json.loads(desk.jobs("export", "--format", "jsonl").out)
+    record = json.loads(workspace.jobs("export", "--format", "jsonl").out)
     assert record["id"] == key
 
 
-def test_odd_text_survives_an_export(desk: Desk, table: JobTable) -> None:
+def test_odd_text_survives_an_export(workspace: Workspace, table: JobTable) -> None:
     key = 'ä "quoted", two\nlines 画'
     table.one(key=key)
-    (row,) = csv.DictReader(io.StringIO(desk.jobs("export").out, newline=""))
+    (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
     assert row["id"] == key
-    assert json.loads(desk.jobs("export", "--format", "jsonl").out)["id"] == key
+    assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["id"] == key
 
 
-def test_an_export_of_nothing_is_a_header_or_nothing(desk: Desk) -> None:
-    assert desk.jobs("export").out.startswith('"submission","job","line","id","state",')
-    assert desk.jobs("export", "--format", "jsonl").out == ""
+def test_an_export_of_nothing_is_a_header_or_nothing(workspace: Workspace) -> None:
+    assert workspace.jobs("export").out.startswith('"submission","job","line","id","state",')
+    assert workspace.jobs("export", "--format", "jsonl").out == ""
 
 
 # --- presets and upgrade ---------------------------------------------------------------------
 
 
-def test_presets_are_printed_with_their_figures(desk: Desk) -> None:
-    ran = desk.jobs("presets")
-    rows = {line.split()[0]: line.split() for line in ran.out.splitlines() if line.strip()}
+def test_presets_are_printed_with_their_figures(workspace: Workspace) -> None:
+    result = workspace.jobs("presets")
+    rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
     assert set(presets()) <= set(rows)
     assert rows["ecommerce"][1:4] == ["8.5", "70", "0.75"]
     assert rows["film"][1:5] == ["10", "80", "0.9", "1024x576"]
-    found = desk.jobs("presets", "--json").json
+    found = workspace.jobs("presets", "--json").json
     assert list(found) == list(presets())
     assert found["portrait"]["strength"] == 0.55
     assert "{subject}" in found["portrait"]["prompt"]
 
 
-def test_upgrade_says_where_the_tables_are(desk: Desk) -> None:
+def test_upgrade_says_where_the_tables_are(workspace: Workspace) -> None:
     for _ in range(2):
-        ran = desk.jobs("upgrade")
-        assert ran.status == 0
+        result = workspace.jobs("upgrade")
+        assert result.status == 0
         assert (
-            ran.out == f"sqlite:///{desk.folder}/.inpaint/inpaint.db is at revision {schema.HEAD}\n"
+            result.out
+            == f"sqlite:///{workspace.folder}/.inpaint/inpaint.db is at revision {schema.HEAD}\n"
         )
 
 
 def test_upgrade_never_prints_a_password(
-    desk: Desk, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = postgres_url.replace("postgres@", "postgres:hush@")
     monkeypatch.setenv("INPAINT_DATABASE_URL", url)
-    ran = desk.jobs("upgrade")
-    assert ran.status == 0
-    assert "hush" not in ran.out
-    assert f"is at revision {schema.HEAD}" in ran.out
+    result = workspace.jobs("upgrade")
+    assert result.status == 0
+    assert "hush" not in result.out
+    assert f"is at revision {schema.HEAD}" in result.out
 
 
 @pytest.mark.parametrize("command", ["status", "list", "export", "upgrade"])
 def test_a_database_that_cannot_be_opened_is_one_line(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, command: str
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    desk.write("file", "")
+    workspace.write("file", "")
     monkeypatch.setenv("INPAINT_HOME", "file/home")
-    ran = desk.jobs(command)
-    refused(ran, f"database: {desk.folder}/file/home: Not a directory; see INPAINT_HOME")
-    desk.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
+    result = workspace.jobs(command)
+    refused(result, f"database: {workspace.folder}/file/home: Not a directory; see INPAINT_HOME")
+    workspace.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
     monkeypatch.setenv("INPAINT_DATABASE_URL", "sqlite:///inpaint.db")
-    refused(desk.jobs(command), "database: file is not a database")
+    refused(workspace.jobs(command), "database: file is not a database")
 
 
 # --- prune ------------------------------------------------------------------------------------
 
 
-def test_prune_says_what_would_go_asks_and_deletes(desk: Desk, table: JobTable) -> None:
+def test_prune_says_what_would_go_asks_and_deletes(workspace: Workspace, table: JobTable) -> None:
     old = table.one(submission=table.submission("old", manifest="/old.csv"))
     table.succeed(old)
     table.one(submission=table.submission("new"))
@@ -430,25 +447,25 @@ def test_prune_says_what_would_go_asks_and_deletes(desk: Desk, table: JobTable) 
         for statement in ("submissions SET created_at", "jobs SET finished_at"):
             connection.exec_driver_sql(f"UPDATE {statement} = '2020-01-01' WHERE id = 1")
     said = "submission 1: 1 jobs, /old.csv\n"
-    looked = desk.jobs("prune", "--older-than", "90d", "--dry-run")
+    looked = workspace.jobs("prune", "--older-than", "90d", "--dry-run")
     assert (looked.status, looked.out) == (0, said)
-    refused = desk.jobs("prune", "--older-than", "90d")
+    refused = workspace.jobs("prune", "--older-than", "90d")
     assert (refused.status, table.state(old)) == (2, "succeeded")
     assert "prune asks before it deletes; give --yes, or --dry-run to look" in refused.err
-    pruned = desk.jobs("prune", "--older-than", "12h", "--yes")
+    pruned = workspace.jobs("prune", "--older-than", "12h", "--yes")
     assert (pruned.status, pruned.out) == (0, f"{said}1 jobs pruned\n")
     assert [row.digest for row in table.submissions()] == ["new"]
-    again = desk.jobs("prune", "--older-than", "90d", "--yes")
+    again = workspace.jobs("prune", "--older-than", "90d", "--yes")
     assert again.out == "no submission was finished longer ago than 90d\n"
 
 
 @pytest.mark.parametrize("age", ["90", "0d", "-1d", "1w", "", "1.5d"])
-def test_an_age_that_is_none_is_refused(desk: Desk, age: str) -> None:
-    ran = desk.jobs("prune", f"--older-than={age}", "--yes")
-    assert ran.status == 2
-    assert "is not an age; write 90d or 12h" in ran.err
+def test_an_age_that_is_none_is_refused(workspace: Workspace, age: str) -> None:
+    result = workspace.jobs("prune", f"--older-than={age}", "--yes")
+    assert result.status == 2
+    assert "is not an age; write 90d or 12h" in result.err
 
 
-def test_pruning_a_submission_that_is_not_there_is_one_line(desk: Desk) -> None:
-    ran = desk.jobs("prune", "--older-than", "1d", "--submission", 7, "--yes")
-    assert ran.err == "inpaint-jobs: submission 7 does not exist; see inpaint-jobs status\n"
+def test_pruning_a_submission_that_is_not_there_is_one_line(workspace: Workspace) -> None:
+    result = workspace.jobs("prune", "--older-than", "1d", "--submission", 7, "--yes")
+    assert result.err == "inpaint-jobs: submission 7 does not exist; see inpaint-jobs status\n"

@@ -12,7 +12,7 @@ from threading import Thread
 import click
 import pytest
 
-from producer.cli.command import friendly, parse_sets
+from producer.cli.command import parse_sets, reporting_errors
 from producer.cli.jobs import jobs_command
 from producer.cli.submit import INTERRUPTED, submit
 from shared import jobs
@@ -20,7 +20,7 @@ from shared.errors import ImageError, ParameterError
 from shared.jobs import AttemptRecord
 from shared.params import PARAMETERS
 from tests.job_table import AT_ONCE, JobTable
-from tests.producer.desk import Desk, _run
+from tests.producer.workspace import Workspace, _run
 
 COMMANDS: dict[str, tuple[click.Command, tuple[str, ...]]] = {
     "inpaint-submit": (submit, ()),
@@ -56,12 +56,12 @@ def test_there_are_these_commands() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_option_of_a_command(name: str, flag: str) -> None:
     entry, path = COMMANDS[name]
-    ran = _run(entry, (*path, flag))
-    assert ran.status == 0
+    result = _run(entry, (*path, flag))
+    assert result.status == 0
     for parameter in command_of(name).params:
         if isinstance(parameter, click.Option):
-            assert parameter.opts[0] in ran.out
-    assert len(ran.out.split("\n\n")) >= 3, "a usage, a sentence, the options"
+            assert parameter.opts[0] in result.out
+    assert len(result.out.split("\n\n")) >= 3, "a usage, a sentence, the options"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -73,9 +73,9 @@ def test_every_option_that_does_not_speak_for_itself_is_explained(name: str) -> 
 
 
 def test_the_groups_help_names_every_command() -> None:
-    ran = _run(jobs_command, ("--help",))
+    result = _run(jobs_command, ("--help",))
     for name in jobs_command.list_commands(click.Context(jobs_command)):
-        assert f"  {name} " in ran.out
+        assert f"  {name} " in result.out
 
 
 def test_submit_has_every_promised_option() -> None:
@@ -90,9 +90,9 @@ def test_submit_has_every_promised_option() -> None:
 
 @pytest.mark.parametrize("args", [(), ("--no-such",), ("m.csv", "n.csv")])
 def test_a_wrong_call_exits_2_with_the_usage(args: tuple[str, ...]) -> None:
-    ran = _run(submit, args)
-    assert ran.status == 2
-    assert ran.err.startswith("Usage: ")
+    result = _run(submit, args)
+    assert result.status == 2
+    assert result.err.startswith("Usage: ")
 
 
 def test_sets_are_read_and_checked() -> None:
@@ -105,7 +105,7 @@ def test_sets_are_read_and_checked() -> None:
         parse_sets(("strength",))
 
 
-def test_every_parameter_can_be_set(desk: Desk) -> None:
+def test_every_parameter_can_be_set(workspace: Workspace) -> None:
     good = {
         **{"mode": "tile", "scheduler": "ddim", "opencv_method": "telea", "prompt": "x"},
         **{"negative_prompt": "y", "width": "512", "height": "512", "eta": "0.5"},
@@ -113,11 +113,14 @@ def test_every_parameter_can_be_set(desk: Desk) -> None:
         **{"text_align": "left", "gate": "review", "format": "png"},
     }
     sets = [f"--set={name}={good.get(name, '1')}" for name in PARAMETERS]
-    assert desk.submit(desk.catalog(1), *sets).status == 0
+    assert workspace.submit(workspace.catalog(1), *sets).status == 0
 
 
 def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+    with (
+        pytest.raises(SystemExit) as caught,
+        reporting_errors("inpaint-submit", interrupted=INTERRUPTED),
+    ):
         raise KeyboardInterrupt
     assert caught.value.code == 130
     assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
@@ -136,7 +139,10 @@ def test_sigterm_stops_in_order_and_a_second_one_does_not_stop_that(
             signal.raise_signal(signal.SIGTERM)
             stopped.append("workers")
 
-    with pytest.raises(SystemExit) as caught, friendly("inpaint-submit", interrupted=INTERRUPTED):
+    with (
+        pytest.raises(SystemExit) as caught,
+        reporting_errors("inpaint-submit", interrupted=INTERRUPTED),
+    ):
         run()
     assert caught.value.code == 143
     assert stopped == ["workers"]
@@ -181,39 +187,43 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_ends_with_the_jobs_and_says_how_they_ended(desk: Desk, table: JobTable) -> None:
+def test_wait_ends_with_the_jobs_and_says_how_they_ended(
+    workspace: Workspace, table: JobTable
+) -> None:
     worker = Worker(table, count=3)
     worker.start()
-    ran = desk.submit(desk.catalog(3), "--wait")
+    result = workspace.submit(workspace.catalog(3), "--wait")
     worker.join()
-    assert ran.status == 0
-    first, second, third = ran.out.splitlines()
+    assert result.status == 0
+    first, second, third = result.out.splitlines()
     assert first == "submission 1: 3 rows, 3 accepted"
     assert second.startswith("3 succeeded, 0 failed in ")
-    assert third == f"results: {desk.folder}/m-out"
+    assert third == f"results: {workspace.folder}/m-out"
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_exits_1_when_a_job_failed_and_names_the_errors(desk: Desk, table: JobTable) -> None:
+def test_wait_exits_1_when_a_job_failed_and_names_the_errors(
+    workspace: Workspace, table: JobTable
+) -> None:
     worker = Worker(table, count=3, bad=(3,))
     worker.start()
-    ran = desk.submit(desk.catalog(3), "--wait")
+    result = workspace.submit(workspace.catalog(3), "--wait")
     worker.join()
-    assert ran.status == 1
-    assert "2 succeeded, 1 failed in " in ran.out
-    assert "  bad_image 1: not [a] picture" in ran.out
-    assert "again: inpaint-jobs retry --submission 1" in ran.out
+    assert result.status == 1
+    assert "2 succeeded, 1 failed in " in result.out
+    assert "  bad_image 1: not [a] picture" in result.out
+    assert "again: inpaint-jobs retry --submission 1" in result.out
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_with_json_is_one_object_with_the_ends(desk: Desk, table: JobTable) -> None:
+def test_wait_with_json_is_one_object_with_the_ends(workspace: Workspace, table: JobTable) -> None:
     worker = Worker(table, count=2)
     worker.start()
-    ran = desk.submit(desk.catalog(2), "--wait", "--json")
+    result = workspace.submit(workspace.catalog(2), "--wait", "--json")
     worker.join()
-    assert ran.status == 0
-    assert len(ran.out.splitlines()) == 1
-    found = ran.json
+    assert result.status == 0
+    assert len(result.out.splitlines()) == 1
+    found = result.json
     assert found.pop("seconds") > 0
     assert found == {
         "submission": 1,
@@ -229,7 +239,7 @@ def test_wait_with_json_is_one_object_with_the_ends(desk: Desk, table: JobTable)
 
 @pytest.mark.usefixtures("quick")
 def test_wait_says_once_that_no_worker_is_there(
-    desk: Desk, table: JobTable, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.1)
 
@@ -239,22 +249,25 @@ def test_wait_says_once_that_no_worker_is_there(
 
     impatient = Thread(target=give_up)
     impatient.start()
-    ran = desk.submit(desk.catalog(2), "--wait")
+    result = workspace.submit(workspace.catalog(2), "--wait")
     impatient.join()
-    assert ran.status == 0
+    assert result.status == 0
     assert (
-        ran.err.count("no worker has taken a job yet; start: inpaint-worker --engine opencv") == 1
+        result.err.count("no worker has taken a job yet; start: inpaint-worker --engine opencv")
+        == 1
     )
-    assert "2 cancelled" in ran.out
+    assert "2 cancelled" in result.out
 
 
 @pytest.mark.usefixtures("quick")
 def test_local_says_once_that_its_worker_is_getting_ready(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.0)
-    ran = desk.submit(desk.catalog(1), "--local", "--engine", "opencv", "--devices", "cpu")
-    assert ran.err.count("the worker is getting ready; a model takes a while to load: see ") == 1
+    result = workspace.submit(
+        workspace.catalog(1), "--local", "--engine", "opencv", "--devices", "cpu"
+    )
+    assert result.err.count("the worker is getting ready; a model takes a while to load: see ") == 1
 
 
 # --- the real commands -----------------------------------------------------------------------
@@ -275,7 +288,7 @@ def test_an_installed_command_starts(command: str) -> None:
     ("engine", "library", "extra"), [("sd2", "torch", "worker"), ("opencv", "cv2", "opencv")]
 )
 def test_an_engine_that_cannot_run_here_is_named_before_anything_is_recorded(
-    desk: Desk,
+    workspace: Workspace,
     table: JobTable,
     monkeypatch: pytest.MonkeyPatch,
     engine: str,
@@ -283,9 +296,9 @@ def test_an_engine_that_cannot_run_here_is_named_before_anything_is_recorded(
     extra: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
-    ran = desk.submit(desk.catalog(1), "--local", "--engine", engine)
-    assert ran.status == 2
-    assert ran.err == (
+    result = workspace.submit(workspace.catalog(1), "--local", "--engine", engine)
+    assert result.status == 2
+    assert result.err == (
         f"inpaint-submit: {engine} cannot run here: {library} is not installed; pip install "
         f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere\n"
     )

@@ -1,4 +1,4 @@
-"""A user's desk: pictures, masks and manifests in a folder, and the commands to run there."""
+"""A user's working folder: images, masks, manifests, and the commands to run there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = (64, 48)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class CommandResult:
     """What a command printed, and its exit status."""
 
     status: int
@@ -35,7 +35,7 @@ class Ran:
         return json.loads(self.out)
 
 
-class Desk:
+class Workspace:
     """``folder`` is the current folder, and where relative names lie."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Desk:
         path.write_bytes(data.encode() if isinstance(data, str) else data)
         return path
 
-    def picture(self, name: str, *, size: tuple[int, int] = SIZE, colour: int = 90) -> Path:
+    def image(self, name: str, *, size: tuple[int, int] = SIZE, colour: int = 90) -> Path:
         return self.write(name, png(Image.new("RGB", size, (colour, 120, 150))))
 
     def mask(
@@ -76,7 +76,7 @@ class Desk:
     def catalog(self, count: int = 3, *, name: str = "m.csv") -> Path:
         """A manifest of that many rows, whose pictures and masks exist."""
         for n in range(1, count + 1):
-            self.picture(f"in/{n}.png", colour=n)
+            self.image(f"in/{n}.png", colour=n)
             self.mask(f"masks/{n}.png", (10, 10, 20, 20))
         return self.manifest(
             [(f"in/{n}.png", f"masks/{n}.png") for n in range(1, count + 1)], name=name
@@ -84,10 +84,10 @@ class Desk:
 
     # --- commands ---
 
-    def submit(self, *args: object) -> Ran:
+    def submit(self, *args: object) -> CommandResult:
         return _run(submit, args)
 
-    def jobs(self, *args: object) -> Ran:
+    def jobs(self, *args: object) -> CommandResult:
         return _run(jobs_command, args)
 
     def table(self) -> JobTable:
@@ -97,11 +97,11 @@ class Desk:
         return JobTable(db)
 
 
-def _run(command: click.Command, args: Sequence[object]) -> Ran:
+def _run(command: click.Command, args: Sequence[object]) -> CommandResult:
     result = CliRunner().invoke(command, [str(arg) for arg in args])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"a traceback for {args}") from result.exception
-    return Ran(status=result.exit_code, out=result.stdout, err=result.stderr)
+    return CommandResult(status=result.exit_code, out=result.stdout, err=result.stderr)
 
 
 def png(image: Image.Image) -> bytes:
