@@ -4,10 +4,10 @@ from shared.images.decoding import decode, probe
 from shared.images.encoding import check, encode
 from shared.images.image import (
     Array,
-    Coding,
     DecodedImage,
     Metadata,
     Pixels,
+    SourceEncoding,
     as_rgb,
     format_of,
     from_rgb,
@@ -17,7 +17,7 @@ from shared.images.image import (
 
 __all__ = [
     "Array",
-    "Coding",
+    "SourceEncoding",
     "Metadata",
     "DecodedImage",
     "Pixels",

@@ -43,6 +43,6 @@ def _with_alpha(image: Image.Image, metadata: Metadata) -> bytes:
     start = 14 + _V4_BYTES
     file = struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start)
     size = struct.pack("<IiiHH", _V4_BYTES, image.width, image.height, 1, 32)
-    coding = struct.pack("<IIiiII", _BITFIELDS, len(pixels), across, down, 0, 0)
+    encoding = struct.pack("<IIiiII", _BITFIELDS, len(pixels), across, down, 0, 0)
     colours = struct.pack("<4I4s48x", *_MASKS, b"BGRs")
-    return file + size + coding + colours + pixels
+    return file + size + encoding + colours + pixels

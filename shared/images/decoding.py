@@ -25,7 +25,14 @@ from shared.errors import ImageError, ObjectTooLarge
 from shared.images import jpeg_splice, palette, png_format, tiff_format, tiff_ifd
 from shared.images.containers import read_header
 from shared.images.header import DAMAGE, Header, one_line, truncated
-from shared.images.image import MODE_NAMES, Array, Coding, DecodedImage, Metadata, turned
+from shared.images.image import (
+    MODE_DESCRIPTIONS,
+    Array,
+    DecodedImage,
+    Metadata,
+    SourceEncoding,
+    apply_orientation,
+)
 from shared.images.palette import Colours, Indices
 
 _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -56,23 +63,25 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     """
     header = read_header(data)
     _check(header, max_pixels)
-    coding = Coding(lossless=header.lossless, progressive=header.progressive, key=header.key)
+    encoding = SourceEncoding(
+        lossless=header.lossless, progressive=header.progressive, key=header.key
+    )
     if header.deep:
         pixels, mode = _deep(header)
     else:
         opened = _load(header)
-        coding = _coding(header, opened, coding)
+        encoding = _coding(header, opened, encoding)
         image, mode = _resolved(opened)
         pixels = _array(image)
     if header.key:
         pixels, mode = png_format.keyed(pixels, mode, header.key)
-    pixels = turned(pixels, header.orientation)
+    pixels = apply_orientation(pixels, header.orientation)
     pixels.flags.writeable = False
     return DecodedImage(
         pixels=pixels,
         mode=mode,
         format=header.format,
-        coding=coding,
+        encoding=encoding,
         metadata=_metadata(header),
         source=data,
     )
@@ -82,7 +91,7 @@ def decode_indexed(data: bytes) -> tuple[Indices, Colours]:
     """The indices and the palette of a file that ``decode`` has read as indexed, upright."""
     header = read_header(data)
     image = _load(header)
-    return turned(np.asarray(image), header.orientation), palette.colours_of(image)
+    return apply_orientation(np.asarray(image), header.orientation), palette.colours_of(image)
 
 
 def _check(header: Header, max_pixels: int) -> None:
@@ -148,7 +157,7 @@ def _resolved(image: Image.Image) -> tuple[Image.Image, str]:
     mode = "I;16" if image.mode == "I;16B" else image.mode
     if mode == "P":
         mode = "RGBA" if "transparency" in image.info else "RGB"
-    if mode not in MODE_NAMES:
+    if mode not in MODE_DESCRIPTIONS:
         raise ImageError(
             f"pixels of kind {image.mode!r} cannot be repainted without loss; "
             "convert to 8-bit RGB, grey or CMYK"
@@ -166,34 +175,36 @@ def _array(image: Image.Image) -> Array:
     return pixels.astype(np.uint16) if pixels.dtype.itemsize == 2 else pixels
 
 
-def _coding(header: Header, image: Image.Image, coding: Coding) -> Coding:
+def _coding(header: Header, image: Image.Image, encoding: SourceEncoding) -> SourceEncoding:
     if not isinstance(image, JpegImagePlugin.JpegImageFile) or image.layers > 3:
-        return replace(coding, indexed=image.mode == "P")
+        return replace(encoding, indexed=image.mode == "P")
     return replace(
-        coding,
+        encoding,
         rgb_jpeg=image.layers == 3 and image.info.get("adobe_transform") == 0,
-        quantisation=_tables(image, turned=header.orientation >= 5),
-        subsampling=_subsampling(image, turned=header.orientation >= 5),
+        quantisation=_tables(image, swap_axes=header.orientation >= 5),
+        subsampling=_subsampling(image, swap_axes=header.orientation >= 5),
     )
 
 
-def _tables(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> tuple[tuple[int, ...], ...]:
+def _tables(
+    image: JpegImagePlugin.JpegImageFile, *, swap_axes: bool
+) -> tuple[tuple[int, ...], ...]:
     """One table a component, the last one standing for the rest, as Pillow writes them."""
     numbers = [component[3] for component in image.layer[: image.layers]]
     while len(numbers) > 1 and numbers[-1] == numbers[-2]:
         del numbers[-1]
     tables = [np.array(image.quantization[number]).reshape(8, 8) for number in numbers]
-    return tuple(tuple((table.T if turned else table).ravel().tolist()) for table in tables)
+    return tuple(tuple((table.T if swap_axes else table).ravel().tolist()) for table in tables)
 
 
-def _subsampling(image: JpegImagePlugin.JpegImageFile, *, turned: bool) -> int:
+def _subsampling(image: JpegImagePlugin.JpegImageFile, *, swap_axes: bool) -> int:
     """0 (4:4:4), 1 (4:2:2) or 2 (4:2:0); full resolution for what Pillow cannot write."""
     if image.layers != 3:
         return -1
     (_, across, down, _), *chroma = image.layer
     if any(other[1:3] != (1, 1) for other in chroma):
         return 0
-    return {(2, 1): 1, (2, 2): 2}.get((down, across) if turned else (across, down), 0)
+    return {(2, 1): 1, (2, 2): 2}.get((down, across) if swap_axes else (across, down), 0)
 
 
 def _metadata(header: Header) -> Metadata:

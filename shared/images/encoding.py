@@ -22,7 +22,14 @@ from shared.images import (
 from shared.images.containers import read_header
 from shared.images.decoding import decode, decode_indexed
 from shared.images.header import DAMAGE, FORMATS, one_line
-from shared.images.image import MODE_NAMES, Array, DecodedImage, Metadata, pillow_image, turned
+from shared.images.image import (
+    MODE_DESCRIPTIONS,
+    Array,
+    DecodedImage,
+    Metadata,
+    apply_orientation,
+    pillow_image,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +74,7 @@ def encode(
             return _spliced(picture, metadata)
         except jpeg_splice.CannotSplice as error:
             log.warning("a JPEG is encoded as a whole and changes a little everywhere: %s", error)
-    if as_it_was and picture.coding.indexed:
+    if as_it_was and picture.encoding.indexed:
         indexed = _indexed(picture, metadata)
         if indexed is not None:
             return indexed
@@ -94,13 +101,13 @@ def _spliced(picture: DecodedImage, metadata: Metadata) -> bytes:
         segments = jpeg_format.with_orientation(segments, header.orientation)
     spliced = jpeg_splice.splice(
         picture.source,
-        turned(picture.pixels, back),
-        turned(touched, back),
+        apply_orientation(picture.pixels, back),
+        apply_orientation(touched, back),
         metadata=b"".join(segments),
     )
     result = decode(spliced.data, max_pixels=touched.size)
     differs = result.pixels != picture.pixels
-    outside = ~turned(spliced.reach, header.orientation)
+    outside = ~apply_orientation(spliced.reach, header.orientation)
     wrong = np.count_nonzero((differs if differs.ndim == 2 else differs.any(axis=-1)) & outside)
     if wrong or result.mode != picture.mode:
         raise FidelityError(f"{wrong} pixels outside the mask would have changed; report this")
@@ -164,7 +171,7 @@ def _fitted(picture: DecodedImage, name: str) -> tuple[Array, str]:
     if mode not in _MODES[name]:
         able = [one for one in FORMATS if picture.mode in _MODES[one]]
         raise ImageError(
-            f"{name} cannot hold {MODE_NAMES[picture.mode]}; write {' or '.join(able)}"
+            f"{name} cannot hold {MODE_DESCRIPTIONS[picture.mode]}; write {' or '.join(able)}"
         )
     return pixels, mode
 

@@ -15,7 +15,7 @@ from shared.images import cmyk
 Array = NDArray[Any]  # uint8, uint16 or bool, as Picture.pixels says
 Pixels = NDArray[np.uint8]
 
-MODE_NAMES = {
+MODE_DESCRIPTIONS = {
     "1": "black and white",
     "L": "grey",
     "LA": "grey with transparency",
@@ -27,7 +27,7 @@ MODE_NAMES = {
     "RGB;16": "16-bit colour",
     "RGBA;16": "16-bit colour with transparency",
 }
-DEEP = {1: "I;16", 2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}  # by channels
+DEEP_MODES = {1: "I;16", 2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}  # by channels
 _SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
     **dict.fromkeys((".tif", ".tiff"), "TIFF"),
@@ -36,7 +36,7 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coding:
+class SourceEncoding:
     """How the source stored its pixels, so that the result can be stored alike.
 
     quantisation: JPEG tables, each 64 steps row by row. subsampling: Pillow's number, 0 is
@@ -83,7 +83,7 @@ class DecodedImage:
     pixels: Array
     mode: str
     format: str
-    coding: Coding = field(default_factory=Coding)
+    encoding: SourceEncoding = field(default_factory=SourceEncoding)
     metadata: Metadata = field(default_factory=Metadata)
     touched: NDArray[np.bool_] | None = None
     source: bytes = field(default=b"", repr=False)
@@ -161,7 +161,7 @@ def format_of(location: str) -> str | None:
     return _SUFFIXES.get(PurePosixPath(location).suffix.lower())
 
 
-def turned(pixels: Array, orientation: int) -> Array:
+def apply_orientation(pixels: Array, orientation: int) -> Array:
     """The pixels as EXIF orientation 1 to 8 says they are to be shown."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)

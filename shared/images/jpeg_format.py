@@ -52,8 +52,8 @@ def read(data: bytes) -> Header:
         dpi=found.dpi,
         bare=b"".join([data[:2], *found.needed, data[place:]]),
         segments=tuple(found.kept),
-        exif=tiff_ifd.upright(found.exif),
-        xmp=xmp.from_jpeg_bodies(found.packets),
+        exif=tiff_ifd.reset_orientation(found.exif),
+        xmp=xmp.read_jpeg_bodies(found.packets),
         icc=b"".join(found.profile[key] for key in sorted(found.profile)),
     )
 
@@ -78,7 +78,7 @@ class _Found:
             self.needed.append(segment)
         if marker == _APP1 and body.startswith(_EXIF):
             self.exif = self.exif or body[len(_EXIF) :]
-            segment = jpeg_segment(_APP1, _EXIF + tiff_ifd.upright(body[len(_EXIF) :]))
+            segment = make_segment(_APP1, _EXIF + tiff_ifd.reset_orientation(body[len(_EXIF) :]))
         elif marker == _APP1 and xmp.is_jpeg_body(body):
             self.packets.append(body)
         elif marker == _APP2 and body.startswith(_ICC):
@@ -87,7 +87,7 @@ class _Found:
             self.dpi = _dpi(body)
         elif marker == _APP13 and body.startswith(_PHOTOSHOP):
             resources = without_thumbnail(body[len(_PHOTOSHOP) :])
-            segment = jpeg_segment(_APP13, _PHOTOSHOP + resources)
+            segment = make_segment(_APP13, _PHOTOSHOP + resources)
         if _is_kept(marker, body):
             self.kept.append(segment)
 
@@ -150,7 +150,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
-def jpeg_segment(marker: int, body: bytes) -> bytes:
+def make_segment(marker: int, body: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
 
 
@@ -160,14 +160,14 @@ def with_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
     place = 0
     while place < len(others) and (others[place][1] == _APP0 or others[place][4:10] == _EXIF):
         place += 1
-    packets = [jpeg_segment(_APP1, body) for body in xmp.jpeg_bodies(packet)]
+    packets = [make_segment(_APP1, body) for body in xmp.make_jpeg_bodies(packet)]
     return (*others[:place], *packets, *others[place:])
 
 
 def with_orientation(segments: Sequence[bytes], orientation: int) -> tuple[bytes, ...]:
     """The segments with that orientation, 1 to 8, in the EXIF block that names one."""
     return tuple(
-        jpeg_segment(_APP1, _EXIF + tiff_ifd.oriented(one[10:], orientation))
+        make_segment(_APP1, _EXIF + tiff_ifd.set_orientation(one[10:], orientation))
         if one[1] == _APP1 and one[4:10] == _EXIF
         else one
         for one in segments
@@ -176,14 +176,14 @@ def with_orientation(segments: Sequence[bytes], orientation: int) -> tuple[bytes
 
 def write(image: Image.Image, picture: DecodedImage, quality: int | None) -> bytes:
     """Every block encoded anew; without a quality, with the source's tables if it was a JPEG."""
-    coding, metadata, same = picture.coding, picture.metadata, picture.format == "JPEG"
-    options: dict[str, Any] = {"quality": quality or QUALITY, "progressive": coding.progressive}
+    encoding, metadata, same = picture.encoding, picture.metadata, picture.format == "JPEG"
+    options: dict[str, Any] = {"quality": quality or QUALITY, "progressive": encoding.progressive}
     if metadata.dpi:
         options["dpi"] = metadata.dpi
-    if same and coding.quantisation:
-        options |= {"subsampling": coding.subsampling, "keep_rgb": coding.rgb_jpeg}
-    if same and coding.quantisation and quality is None:
-        options |= {"quality": -1, "qtables": [list(table) for table in coding.quantisation]}
+    if same and encoding.quantisation:
+        options |= {"subsampling": encoding.subsampling, "keep_rgb": encoding.rgb_jpeg}
+    if same and encoding.quantisation and quality is None:
+        options |= {"quality": -1, "qtables": [list(table) for table in encoding.quantisation]}
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", **options)
     written = buffer.getvalue()
@@ -202,11 +202,11 @@ def _framed(metadata: Metadata) -> list[bytes]:
             f"JPEG holds at most 64 kB of EXIF, not {len(metadata.exif)} bytes; "
             "write PNG, WebP or TIFF"
         )
-    segments = [jpeg_segment(_APP1, _EXIF + metadata.exif)] if metadata.exif else []
+    segments = [make_segment(_APP1, _EXIF + metadata.exif)] if metadata.exif else []
     if metadata.xmp:
-        segments += [jpeg_segment(_APP1, body) for body in xmp.jpeg_bodies(metadata.xmp)]
+        segments += [make_segment(_APP1, body) for body in xmp.make_jpeg_bodies(metadata.xmp)]
     starts = range(0, len(metadata.icc), _PROFILE_PIECE_BYTES)
     for number, start in enumerate(starts, 1):
         piece = metadata.icc[start : start + _PROFILE_PIECE_BYTES]
-        segments.append(jpeg_segment(_APP2, _ICC + bytes([number, len(starts)]) + piece))
+        segments.append(make_segment(_APP2, _ICC + bytes([number, len(starts)]) + piece))
     return segments

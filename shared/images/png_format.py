@@ -15,7 +15,7 @@ from shared.errors import ImageError
 from shared.images import tiff_ifd as tags
 from shared.images import xmp as packets
 from shared.images.header import Header
-from shared.images.image import DEEP, Array, DecodedImage, Metadata, pillow_image
+from shared.images.image import DEEP_MODES, Array, DecodedImage, Metadata, pillow_image
 from shared.images.optional_libraries import imagecodecs
 
 LEVEL = 4
@@ -42,11 +42,11 @@ def read(data: bytes) -> Header:
             if name != b"tRNS" or colour == _PALETTE:
                 bare.append(data[start:end])
         elif name == b"eXIf":
-            segments.append(png_chunk(name, tags.upright(body)))
+            segments.append(png_chunk(name, tags.reset_orientation(body)))
         elif name in _KEPT or name[3:4].islower():
             segments.append(data[start:end])
         if name == b"iTXt" and body.startswith(packets.PNG_KEYWORD):
-            packet = packet or packets.from_png_text(body)
+            packet = packet or packets.read_png_text(body)
     exif = bodies.get(b"eXIf", b"")
     frames = int.from_bytes(bodies.get(b"acTL", b"")[:4])
     return Header(
@@ -59,7 +59,7 @@ def read(data: bytes) -> Header:
         dpi=_dpi(bodies.get(b"pHYs", b"")),
         bare=b"".join(bare),
         segments=tuple(segments),
-        exif=tags.upright(exif),
+        exif=tags.reset_orientation(exif),
         icc=_profile(bodies.get(b"iCCP", b"")),
         xmp=packet,
     )
@@ -94,7 +94,7 @@ def _dpi(body: bytes) -> tuple[float, float] | None:
 
 
 def _profile(body: bytes) -> bytes:
-    return packets.inflated(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
+    return packets.inflate(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
@@ -106,7 +106,7 @@ def decode_deep(header: Header) -> tuple[Array, str]:
     pixels = np.asarray(imagecodecs().png_decode(header.bare))
     if pixels.dtype != np.uint16 or pixels.shape[1::-1] != header.size:
         raise ValueError("it contradicts itself")
-    return pixels, DEEP[pixels.shape[2] if pixels.ndim == 3 else 1]
+    return pixels, DEEP_MODES[pixels.shape[2] if pixels.ndim == 3 else 1]
 
 
 def keyed(pixels: Array, mode: str, key: tuple[int, ...]) -> tuple[Array, str]:
@@ -138,7 +138,7 @@ def without_alpha(pixels: Array, mode: str, key: tuple[int, ...]) -> tuple[Array
 
 def write(pixels: Array, mode: str, picture: DecodedImage) -> bytes:
     """The source's transparent colour is kept, if it had one and it still says everything."""
-    same, key = picture.format == "PNG", picture.coding.key
+    same, key = picture.format == "PNG", picture.encoding.key
     segments = list(picture.metadata.segments) if same else _framed(picture.metadata)
     plain = without_alpha(pixels, mode, key) if same and key and picture.has_alpha else None
     if plain is not None:
@@ -167,7 +167,7 @@ def with_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
     """The chunks with that packet instead of any they hold."""
     keyword = b"iTXt" + packets.PNG_KEYWORD
     others = (one for one in segments if one[4 : 4 + len(keyword)] != keyword)
-    return (*others, png_chunk(b"iTXt", packets.png_text(packet)))
+    return (*others, png_chunk(b"iTXt", packets.make_png_text(packet)))
 
 
 def _framed(metadata: Metadata) -> list[bytes]:
@@ -180,5 +180,5 @@ def _framed(metadata: Metadata) -> list[bytes]:
     if metadata.exif:
         chunks.append(png_chunk(b"eXIf", metadata.exif))
     if metadata.xmp:
-        chunks.append(png_chunk(b"iTXt", packets.png_text(metadata.xmp)))
+        chunks.append(png_chunk(b"iTXt", packets.make_png_text(metadata.xmp)))
     return chunks

@@ -58,7 +58,7 @@ class Provenance:
     trained: bool
 
 
-def mark(xmp: bytes, note: Provenance) -> bytes:
+def add_provenance(xmp: bytes, note: Provenance) -> bytes:
     """The source's XMP packet, which may be empty, with the note in it: a whole packet, UTF-8.
 
     Everything else in it stays. An earlier note is replaced; ``xmp:CreatorTool`` is only set

@@ -13,7 +13,7 @@ from PIL import Image
 
 from shared.images import tiff_ifd as tags
 from shared.images.header import Header, truncated
-from shared.images.image import DEEP, Array, DecodedImage, pillow_image
+from shared.images.image import DEEP_MODES, Array, DecodedImage, pillow_image
 from shared.images.optional_libraries import tifffile
 from shared.images.photoshop import without_thumbnail
 from shared.images.tiff_ifd import Directory
@@ -190,7 +190,7 @@ def decode_deep(header: Header) -> tuple[Array, str]:
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if kind == _WHITE_IS_ZERO:
         pixels = np.iinfo(pixels.dtype).max - pixels
-    mode = "CMYK" if kind == _INKS else DEEP[channels]
+    mode = "CMYK" if kind == _INKS else DEEP_MODES[channels]
     native = pixels.dtype.newbyteorder("=")
     if native.itemsize == 1:
         mode = "L" if channels == 1 else mode.partition(";")[0]
@@ -232,7 +232,7 @@ def write(pixels: Array, mode: str, picture: DecodedImage) -> bytes:
         written = _by_tifffile(pixels, mode, compression, predicted=predicted)
     else:
         written = _by_pillow(pillow_image(pixels, mode), compression, predicted=predicted)
-    return _tagged(tags.with_values(written, values), picture)
+    return _tagged(tags.set_values(written, values), picture)
 
 
 def _for_mode(compression: int, mode: str) -> int:
@@ -308,7 +308,7 @@ def _tagged(written: bytes, picture: DecodedImage) -> bytes:
     if picture.format == "TIFF" and picture.source:
         added |= _resources(picture.source)
         dropped = {_EXTRA} - tags.read_directory(picture.source).entries.keys()
-        return tags.with_tags(
+        return tags.copy_tags(
             written, picture.source, but=_CHANGED, added=added, dropped=frozenset(dropped)
         )
     if metadata.icc:
@@ -316,7 +316,7 @@ def _tagged(written: bytes, picture: DecodedImage) -> bytes:
     if metadata.dpi:
         across, down = (struct.pack("<II", round(dots * 100), 100) for dots in metadata.dpi)
         added |= {282: (5, across), 283: (5, down), 296: (3, struct.pack("<H", 2))}
-    return tags.with_tags(written, metadata.exif or tags.EMPTY, but=_CHANGED, added=added)
+    return tags.copy_tags(written, metadata.exif or tags.EMPTY, but=_CHANGED, added=added)
 
 
 def _resources(source: bytes) -> dict[int, tuple[int, bytes]]:

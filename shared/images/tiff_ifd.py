@@ -64,7 +64,7 @@ class Directory:
     big: bool
     entries: Mapping[int, Entry]
     next: int
-    next_place: int
+    next_pointer: int
 
     def integers(self, data: bytes | bytearray, tag: int) -> tuple[int, ...]:
         """The tag's whole numbers; () where it is absent or of another type."""
@@ -109,7 +109,7 @@ def _read(
             entries[tag] = Entry(tag=tag, type=kind, count=values, place=value, length=length)
     end = first + count * width
     following = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, end)[0]
-    return Directory(order=order, big=big, entries=entries, next=following, next_place=end)
+    return Directory(order=order, big=big, entries=entries, next=following, next_pointer=end)
 
 
 def orientation(exif: bytes) -> int:
@@ -122,12 +122,12 @@ def orientation(exif: bytes) -> int:
     return value if value in range(1, 9) else 1
 
 
-def upright(exif: bytes) -> bytes:
+def reset_orientation(exif: bytes) -> bytes:
     """The block with orientation 1 and without its thumbnail, which shows the old picture.
 
     Everything else keeps its bytes and its place, so maker notes with absolute offsets survive.
     """
-    block = bytearray(oriented(exif, 1))
+    block = bytearray(set_orientation(exif, 1))
     try:
         first = read_directory(block)
     except DirectoryError:
@@ -137,7 +137,7 @@ def upright(exif: bytes) -> bytes:
     return bytes(block)
 
 
-def oriented(exif: bytes, orientation: int) -> bytes:
+def set_orientation(exif: bytes, orientation: int) -> bytes:
     """The block with that orientation, 1 to 8, where it names one; otherwise as it is."""
     block = bytearray(exif)
     try:
@@ -151,7 +151,7 @@ def oriented(exif: bytes, orientation: int) -> bytes:
 
 
 def _drop_thumbnail(block: bytearray, first: Directory) -> None:
-    struct.pack_into(f"{first.order}I", block, first.next_place, 0)
+    struct.pack_into(f"{first.order}I", block, first.next_pointer, 0)
     try:
         second = read_directory(block, first.next)
     except DirectoryError:
@@ -173,7 +173,7 @@ class _Value:
     inner: tuple[_Value, ...] = ()
 
 
-def with_tags(
+def copy_tags(
     file: bytes,
     source: bytes,
     *,
@@ -204,7 +204,7 @@ def block(source: bytes) -> bytes:
     return struct.pack("<2sHI", b"II", 42, 8) + _packed(values, 8) if values else b""
 
 
-def with_values(file: bytes, values: Mapping[int, int]) -> bytes:
+def set_values(file: bytes, values: Mapping[int, int]) -> bytes:
     """A TIFF file with other whole numbers in tags that it has, each of a single value."""
     patched, directory = bytearray(file), read_directory(file)
     for tag, value in values.items():

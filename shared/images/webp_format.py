@@ -30,7 +30,7 @@ def read(data: bytes) -> Header:
         frames=2 if first == b"VP8X" and data[20] & 0x02 else 1,
         lossless=b"VP8L" in found,
         bare=data,
-        exif=tags.upright(exif),
+        exif=tags.reset_orientation(exif),
         icc=found.get(b"ICCP", b""),
         xmp=found.get(b"XMP ", b""),
     )

@@ -43,7 +43,7 @@ def is_jpeg_body(body: bytes) -> bool:
     return body.startswith((STANDARD, EXTENSION))
 
 
-def from_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
+def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
     """The packet of a JPEG file, with its extension put back in; b"" where there is none."""
     packets = [body[len(STANDARD) :] for body in bodies if body.startswith(STANDARD)]
     if not packets:
@@ -80,7 +80,7 @@ def _merged(packet: bytes, extension: bytes) -> bytes:
     return merged
 
 
-def jpeg_bodies(packet: bytes) -> list[bytes]:
+def make_jpeg_bodies(packet: bytes) -> list[bytes]:
     """The bodies of the APP1 segments that hold the packet."""
     packet = _PADDING.sub(b"\n", packet)
     if len(STANDARD) + len(packet) <= _MOST_BYTES:
@@ -145,19 +145,19 @@ def _descriptions(packet: bytes) -> list[tuple[int, int]]:
     return spans
 
 
-def from_png_text(body: bytes) -> bytes:
+def read_png_text(body: bytes) -> bytes:
     """The packet in an iTXt chunk with XMP's keyword; b"" where it is damaged."""
     start = len(PNG_KEYWORD)
     text = body[start + 2 :].split(b"\0", 2)[-1]
-    return inflated(text, _MAX_BYTES) if body[start : start + 1] == b"\1" else text
+    return inflate(text, _MAX_BYTES) if body[start : start + 1] == b"\1" else text
 
 
-def png_text(packet: bytes) -> bytes:
+def make_png_text(packet: bytes) -> bytes:
     """The body of an uncompressed iTXt chunk that holds the packet."""
     return PNG_KEYWORD + b"\0\0\0\0" + packet
 
 
-def inflated(data: bytes, most_bytes: int) -> bytes:
+def inflate(data: bytes, most_bytes: int) -> bytes:
     """What zlib packed, unless it is damaged or larger than that: then nothing."""
     try:
         inflater = zlib.decompressobj()

@@ -57,7 +57,7 @@ def _to_grey(picture: DecodedImage) -> Grey:
         grey = _opaque(picture.rgb())
     else:
         grey = _layer(picture.rgb(), alpha)
-    if picture.coding.lossless and grey.max() == 1:
+    if picture.encoding.lossless and grey.max() == 1:
         grey = grey * np.uint8(255)
     return np.ascontiguousarray(grey)
 

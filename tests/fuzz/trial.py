@@ -73,7 +73,7 @@ def _repaint(picture: images.DecodedImage, random: Random) -> None:
     again = images.decode(written, max_pixels=MAX_PIXELS)
     if again.size != picture.size:
         raise Defect(f"{picture.size} comes back as {again.size}")
-    if format in (None, picture.format) and picture.coding.lossless:
+    if format in (None, picture.format) and picture.encoding.lossless:
         _compare(picture, again, touched)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from shared import images, masks
 from shared.engines import engine_spec
 from shared.images import DecodedImage
-from shared.images.provenance import Provenance, mark
+from shared.images.provenance import Provenance, add_provenance
 from shared.jobs import AttemptRecord, LeasedJob
 from shared.jobs.submissions import join_versions
 from shared.masks import Grey, Mask
@@ -213,7 +213,7 @@ def _encoded(kit: Kit, job: LeasedJob, picture: DecodedImage, record: AttemptRec
             params_json=_nameless_params(job.params).to_json(),
             trained=engine_spec(job.engine).is_trained,
         )
-        xmp = mark(picture.metadata.xmp, note)
+        xmp = add_provenance(picture.metadata.xmp, note)
     return images.encode(picture, format=format, quality=job.params.quality or None, xmp=xmp)
 
 

@@ -17,7 +17,7 @@ from skimage import data
 from shared import images
 from shared.errors import ImageError, ObjectTooLarge
 from shared.images.png_format import png_chunk
-from shared.images.tiff_ifd import read_directory, with_tags
+from shared.images.tiff_ifd import copy_tags, read_directory
 
 LIMIT = 10_000_000
 CAT = Image.fromarray(data.chelsea()).resize((150, 100))
@@ -222,7 +222,7 @@ def test_tiff_keeps_its_tags_and_exif_in_either_byte_order(order: str) -> None:
     block = exif.tobytes()[6:]
     assert block[:2] == order.encode()
     written = save(CAT, "TIFF", dpi=(300, 150), icc_profile=ICC)
-    before = with_tags(written, block, but=frozenset(), added={})
+    before = copy_tags(written, block, but=frozenset(), added={})
     after = open_(repainted(before)).getexif()
     assert (after[0x010E], after[0x013B], after.get(0x0112)) == ("a cat", "somebody", None)
     assert after.get_ifd(0x8769)[0x829A] == pytest.approx(1 / 300)

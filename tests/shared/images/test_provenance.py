@@ -17,7 +17,7 @@ from lxml import etree
 from PIL import Image
 
 from shared import images
-from shared.images.provenance import NAMESPACE, SOURCE_TYPES, Provenance, mark
+from shared.images.provenance import NAMESPACE, SOURCE_TYPES, Provenance, add_provenance
 
 NOTE = Provenance(
     job=17,
@@ -72,7 +72,7 @@ def source_type(term: str) -> bytes:
 
 
 def test_a_picture_without_a_packet_gets_one() -> None:
-    marked = mark(b"", NOTE)
+    marked = add_provenance(b"", NOTE)
     assert values(marked, IPTC, "DigitalSourceType") == [EDITED]
     assert values(marked, NAMESPACE, "job") == ["17"]
     assert values(marked, NAMESPACE, "seed") == [str(2**63 - 1)]
@@ -86,26 +86,26 @@ def test_a_picture_without_a_packet_gets_one() -> None:
 
 
 def test_an_engine_without_a_trained_model_is_no_generative_ai() -> None:
-    found = values(mark(b"", OPENCV), IPTC, "DigitalSourceType")
+    found = values(add_provenance(b"", OPENCV), IPTC, "DigitalSourceType")
     assert found == [SOURCE_TYPES + "algorithmicallyEnhanced"]
 
 
 @pytest.mark.parametrize("note", [NOTE, OPENCV])
 @pytest.mark.parametrize("prefix", [SOURCE_TYPES, "digsrctype:", ""])
 def test_a_generated_picture_stays_declared_as_generated(note: Provenance, prefix: str) -> None:
-    marked = mark(source_type(prefix + "trainedAlgorithmicMedia"), note)
+    marked = add_provenance(source_type(prefix + "trainedAlgorithmicMedia"), note)
     assert values(marked, IPTC, "DigitalSourceType") == [SOURCE_TYPES + "trainedAlgorithmicMedia"]
 
 
 def test_a_photograph_is_no_longer_an_untouched_capture() -> None:
-    marked = mark(source_type(SOURCE_TYPES + "digitalCapture"), NOTE)
+    marked = add_provenance(source_type(SOURCE_TYPES + "digitalCapture"), NOTE)
     assert values(marked, IPTC, "DigitalSourceType") == [EDITED]
 
 
 def test_the_source_type_is_also_found_as_a_resource() -> None:
     inside = f'<i:DigitalSourceType rdf:resource="{SOURCE_TYPES}compositeSynthetic"/>'
     source = packet(f'<rdf:Description xmlns:i="{IPTC}">{inside}</rdf:Description>')
-    found = values(mark(source, NOTE), IPTC, "DigitalSourceType")
+    found = values(add_provenance(source, NOTE), IPTC, "DigitalSourceType")
     assert found == [SOURCE_TYPES + "compositeSynthetic"]
 
 
@@ -113,7 +113,7 @@ def test_the_source_type_is_also_found_as_a_resource() -> None:
 
 
 def test_all_that_the_source_said_stays() -> None:
-    marked = mark(PHOTOSHOP, NOTE)
+    marked = add_provenance(PHOTOSHOP, NOTE)
     start = PHOTOSHOP.index(b"<dc:title>")
     assert PHOTOSHOP[start : PHOTOSHOP.index(b"</MM:History>")].split(b"</r:Seq>")[0] in marked
     assert values(marked, XMP, "CreatorTool") == ["X-T5 Ver1.10"]
@@ -125,7 +125,7 @@ def test_all_that_the_source_said_stays() -> None:
 
 
 def test_our_event_follows_the_others() -> None:
-    marked = mark(PHOTOSHOP, NOTE)
+    marked = add_provenance(PHOTOSHOP, NOTE)
     (events,) = rdf(marked).iter(f"{{{RDF}}}Seq")
     first, second = events
     assert first.get(f"{{{EVENT}}}softwareAgent") == "Photoshop"
@@ -136,13 +136,13 @@ def test_our_event_follows_the_others() -> None:
 
 @pytest.mark.parametrize("source", [b"", PHOTOSHOP, source_type("digitalCapture")])
 def test_marking_twice_for_one_job_changes_nothing(source: bytes) -> None:
-    marked = mark(source, NOTE)
-    assert mark(marked, NOTE) == marked
-    assert mark(source, NOTE) == marked
+    marked = add_provenance(source, NOTE)
+    assert add_provenance(marked, NOTE) == marked
+    assert add_provenance(source, NOTE) == marked
 
 
 def test_the_next_job_replaces_the_note_and_adds_an_event() -> None:
-    second = mark(mark(PHOTOSHOP, NOTE), replace(NOTE, job=18))
+    second = add_provenance(add_provenance(PHOTOSHOP, NOTE), replace(NOTE, job=18))
     assert values(second, NAMESPACE, "job") == ["18"]
     assert len(values(second, NAMESPACE, "parameters")) == 1
     events = values(second, EVENT, "parameters")
@@ -154,17 +154,17 @@ def test_the_next_job_replaces_the_note_and_adds_an_event() -> None:
 
 def test_a_note_that_another_program_rewrote_as_attributes_is_replaced() -> None:
     source = packet(f'<rdf:Description xmlns:p="{NAMESPACE}" p:job="3" p:parameters="{{}}"/>')
-    assert values(mark(source, NOTE), NAMESPACE, "job") == ["17"]
+    assert values(add_provenance(source, NOTE), NAMESPACE, "job") == ["17"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
 def test_packets_in_other_encodings_are_read(encoding: str) -> None:
-    marked = mark(PHOTOSHOP.decode().encode(encoding), NOTE)
+    marked = add_provenance(PHOTOSHOP.decode().encode(encoding), NOTE)
     assert "Łódź &amp; fog" in marked.decode()
 
 
 def test_a_stray_byte_and_a_control_character_cost_only_themselves() -> None:
-    marked = mark(PHOTOSHOP.replace("Łódź".encode(), b"Caf\xe9\0"), NOTE)
+    marked = add_provenance(PHOTOSHOP.replace("Łódź".encode(), b"Caf\xe9\0"), NOTE)
     assert "Café  &amp; fog" in marked.decode()
 
 
@@ -186,18 +186,18 @@ def test_a_damaged_packet_is_replaced_and_logged(
     damaged: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert mark(damaged, NOTE) == mark(b"", NOTE)
+        assert add_provenance(damaged, NOTE) == add_provenance(b"", NOTE)
     assert "damaged" in caplog.text
 
 
 def test_what_xml_cannot_hold_is_left_out_of_the_note() -> None:
-    marked = mark(b"", replace(NOTE, params_json="a\uffffb\x01c"))
+    marked = add_provenance(b"", replace(NOTE, params_json="a\uffffb\x01c"))
     assert values(marked, NAMESPACE, "parameters") == ["a b c"]
 
 
 def test_an_xml_declaration_inside_the_packet_is_no_damage() -> None:
     declared = PHOTOSHOP.replace(b"<x:xmpmeta", b'<?xml version="1.0"?><x:xmpmeta')
-    assert mark(declared, NOTE) == mark(PHOTOSHOP, NOTE)
+    assert add_provenance(declared, NOTE) == add_provenance(PHOTOSHOP, NOTE)
 
 
 # Files, as other programs read them
@@ -213,7 +213,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         source = LIGHTROOM.replace(b"</dc:title>", filler.encode() + b"</dc:title>")
         format = name.split()[-1]
         found[name] = folder / f"{name}.{format.lower()}"
-        found[name].write_bytes(encoded(format, mark(source, NOTE)))
+        found[name].write_bytes(encoded(format, add_provenance(source, NOTE)))
     return found
 
 

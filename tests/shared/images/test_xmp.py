@@ -14,9 +14,9 @@ from skimage import data
 
 from shared import images
 from shared.images import xmp
-from shared.images.jpeg_format import jpeg_segment
+from shared.images.jpeg_format import make_segment
 from shared.images.png_format import png_chunk
-from shared.images.provenance import Provenance, mark
+from shared.images.provenance import Provenance, add_provenance
 
 CAT = Image.fromarray(data.chelsea()).resize((64, 48))
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
@@ -108,24 +108,24 @@ def test_jpeg_cuts_a_long_packet_into_pieces_and_puts_them_together_again() -> N
 
 @pytest.mark.parametrize("damage", ["missing", "other", "not XML"])
 def test_an_extension_that_does_not_fit_is_left_out(damage: str) -> None:
-    standard, *pieces = xmp.jpeg_bodies(LONG)
+    standard, *pieces = xmp.make_jpeg_bodies(LONG)
     if damage == "missing":
         pieces = pieces[:-1]
     elif damage == "other":
         pieces = [piece.replace(piece[35:67], b"0" * 32) for piece in pieces]
     else:
         pieces = [piece.replace(b"</dc:title>", b"<dc:title/>") for piece in pieces]
-    assert xmp.from_jpeg_bodies([standard, *pieces]) == standard[len(xmp.STANDARD) :]
+    assert xmp.read_jpeg_bodies([standard, *pieces]) == standard[len(xmp.STANDARD) :]
 
 
 def test_padding_alone_makes_no_pieces() -> None:
     padded = NEW.replace(b"<?xpacket end", b" " * 70_000 + b"<?xpacket end")
-    assert len(xmp.jpeg_bodies(padded)) == 1
+    assert len(xmp.make_jpeg_bodies(padded)) == 1
 
 
 def test_a_packet_stands_behind_exif() -> None:
     head = save("JPEG")
-    exif = jpeg_segment(0xE1, b"Exif\0\0" + struct.pack("<2sHIHI", b"II", 42, 8, 0, 0))
+    exif = make_segment(0xE1, b"Exif\0\0" + struct.pack("<2sHIHI", b"II", 42, 8, 0, 0))
     after = images.encode(repainted(head[:20] + exif + head[20:]), xmp=NEW)
     assert after.index(b"JFIF") < after.index(b"Exif") < after.index(NEW)
 
@@ -139,23 +139,23 @@ def test_a_damaged_text_chunk_is_no_packet() -> None:
 def test_a_long_packet_keeps_its_small_descriptions_in_the_first_segment() -> None:
     depth = b'<rdf:Description rdf:about="" xmlns:g="http://g/"><g:map>%b</g:map></rdf:Description>'
     both = OLD.replace(b"</rdf:RDF>", depth % (b"0%" * 60_000) + b"</rdf:RDF>")
-    first, *rest = xmp.jpeg_bodies(both)
+    first, *rest = xmp.make_jpeg_bodies(both)
     assert b"<dc:title>old</dc:title>" in first
     assert b"HasExtendedXMP" in first
     assert len(rest) == 2
     expat.ParserCreate(namespace_separator=" ").Parse(first[len(xmp.STANDARD) :], True)
-    again = xmp.from_jpeg_bodies([first, *rest])
+    again = xmp.read_jpeg_bodies([first, *rest])
     assert b"<dc:title>old</dc:title>" in again
     assert b"0%" * 60_000 in again
 
 
 def test_a_long_packet_that_is_no_xml_is_an_extension_as_a_whole() -> None:
-    first, *rest = xmp.jpeg_bodies(b"<broken " + b"x" * 70_000)
+    first, *rest = xmp.make_jpeg_bodies(b"<broken " + b"x" * 70_000)
     assert b"HasExtendedXMP" in first
     assert b"".join(one[len(xmp.EXTENSION) + 40 :] for one in rest).startswith(b"<broken x")
 
 
 def test_the_note_of_how_a_result_was_made_is_in_the_first_segment() -> None:
     note = Provenance(job=7, seed=1, engine="sd2", revision="r", params_json="{}", trained=True)
-    first = xmp.jpeg_bodies(mark(LONG, note))[0]
+    first = xmp.make_jpeg_bodies(add_provenance(LONG, note))[0]
     assert b"compositeWithTrainedAlgorithmicMedia" in first
