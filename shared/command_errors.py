@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import click
+
+from shared.errors import EngineUnavailable, InpaintError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -20,6 +24,23 @@ def exit_with_error(command: str, message: object, *, status: int = EXIT_USAGE) 
     """Print ``COMMAND: MESSAGE`` to stderr and exit."""
     print_error(command, message)
     sys.exit(status)
+
+
+@contextmanager
+def exit_on_error(
+    command: str, *, status: int = EXIT_USAGE, engine_unavailable: int | None = None
+) -> Iterator[None]:
+    """Print an InpaintError as one line on stderr and exit with ``status``.
+
+    engine_unavailable: the exit status if the engine cannot be loaded; None for ``status``.
+    """
+    try:
+        yield
+    except EngineUnavailable as error:
+        unavailable = status if engine_unavailable is None else engine_unavailable
+        exit_with_error(command, error, status=unavailable)
+    except InpaintError as error:
+        exit_with_error(command, error, status=status)
 
 
 def last_error(stderr: str, command: str, *, default: str) -> str:

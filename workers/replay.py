@@ -17,7 +17,7 @@ import numpy as np
 from sqlalchemy import select
 
 from shared import images, settings
-from shared.console_errors import exit_on_error
+from shared.command_errors import exit_on_error
 from shared.db import Database, schema
 from shared.db.models import Attempt, Job
 from shared.errors import EngineUnavailable, InputError

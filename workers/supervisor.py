@@ -18,7 +18,7 @@ from typing import get_args
 import click
 
 from shared import embedded_redis, jobs, processes, settings
-from shared.console_errors import exit_on_error, print_error
+from shared.command_errors import exit_on_error, print_error
 from shared.db import Database, schema
 from shared.engines import engine_name, engine_spec
 from shared.errors import EngineUnavailable, UnavailableError

@@ -23,7 +23,7 @@ from celery.worker import state as celery_state
 from celery.worker.state import maybe_shutdown
 
 from shared import embedded_redis, settings
-from shared.console_errors import exit_on_error, print_error
+from shared.command_errors import exit_on_error, print_error
 from shared.db import Database, schema
 from shared.engines import engine_spec
 from shared.errors import EngineError, InpaintError, OutOfMemory
