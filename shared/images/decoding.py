@@ -47,8 +47,7 @@ _PLUGINS: Mapping[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) as shown, from the header; the data may be the first part of a file.
 
-    Raises ImageError (code ``image_truncated`` where more of the file is needed) and
-    ObjectTooLarge.
+    Raises ImageError, ImageTruncated where more of the file is needed, and ObjectTooLarge.
     """
     header = read_header(data)
     _check(header, max_pixels)

@@ -6,10 +6,9 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from shared.errors import ImageError
+from shared.errors import ImageTruncated
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
-TRUNCATED = "image_truncated"
 
 # What Pillow's and imagecodecs' decoders raise on damaged data, besides OSError.
 DAMAGE = (
@@ -51,10 +50,8 @@ class Header:
         return self.size if self.orientation < 5 else (self.size[1], self.size[0])
 
 
-def truncated(name: str) -> ImageError:
-    return ImageError(
-        f"the {name} file ends too early or is damaged; upload it again", code=TRUNCATED
-    )
+def truncated(name: str) -> ImageTruncated:
+    return ImageTruncated(f"the {name} file ends too early or is damaged; upload it again")
 
 
 def one_line(error: Exception) -> str:

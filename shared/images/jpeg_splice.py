@@ -12,7 +12,6 @@ decoders interpolate.
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 import tempfile
@@ -26,9 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import EngineUnavailable, ImageError, StorageUnavailable
-from shared.images import restarts
-
-log = logging.getLogger(__name__)
 
 Mask = NDArray[np.bool_]  # (H, W)
 Blocks = NDArray[np.int16]  # (rows, columns, 8, 8) quantised coefficients, row = frequency down
@@ -36,7 +32,6 @@ Floats = NDArray[np.float64]
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _APP0, _APP14, _APP15, _COMMENT, _TABLES, _SCAN = 0xE0, 0xEE, 0xEF, 0xFE, 0xDB, 0xDA
-_RESTARTS = 0xDD
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _HUFFMAN_FRAMES, _PROGRESSIVE = frozenset({0xC0, 0xC1, 0xC2}), 0xC2
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -114,7 +109,6 @@ class _Stream:
     adobe: tuple[bytes, ...]
     tables: tuple[bytes, ...]
     frame: bytes
-    interval: int
 
     @property
     def progressive(self) -> bool:
@@ -161,7 +155,6 @@ def _read_stream(data: bytes) -> _Stream:
         adobe=tuple(part for part in parts[:first] if part[1] == _APP14),
         tables=tuple(part for part in parts[:first] if part[1] == _TABLES),
         frame=frames[0],
-        interval=next((int.from_bytes(one[4:6]) for one in parts if one[1] == _RESTARTS), 0),
     )
 
 
@@ -328,10 +321,7 @@ def _write_coefficients(library: Any, image: Any, stream: _Stream, folder: Path)
     progressive = stream.progressive
     if image.num_components <= 3:
         written = _written(library, image, folder, progressive=progressive)
-        parts = [part for part in _segments(written) if not _APP0 <= part[1] <= _APP15]
-        if stream.interval and not progressive:
-            parts = _with_restarts(parts, image, stream.interval)
-        return b"".join(parts)
+        return b"".join(part for part in _segments(written) if not _APP0 <= part[1] <= _APP15)
     # jpeglib writes no fourth component, but any one of them alone: a scan of its own.
     scans = []
     for blocks, identity in zip(_components(image), stream.frame[10::3], strict=True):
@@ -346,14 +336,6 @@ def _write_coefficients(library: Any, image: Any, stream: _Stream, folder: Path)
             elif not _APP0 <= part[1] <= _APP15 and part[1] != _TABLES and part[1] not in _FRAMES:
                 scans.append(part)
     return b"".join([*stream.tables, stream.frame, *scans])
-
-
-def _with_restarts(parts: list[bytes], image: Any, interval: int) -> list[bytes]:
-    try:
-        return restarts.inserted(parts, _components(image), interval)
-    except KeyError:
-        log.warning("a JPEG loses its restart markers: it has no code for what they need")
-        return parts
 
 
 def _written(library: Any, image: Any, folder: Path, *, progressive: bool) -> bytes:
