@@ -19,9 +19,9 @@ from producer import doctor, reports
 from producer.cli import console
 from producer.cli.command import (
     ID,
-    broker_note,
-    opened,
-    parse_sets,
+    explain_broker_error,
+    open_database,
+    parse_set_options,
     reporting_errors,
     require_submission,
 )
@@ -60,7 +60,7 @@ jobs_command.add_command(prune)
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def status(submission: int | None, watch: bool, as_json: bool) -> None:
     """Counts, rate and time left; of one submission, or of all."""
-    with opened() as (_, db):
+    with open_database() as (_, db):
         require_submission(db, submission)
         if as_json:
             found = reports.measure_progress(db, submission)
@@ -105,7 +105,7 @@ def list_command(
         _selection((), submission, error, states=(state,) if state else None),
         review=review or None,
     )
-    with opened() as (_, db):
+    with open_database() as (_, db):
         require_submission(db, submission)
         rows = reports.list_jobs(db, chosen, limit=limit + 1)
         if as_json:
@@ -122,7 +122,7 @@ def list_command(
 @click.option("--json", "as_json", is_flag=True, help="One object on stdout.")
 def show(job: int, as_json: bool) -> None:
     """One job: every parameter and every attempt."""
-    with opened() as (_, db):
+    with open_database() as (_, db):
         job_history = reports.job_history(db, job)
         if job_history is None:
             raise InputError(f"job {job} does not exist; see inpaint-jobs list")
@@ -145,7 +145,7 @@ def replay_command(job: int, device: str, roots: tuple[str, ...], as_json: bool)
 
     Nothing is published and the record stays as it is.
     """
-    with opened() as (configured, _):
+    with open_database() as (configured, _):
         found = replay(configured, job, device=device, roots=[Path(root) for root in roots])
     if as_json:
         click.echo(json.dumps(found))
@@ -172,7 +172,7 @@ def retry(
     job_ids: tuple[int, ...], submission: int | None, error: str | None, sets: tuple[str, ...]
 ) -> None:
     """Run jobs again: those named in any final state, else the failed ones."""
-    with opened() as (configured, db):
+    with open_database() as (configured, db):
         if not job_ids and submission is None and error is None:
             raise InputError("name jobs, --submission or --error")
         require_submission(db, submission)
@@ -180,7 +180,7 @@ def retry(
         _require_final(db, job_ids)
         states = FINAL_STATES if job_ids else ("failed",)
         chosen = _selection(job_ids, submission, error, states=states)
-        reopened = jobs.retry(db, chosen, changes=parse_sets(sets))
+        reopened = jobs.retry(db, chosen, changes=parse_set_options(sets))
         click.echo(f"{reopened.count:,} job{'s' * (reopened.count != 1)} to run again")
         if reopened.replaced:
             click.echo(
@@ -196,7 +196,7 @@ def retry(
 @click.option("--submission", type=ID)
 def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
     """Cancel jobs that are not final; running ones stop at their next step."""
-    with opened() as (_, db):
+    with open_database() as (_, db):
         if not job_ids and submission is None:
             raise InputError("name jobs or --submission")
         require_submission(db, submission)
@@ -211,7 +211,7 @@ def cancel(job_ids: tuple[int, ...], submission: int | None) -> None:
 @click.option("--state", type=click.Choice(STATES))
 def export(kind: str, submission: int | None, state: str | None) -> None:
     """The audit: one record per job, on stdout."""
-    with opened() as (_, db):
+    with open_database() as (_, db):
         require_submission(db, submission)
         chosen = _selection((), submission, None, states=(state,) if state else None)
         records = reports.export_jobs(db, chosen)
@@ -251,7 +251,7 @@ def sheet(
     from producer.contact_sheet import build
 
     page = output or Path(f"sheet-{submission}.html")
-    with opened() as (configured, db):
+    with open_database() as (configured, db):
         shown = build.write(
             db, configured, submission, output=page, png=png, limit=limit, roots=roots
         )
@@ -305,7 +305,7 @@ def _dispatch(configured: Settings, db: Database, engines: set[str]) -> None:
         for engine in sorted(engines):
             jobs.dispatch(db, queue, engine, bound=configured.queue_bound)
     except BrokerUnavailable as error:
-        click.echo(broker_note(configured, str(error)), err=True)
+        click.echo(explain_broker_error(configured, str(error)), err=True)
     finally:
         queue.close()
 

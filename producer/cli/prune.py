@@ -8,7 +8,7 @@ import sys
 import click
 
 from producer.cli import console
-from producer.cli.command import ID, opened, require_submission
+from producer.cli.command import ID, open_database, require_submission
 from shared import jobs
 from shared.errors import InputError
 
@@ -29,7 +29,7 @@ def prune(age: str, submission: int | None, dry_run: bool, yes: bool) -> None:
     Export the audit first, if it is to be kept. On SQLite the newest job stays.
     """
     seconds = _age_seconds(age)
-    with opened() as (_, db):
+    with open_database() as (_, db):
         require_submission(db, submission)
         chosen = jobs.find_prunable(db, older_than_seconds=seconds, submission=submission)
         if not chosen:

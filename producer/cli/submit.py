@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from producer.cli import console
-from producer.cli.command import broker_note, parse_sets, reporting_errors
+from producer.cli.command import explain_broker_error, parse_set_options, reporting_errors
 from producer.local_run import LocalWorkers, require_engines, running_redis, running_workers
 from producer.manifest import Problem, stem
 from producer.reports import Progress, count_errors, measure_progress
@@ -147,7 +147,7 @@ def _options(configured: Settings, manifest: str, given: dict[str, Any]) -> RowD
 def _values(given: dict[str, Any]) -> dict[str, object]:
     short = {name: given[name] for name in ("gate", "format", "quality") if given[name] is not None}
     read = {name: find_parameter(name).read(value) for name, value in short.items()}
-    return parse_sets(given["sets"]) | read
+    return parse_set_options(given["sets"]) | read
 
 
 def _folder(reference: str, *, base: str) -> str:
@@ -238,7 +238,7 @@ def _print_summary(
         return
     click.echo(_describe(summary))
     if summary.broker_error:
-        click.echo(broker_note(configured, summary.broker_error), err=True)
+        click.echo(explain_broker_error(configured, summary.broker_error), err=True)
     if not waits:
         engines = " and ".join(
             f"inpaint-worker --engine {name}" for name in sorted(checked.engines)

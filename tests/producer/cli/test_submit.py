@@ -12,7 +12,7 @@ from threading import Thread
 import click
 import pytest
 
-from producer.cli.command import parse_sets, reporting_errors
+from producer.cli.command import parse_set_options, reporting_errors
 from producer.cli.jobs import jobs_command
 from producer.cli.submit import INTERRUPTED, submit
 from shared import jobs
@@ -96,13 +96,13 @@ def test_a_wrong_call_exits_2_with_the_usage(args: tuple[str, ...]) -> None:
 
 
 def test_sets_are_read_and_checked() -> None:
-    assert parse_sets(("strength=0.5", " seed = 7", "prompt=a=b")) == {
+    assert parse_set_options(("strength=0.5", " seed = 7", "prompt=a=b")) == {
         "strength": 0.5,
         "seed": 7,
         "prompt": "a=b",
     }
     with pytest.raises(ParameterError, match="write NAME=VALUE"):
-        parse_sets(("strength",))
+        parse_set_options(("strength",))
 
 
 def test_every_parameter_can_be_set(workspace: Workspace) -> None:
