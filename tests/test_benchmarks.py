@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmarks.gpu.__main__ import CASES, TABLES, main
-from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS
+from tests.workers.engines.stable_diffusion.samples import IGNORE_DIFFUSERS_WARNING
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 
 def test_the_gpu_benchmark_runs_on_the_tiny_pipeline(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from tests.benchmarks.gpu.measuring import count_work, flop, print_table
 from tests.benchmarks.gpu.models import UNET, tiny
 from tests.benchmarks.gpu.parts import accelerations
 from tests.benchmarks.simulated_device import state_channels
-from workers.engines.stable_diffusion.deepcache import model_for
+from workers.engines.stable_diffusion.deepcache import unet_for_kind
 
 STEPS, SIDE = 50, 128
 SIDES = (512, 768, 1024)  # pixels of SD2's windows
@@ -40,11 +40,11 @@ def sd2_forwards() -> list[list[str]]:
     """Counted on shapes alone, so without weights: a whole forward, and one that reuses a state."""
     with torch.device("meta"):
         unet: Any = diffusers.UNet2DConditionModel(**UNET)  # type: ignore[arg-type]
-        found = [["window", "whole", "reusing", *(f"cache_interval={n}" for n in INTERVALS)]]
+        found = [["window", "full", "cache_read", *(f"cache_interval={n}" for n in INTERVALS)]]
         for side in SIDES:
             whole = _flop(unet, UNET["in_channels"], side)
             reusing = _flop(
-                model_for(unet, "reusing"), UNET["in_channels"] + state_channels(unet), side
+                unet_for_kind(unet, "cache_read"), UNET["in_channels"] + state_channels(unet), side
             )
             speeds = (n * whole / (whole + (n - 1) * reusing) for n in INTERVALS)
             found.append(

@@ -26,7 +26,7 @@ from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components, load_components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
-from workers.engines.stable_diffusion.schedulers import CLASSES
+from workers.engines.stable_diffusion.schedulers import SCHEDULER_CLASSES
 
 SIDE, JOBS, ROUNDS, MAX_BATCH = 128, 24, 3, 16
 PROMPTS = ("a red cat", "blue sky", "wooden table")
@@ -127,7 +127,9 @@ def _one_by_one(pipeline: Any, works: list[RegionWork]) -> list[Pixels]:
     config, found = pipeline.scheduler.config, []
     for work in works:
         params = work.params
-        pipeline.scheduler = getattr(diffusers, CLASSES[params.scheduler]).from_config(config)
+        pipeline.scheduler = getattr(diffusers, SCHEDULER_CLASSES[params.scheduler]).from_config(
+            config
+        )
         painted = pipeline(
             prompt=params.prompt,
             negative_prompt="",

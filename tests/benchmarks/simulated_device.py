@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engines.stable_diffusion.deepcache import Kind
-from workers.engines.stable_diffusion.host_device_copy import Download, Transfer
+from workers.engines.stable_diffusion.deepcache import ForwardKind
+from workers.engines.stable_diffusion.host_device_copy import CopyStreams, PendingDownload
 
 # TFLOP of SD2's parts for a window of 512 px: a UNet row, one that reuses, an encoding, a decoding.
 UNET_ROW, REUSING_ROW, VAE_ENCODING, VAE_DECODING = 0.804, 0.063, 1.12, 2.52
@@ -56,7 +56,7 @@ class Mark:
         time.sleep(max(0.0, self.at - time.perf_counter()))
 
 
-class SimulatedTransfer(Transfer):
+class SimulatedTransfer(CopyStreams):
     """Waits for the device where the real one would."""
 
     def __init__(self, clock: Clock) -> None:
@@ -64,11 +64,11 @@ class SimulatedTransfer(Transfer):
         self._clock = clock
         self._last: Mark | None = None
 
-    def download(self, tensor: Tensor) -> Download:
-        arrived: Any = Mark(at=self._clock.free_at)
-        return Download(tensor=tensor, arrived=arrived)
+    def download(self, tensor: Tensor) -> PendingDownload:
+        done_event: Any = Mark(at=self._clock.free_at)
+        return PendingDownload(tensor=tensor, done_event=done_event)
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         enqueued = Mark(at=self._clock.free_at)
         if self._last is not None:
             self._last.synchronize()
@@ -79,9 +79,9 @@ def simulate(engine: Any, *, tflops: float) -> Clock:
     """The diffusion engine's model from now on computes nothing, and takes a device's time."""
     clock, parts = Clock(), engine._components
 
-    def unet(kind: Kind, inputs: Tensor, *given: Any, **named: Any) -> tuple[Tensor]:
-        clock.enqueue(len(inputs) * (REUSING_ROW if kind == "reusing" else UNET_ROW) / tflops)
-        channels = state_channels(parts.unet) if kind == "keeping" else 0
+    def unet(kind: ForwardKind, inputs: Tensor, *given: Any, **named: Any) -> tuple[Tensor]:
+        clock.enqueue(len(inputs) * (REUSING_ROW if kind == "cache_read" else UNET_ROW) / tflops)
+        channels = state_channels(parts.unet) if kind == "cache_write" else 0
         return (torch.zeros(len(inputs), parts.latent_channels + channels, *inputs.shape[2:]),)
 
     def encode(pictures: Tensor) -> Any:
@@ -95,10 +95,10 @@ def simulate(engine: Any, *, tflops: float) -> Clock:
         sides = [side * parts.vae_factor for side in latents.shape[2:]]
         return (torch.zeros(len(latents), 3, *sides),)
 
-    for kind, forward in engine._denoiser._forwards.items():
+    for kind, forward in engine._denoiser._unet_runners.items():
         forward._model.forward = partial(unet, kind)
     parts.vae.encode, parts.vae.decode = encode, decode
-    engine._denoiser.transfer = SimulatedTransfer(clock)
+    engine._denoiser.copy_streams = SimulatedTransfer(clock)
     return clock
 
 

@@ -47,7 +47,7 @@ def forwards(bench: Bench) -> list[list[str]]:
     for name, options in ways:
         forward = UNetRunner(bench.subject.components, attention="auto", **options)
         found.append([name, *(f"{forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
-        forward.forget()
+        forward.drop_graphs()
     return [["rows", *map(str, rows)], *found]
 
 

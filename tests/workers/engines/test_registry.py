@@ -20,7 +20,7 @@ from tests.tiny_pipeline import build, change_config, tokenizer
 from tests.workers.engines.stable_diffusion.samples import region
 from workers.engines import load_engine
 from workers.engines.options import engine_options
-from workers.engines.stable_diffusion.components import choose_kernels
+from workers.engines.stable_diffusion.components import configure_kernels
 from workers.engines.stable_diffusion.loaders import split_revision
 
 
@@ -292,7 +292,7 @@ def kernel_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("kernel_flags")
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_cuda_gets_tf32_and_kernels_that_do_not_vary_where_asked(*, is_deterministic: bool) -> None:
-    choose_kernels(torch.device("cuda"), is_deterministic=is_deterministic)
+    configure_kernels(torch.device("cuda"), is_deterministic=is_deterministic)
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.deterministic is is_deterministic
     assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is is_deterministic
@@ -300,7 +300,7 @@ def test_cuda_gets_tf32_and_kernels_that_do_not_vary_where_asked(*, is_determini
 
 @pytest.mark.usefixtures("kernel_flags")
 def test_the_cpu_keeps_its_precision() -> None:
-    choose_kernels(torch.device("cpu"), is_deterministic=True)
+    configure_kernels(torch.device("cpu"), is_deterministic=True)
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.deterministic
 

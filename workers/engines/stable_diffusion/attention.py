@@ -18,16 +18,16 @@ KERNELS: Mapping[Attention, SDPBackend] = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-ON_CUDA_ONLY: frozenset[Attention] = frozenset({"cudnn", "efficient", "xformers"})
+CUDA_ONLY: frozenset[Attention] = frozenset({"cudnn", "efficient", "xformers"})
 
 
-def choose_attention(components: Components, attention: Attention, compile: Compile) -> None:
+def set_attention(components: Components, attention: Attention, compile: Compile) -> None:
     """Sets the UNet's processors. Raises EngineUnavailable where a kernel cannot run here."""
     if attention == "sliced" and compile not in ("off", "auto"):
         raise EngineUnavailable(
             "attention sliced does not compile; use attention auto or compile off"
         )
-    if attention in ON_CUDA_ONLY and components.device.type != "cuda":
+    if attention in CUDA_ONLY and components.device.type != "cuda":
         raise EngineUnavailable(f"attention {attention} needs a CUDA device; use auto")
     if attention == "sliced":
         components.unet.set_attention_slice("auto")
@@ -35,7 +35,7 @@ def choose_attention(components: Components, attention: Attention, compile: Comp
         _use_xformers(components)
 
 
-def kernel(attention: Attention) -> AbstractContextManager[object]:
+def attention_kernel(attention: Attention) -> AbstractContextManager[object]:
     """Inside it torch's scaled dot product uses this kernel alone; any for the other names."""
     if attention in KERNELS:
         return sdpa_kernel(KERNELS[attention])

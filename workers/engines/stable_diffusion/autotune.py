@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-W = TypeVar("W")
+Candidate = TypeVar("Candidate")
 
-TURNS = 3
-GAIN = 0.97  # of the time; what is less faster may be noise
-DEVIATION = 0.02  # mean, of the result's own mean; half precision's rounding is a tenth of it
+REPEATS = 3
+MAX_TIME_RATIO = 0.97  # of the time; what is less faster may be noise
+MAX_DEVIATION = 0.02  # mean, of the result's own mean; half precision's rounding is a tenth of it
 
 Stopwatch = Callable[[Callable[[], Tensor]], float]
 
 
-def fastest(
-    ways: Sequence[W], make: Callable[[W], Callable[[], Tensor]], stopwatch: Stopwatch
-) -> W:
+def choose_fastest(
+    candidates: Sequence[Candidate],
+    make: Callable[[Candidate], Callable[[], Tensor]],
+    stopwatch: Stopwatch,
+) -> Candidate:
     """The first way, or a later one that is faster by 3% and gives the same result.
 
     make: what computes one way, made ready; it may raise, and is gone before the next is made,
@@ -30,31 +32,33 @@ def fastest(
     not run is passed over, unless the device itself is lost.
     """
 
-    def attempt(way: W) -> tuple[Tensor, float]:
-        run = make(way)
+    def attempt(candidate: Candidate) -> tuple[Tensor, float]:
+        run = make(candidate)
         return run().clone(), stopwatch(run)
 
-    best = ways[0]
+    best = candidates[0]
     expected, least = attempt(best)
-    for way in ways[1:]:
+    for candidate in candidates[1:]:
         try:
-            found, seconds = attempt(way)
+            found, seconds = attempt(candidate)
         except torch.AcceleratorError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            log.info("%s does not run here: %s", way, " ".join(str(error).split())[:200])
+            log.info("%s does not run here: %s", candidate, " ".join(str(error).split())[:200])
             continue
-        if not agree(found, expected):
-            log.warning("%s computes something else than %s, and is not used", way, ways[0])
-        elif seconds < GAIN * least:
-            best, least = way, seconds
+        if not is_close(found, expected):
+            log.warning(
+                "%s computes something else than %s, and is not used", candidate, candidates[0]
+            )
+        elif seconds < MAX_TIME_RATIO * least:
+            best, least = candidate, seconds
     return best
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
+def is_close(found: Tensor, expected: Tensor) -> bool:
     """Whether they are the same but for rounding, taken over all of their values."""
     deviation = (found.float() - expected.float()).abs().mean()
-    return bool(deviation <= DEVIATION * expected.float().abs().mean())
+    return bool(deviation <= MAX_DEVIATION * expected.float().abs().mean())
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
@@ -68,7 +72,7 @@ def _on_host(run: Callable[[], Tensor]) -> float:
         run()
         return time.perf_counter() - start
 
-    return min(once() for _ in range(TURNS))
+    return min(once() for _ in range(REPEATS))
 
 
 def _on_cuda(run: Callable[[], Tensor]) -> float:
@@ -80,7 +84,7 @@ def _on_cuda(run: Callable[[], Tensor]) -> float:
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
 
-    return min(once() for _ in range(TURNS))
+    return min(once() for _ in range(REPEATS))
 
 
 def _event() -> torch.cuda.Event:

@@ -76,7 +76,7 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
     check_quantization(options, device)
     files = find_model(model, revision)
     try:
-        return _read(files, device, dtype, options)
+        return _load(files, device, dtype, options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise EngineUnavailable(
             f"{model} cannot be loaded on {device}: {one_line(error)}; "
@@ -116,7 +116,7 @@ def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-def choose_kernels(device: torch.device, *, is_deterministic: bool) -> None:
+def configure_kernels(device: torch.device, *, is_deterministic: bool) -> None:
     """For this process, before it computes on the device: TF32, and none that vary where asked."""
     if device.type != "cuda":
         return
@@ -130,7 +130,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def _read(
+def _load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, options: EngineOptions
 ) -> Components:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -139,16 +139,16 @@ def _read(
         logging.set_verbosity_error()  # what is amiss with the files, one line of ours says
     quantization = options.quantization
     own_dtype = unet_dtype(dtype, quantization)
-    unet = _laid_out(_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
+    unet = _to_channels_last(_load_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
     if quantization != "off":
         quantize(unet, options, device)
-    text_encoder = _weights(CLIPTextModel, files, "text_encoder", dtype)
+    text_encoder = _load_weights(CLIPTextModel, files, "text_encoder", dtype)
     return Components(
-        vae=_laid_out(_weights(AutoencoderKL, files, "vae", dtype), device),
+        vae=_to_channels_last(_load_weights(AutoencoderKL, files, "vae", dtype), device),
         unet=unet,
         text_encoder=text_encoder,
-        tokenizer=_tokenizer(files, text_encoder),
-        scheduler_config=_scheduler_config(files),
+        tokenizer=_load_tokenizer(files, text_encoder),
+        scheduler_config=_read_scheduler_config(files),
         revision=quantized_revision(files.revision, quantization),
         device=device,
         dtype=dtype,
@@ -156,7 +156,7 @@ def _read(
     )
 
 
-def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
+def _load_weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
     """Raises EngineUnavailable where the files lack a weight: it would be left at random."""
     folder = Path(files.path) / part
     model, found = kind.from_pretrained(
@@ -175,7 +175,7 @@ def _weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any
     return model.eval().requires_grad_(False)
 
 
-def _tokenizer(files: ModelFiles, text_encoder: Any) -> Any:
+def _load_tokenizer(files: ModelFiles, text_encoder: Any) -> Any:
     """Raises EngineUnavailable where it has tokens that the text encoder does not know."""
     tokenizer = CLIPTokenizer.from_pretrained(files.path / "tokenizer")
     known = text_encoder.config.vocab_size
@@ -187,7 +187,7 @@ def _tokenizer(files: ModelFiles, text_encoder: Any) -> Any:
     return tokenizer
 
 
-def _scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
+def _read_scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
     """Raises EngineUnavailable where no scheduler can be built from it."""
     config = read_json(files.path / "scheduler" / "scheduler_config.json")
     try:
@@ -197,6 +197,6 @@ def _scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
     return config
 
 
-def _laid_out(model: Any, device: torch.device) -> Any:
+def _to_channels_last(model: Any, device: torch.device) -> Any:
     """For CUDA in the layout that half-precision convolutions want; others transpose each time."""
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model

@@ -18,29 +18,29 @@ from torch import Tensor, nn
 from shared.errors import ParameterError
 
 # whole: the UNet itself. keeping: its state is an output, too. reusing: the last layer alone.
-Kind = Literal["whole", "keeping", "reusing"]
+ForwardKind = Literal["full", "cache_write", "cache_read"]
 
-LAST_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
+SUPPORTED_LAST_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 # What SD2 has none of, and what is computed from more than latents, timestep and words.
-WITHOUT = (
+UNSUPPORTED_CONFIG = (
     *("center_input_sample", "class_embed_type", "num_class_embeds", "addition_embed_type"),
     *("encoder_hid_dim_type", "encoder_hid_dim", "time_embedding_act_fn"),
 )
 
 
-def kind_of(step: int, cache_interval: int) -> Kind:
+def kind_of_step(step: int, cache_interval: int) -> ForwardKind:
     """What the forwards of a region's step are; its first step is 0."""
     if cache_interval == 1:
-        return "whole"
-    return "reusing" if step % cache_interval else "keeping"
+        return "full"
+    return "cache_read" if step % cache_interval else "cache_write"
 
 
-def check_reuse(unet: Any, cache_interval: int) -> None:
+def check_cache_interval(unet: Any, cache_interval: int) -> None:
     """Raises ParameterError where steps are to share a state and the UNet is laid out otherwise."""
     config = unet.config
-    names = [name for name in WITHOUT if config.get(name) not in (None, False)]
+    names = [name for name in UNSUPPORTED_CONFIG if config.get(name) not in (None, False)]
     reasons = [f"has {name}" for name in names]
-    if (block := config.up_block_types[-1]) not in LAST_BLOCKS:
+    if (block := config.up_block_types[-1]) not in SUPPORTED_LAST_BLOCKS:
         reasons.append(f"ends with {block}")
     if cache_interval > 1 and reasons:
         raise ParameterError(
@@ -49,14 +49,14 @@ def check_reuse(unet: Any, cache_interval: int) -> None:
         )
 
 
-def model_for(unet: Any, kind: Kind) -> Any:
+def unet_for_kind(unet: Any, kind: ForwardKind) -> Any:
     """What runs forwards of a kind, called as the UNet is; the weights are the UNet's own."""
-    if kind == "whole":
+    if kind == "full":
         return unet
-    return Keeping(unet) if kind == "keeping" else Reusing(unet)
+    return CacheWriteUNet(unet) if kind == "cache_write" else CacheReadUNet(unet)
 
 
-class Keeping(nn.Module):
+class CacheWriteUNet(nn.Module):
     """The whole UNet: (N, in, h, w) to (N, out + state, h, w)."""
 
     def __init__(self, unet: Any) -> None:
@@ -66,15 +66,17 @@ class Keeping(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, *, encoder_hidden_states: Tensor, **_: Any
     ) -> tuple[Tensor]:
-        unet, words = self.unet, encoder_hidden_states
+        unet, embeddings = self.unet, encoder_hidden_states
         time = _embed_time(unet, sample, timestep)
         hidden = unet.conv_in(sample)
         skips = [hidden]
         for block in unet.down_blocks:
-            hidden, further = block(hidden_states=hidden, temb=time, **_words(block, words))
+            hidden, further = block(
+                hidden_states=hidden, temb=time, **_prompt_kwargs(block, embeddings)
+            )
             skips += further
         if unet.mid_block is not None:
-            hidden = unet.mid_block(hidden, time, **_words(unet.mid_block, words))
+            hidden = unet.mid_block(hidden, time, **_prompt_kwargs(unet.mid_block, embeddings))
         for block in unet.up_blocks[:-1]:
             count = len(block.resnets)
             skips, given = skips[:-count], skips[-count:]
@@ -83,15 +85,19 @@ class Keeping(nn.Module):
                 temb=time,
                 res_hidden_states_tuple=tuple(given),
                 upsample_size=skips[-1].shape[2:],
-                **_words(block, words),
+                **_prompt_kwargs(block, embeddings),
             )
         last = unet.up_blocks[-1]
         for layer in range(len(last.resnets) - 1):
-            hidden = _up(last, layer, hidden, skips.pop(), time, words)
-        return (torch.cat([_end(unet, hidden, skips.pop(), time, words), hidden], dim=1),)
+            hidden = _run_up_layer(last, layer, hidden, skips.pop(), time, embeddings)
+        return (
+            torch.cat(
+                [_run_output_layers(unet, hidden, skips.pop(), time, embeddings), hidden], dim=1
+            ),
+        )
 
 
-class Reusing(nn.Module):
+class CacheReadUNet(nn.Module):
     """The last layer alone: (N, in + state, h, w) to (N, out, h, w)."""
 
     def __init__(self, unet: Any) -> None:
@@ -104,7 +110,7 @@ class Reusing(nn.Module):
         unet = self.unet
         sample, state = sample.tensor_split([unet.config.in_channels], dim=1)
         time = _embed_time(unet, sample, timestep)
-        return (_end(unet, state, unet.conv_in(sample), time, encoder_hidden_states),)
+        return (_run_output_layers(unet, state, unet.conv_in(sample), time, encoder_hidden_states),)
 
 
 def _embed_time(unet: Any, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -112,24 +118,32 @@ def _embed_time(unet: Any, sample: Tensor, timestep: Tensor) -> Tensor:
     return found
 
 
-def _words(block: Any, words: Tensor) -> dict[str, Tensor]:
+def _prompt_kwargs(block: Any, embeddings: Tensor) -> dict[str, Tensor]:
     """The prompt, for a block that reads it."""
-    return {"encoder_hidden_states": words} if getattr(block, "has_cross_attention", False) else {}
+    return (
+        {"encoder_hidden_states": embeddings}
+        if getattr(block, "has_cross_attention", False)
+        else {}
+    )
 
 
-def _end(unet: Any, state: Tensor, first: Tensor, time: Tensor, words: Tensor) -> Tensor:
+def _run_output_layers(
+    unet: Any, state: Tensor, first: Tensor, time: Tensor, embeddings: Tensor
+) -> Tensor:
     """The last up layer and what follows. first: what ``conv_in`` made."""
-    hidden = _up(unet.up_blocks[-1], -1, state, first, time, words)
+    hidden = _run_up_layer(unet.up_blocks[-1], -1, state, first, time, embeddings)
     if unet.conv_norm_out:
         hidden = unet.conv_act(unet.conv_norm_out(hidden))
     found: Tensor = unet.conv_out(hidden)
     return found
 
 
-def _up(
-    block: Any, layer: int, hidden: Tensor, skip: Tensor, time: Tensor, words: Tensor
+def _run_up_layer(
+    block: Any, layer: int, hidden: Tensor, skip: Tensor, time: Tensor, embeddings: Tensor
 ) -> Tensor:
     hidden = block.resnets[layer](torch.cat([hidden, skip], dim=1), time)
-    if _words(block, words):
-        hidden = block.attentions[layer](hidden, encoder_hidden_states=words, return_dict=False)[0]
+    if _prompt_kwargs(block, embeddings):
+        hidden = block.attentions[layer](
+            hidden, encoder_hidden_states=embeddings, return_dict=False
+        )[0]
     return hidden

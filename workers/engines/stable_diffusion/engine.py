@@ -18,21 +18,29 @@ from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.batching import (
-    choose_joining,
-    group_steps,
-    move_back,
-    pick_rows,
+    choose_admissions,
+    choose_rows,
+    group_by_formula,
+    rotate_served,
 )
-from workers.engines.stable_diffusion.components import Components, choose_kernels, one_line
+from workers.engines.stable_diffusion.components import Components, configure_kernels, one_line
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.oom import is_out_of_memory
-from workers.engines.stable_diffusion.region_state import DenoisingRegion, PreparedRegion, draw_up
-from workers.engines.stable_diffusion.results import ResultSender, as_product_error, fail_futures
-from workers.engines.stable_diffusion.utilization import Usage
+from workers.engines.stable_diffusion.region_state import (
+    DenoisingRegion,
+    PreparedRegion,
+    prepare_region,
+)
+from workers.engines.stable_diffusion.results import (
+    FutureResolver,
+    fail_futures_on_error,
+    to_inpaint_error,
+)
+from workers.engines.stable_diffusion.utilization import Utilization
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 4  # forwards between two decodings while something is done
+MAX_FORWARDS_BETWEEN_DECODES = 4  # forwards between two decodings while something is done
 
 
 class DiffusionEngine:
@@ -51,8 +59,8 @@ class DiffusionEngine:
         self._active: list[DenoisingRegion] = []
         self._finished: list[DenoisingRegion] = []
         self._forwards_since_decoding = 0
-        self._usage = Usage()
-        self._delivery = ResultSender()
+        self._utilization = Utilization()
+        self._resolver = FutureResolver()
         self._closing = threading.Event()
         self._submitting = threading.Lock()
         self._ready: Future[Denoiser] = Future()
@@ -93,11 +101,11 @@ class DiffusionEngine:
         future: Future[Pixels] = Future()
         future.set_running_or_notify_cancel()
         try:
-            draft = draw_up(work, future, self._components)
+            prepared = prepare_region(work, future, self._components)
             with self._submitting:
                 if self._closing.is_set():
                     raise Released("the engine is closed")
-                self._inbox.put(draft)
+                self._inbox.put(prepared)
         except InpaintError as error:
             future.set_exception(error)
         return future
@@ -112,134 +120,139 @@ class DiffusionEngine:
 
     def _run(self) -> None:
         with torch.inference_mode():
-            if not self._prepare():
+            if not self._start_denoiser():
                 return
             while not self._closing.is_set():
-                self._receive()
-                with fail_futures(self._held()):
-                    self._advance()
-        self._delivery.close()
+                self._receive_submissions()
+                with fail_futures_on_error(self._unfinished_regions()):
+                    self._run_iteration()
+        self._resolver.close()
         log.info(
             "%s on %s: in use for %.2f s, idle in between for %.1f%% of them",
             self._name,
             self._components.device,
-            self._usage.seconds,
-            100 * self._usage.idle_share,
+            self._utilization.seconds,
+            100 * self._utilization.idle_share,
         )
-        with fail_futures((*self._held(), *self._drained())):
+        with fail_futures_on_error((*self._unfinished_regions(), *self._drain_inbox())):
             raise Released("the engine was closed before the region was done")
 
-    def _prepare(self) -> bool:
+    def _start_denoiser(self) -> bool:
         """Puts the model on its device, from the thread that will run it."""
         if self._components.device.type == "cuda":
             torch.cuda.set_device(self._components.device)
         is_deterministic = self._options.deterministic
-        choose_kernels(self._components.device, is_deterministic=is_deterministic)
+        configure_kernels(self._components.device, is_deterministic=is_deterministic)
         try:
             self._ready.set_result(Denoiser(self._components, self._options))
         except Exception as error:  # noqa: BLE001
-            self._delivery.close()
-            self._ready.set_exception(as_unavailable(error, self._components))
+            self._resolver.close()
+            self._ready.set_exception(to_engine_unavailable(error, self._components))
             return False
         self._denoiser = self._ready.result()
         return True
 
-    def _held(self) -> list[PreparedRegion]:
+    def _unfinished_regions(self) -> list[PreparedRegion]:
         """Every region not answered yet that the device thread knows of."""
-        return [*self._waiting, *(one.draft for one in (*self._active, *self._finished))]
+        return [*self._waiting, *(one.prepared for one in (*self._active, *self._finished))]
 
-    def _receive(self) -> None:
+    def _receive_submissions(self) -> None:
         """Takes what was submitted; sleeps while there is nothing to do."""
-        if not self._held():
+        if not self._unfinished_regions():
             self._waiting.extend(_known(self._inbox.get()))
-        self._waiting.extend(self._drained())
+        self._waiting.extend(self._drain_inbox())
 
-    def _drained(self) -> list[PreparedRegion]:
-        drafts: list[PreparedRegion] = []
+    def _drain_inbox(self) -> list[PreparedRegion]:
+        prepared_regions: list[PreparedRegion] = []
         while not self._inbox.empty():
-            drafts.extend(_known(self._inbox.get()))
-        return drafts
+            prepared_regions.extend(_known(self._inbox.get()))
+        return prepared_regions
 
-    def _advance(self) -> None:
+    def _run_iteration(self) -> None:
         """One iteration: who stops, who joins, one forward, who is finished."""
         self._stop_interrupted()
-        self._admit()
-        self._forward()
-        self._finish()
+        self._admit_waiting()
+        self._run_forward()
+        self._decode_finished()
 
     def _stop_interrupted(self) -> None:
-        for draft in self._held():
-            with fail_futures((draft,)):
-                draft.work.interruption.check()
-        self._drop_answered()
+        for prepared in self._unfinished_regions():
+            with fail_futures_on_error((prepared,)):
+                prepared.work.interruption.check()
+        self._drop_done_futures()
 
-    def _drop_answered(self) -> None:
-        self._waiting = [draft for draft in self._waiting if not draft.future.done()]
-        self._active = [one for one in self._active if not one.draft.future.done()]
-        self._finished = [one for one in self._finished if not one.draft.future.done()]
+    def _drop_done_futures(self) -> None:
+        self._waiting = [prepared for prepared in self._waiting if not prepared.future.done()]
+        self._active = [one for one in self._active if not one.prepared.future.done()]
+        self._finished = [one for one in self._finished if not one.prepared.future.done()]
 
-    def _admit(self) -> None:
-        joining = choose_joining(self._waiting, self._active, self._denoiser.max_rows)
-        self._waiting = [draft for draft in self._waiting if draft not in joining]
-        for size in dict.fromkeys(draft.window_size for draft in joining):
-            drafts = [draft for draft in joining if draft.window_size == size]
-            with fail_futures(drafts), self._usage.running():
-                self._active.extend(self._denoiser.begin(drafts))
+    def _admit_waiting(self) -> None:
+        joining = choose_admissions(self._waiting, self._active, self._denoiser.max_rows)
+        self._waiting = [prepared for prepared in self._waiting if prepared not in joining]
+        for size in dict.fromkeys(prepared.window_size for prepared in joining):
+            prepared_regions = [prepared for prepared in joining if prepared.window_size == size]
+            with fail_futures_on_error(prepared_regions), self._utilization.measure():
+                self._active.extend(self._denoiser.start(prepared_regions))
 
-    def _forward(self) -> None:
+    def _run_forward(self) -> None:
         """Those it serves go to the back, so that no region waits for all of a canvas."""
-        rows = pick_rows(self._active, self._denoiser.max_rows)
+        rows = choose_rows(self._active, self._denoiser.max_rows)
         if not rows:
             return
         predictions: list[Tensor] = []
-        with fail_futures(row.sequence.draft for row in rows), self._usage.running():
+        with (
+            fail_futures_on_error(row.region.prepared for row in rows),
+            self._utilization.measure(),
+        ):
             predictions = self._denoiser.predict(rows)
         complete = [
-            row.sequence
+            row.region
             for row, prediction in zip(rows, predictions, strict=False)
-            if row.sequence.absorb(row, prediction)
+            if row.region.add_prediction(row, prediction)
         ]
-        for group in group_steps(complete):
-            with fail_futures(one.draft for one in group), self._usage.running():
+        for group in group_by_formula(complete):
+            with fail_futures_on_error(one.prepared for one in group), self._utilization.measure():
                 self._denoiser.step(group)
-        self._active = move_back(self._active, rows)
-        self._drop_answered()
+        self._active = rotate_served(self._active, rows)
+        self._drop_done_futures()
         self._forwards_since_decoding += 1
 
-    def _finish(self) -> None:
+    def _decode_finished(self) -> None:
         """Decodes what is done, a full batch at once where that is worth a short wait."""
         done = [one for one in self._active if one.is_done]
         self._active = [one for one in self._active if not one.is_done]
         self._finished += done
-        for size in dict.fromkeys(one.draft.window_size for one in self._finished):
-            group = [one for one in self._finished if one.draft.window_size == size]
+        for size in dict.fromkeys(one.prepared.window_size for one in self._finished):
+            group = [one for one in self._finished if one.prepared.window_size == size]
             if self._is_worth_decoding(group):
                 self._decode(group)
 
     def _is_worth_decoding(self, group: list[DenoisingRegion]) -> bool:
-        windows = sum(len(one.draft.canvas.windows) for one in group)
+        windows = sum(len(one.prepared.canvas.windows) for one in group)
         return (
-            windows >= self._denoiser.vae_rows(group[0].draft.window_size)
+            windows >= self._denoiser.max_vae_images(group[0].prepared.window_size)
             or not self._active
-            or self._forwards_since_decoding >= LONGEST_WAIT
+            or self._forwards_since_decoding >= MAX_FORWARDS_BETWEEN_DECODES
         )
 
     def _decode(self, group: list[DenoisingRegion]) -> None:
         self._forwards_since_decoding = 0
-        with fail_futures(one.draft for one in group):
-            with self._usage.running():
+        with fail_futures_on_error(one.prepared for one in group):
+            with self._utilization.measure():
                 pictures = self._denoiser.decode(group)
             for one, picture in zip(group, pictures, strict=True):
-                with fail_futures((one.draft,)):
-                    one.draft.work.report.memory = self._denoiser.memory(one.draft.window_size)
-                    self._delivery.send(one.draft, picture, self._denoiser.transfer)
+                with fail_futures_on_error((one.prepared,)):
+                    one.prepared.work.report.memory = self._denoiser.memory_report(
+                        one.prepared.window_size
+                    )
+                    self._resolver.send(one.prepared, picture, self._denoiser.copy_streams)
         self._finished = [one for one in self._finished if one not in group]
 
 
-def as_unavailable(error: Exception, components: Components) -> InpaintError:
+def to_engine_unavailable(error: Exception, components: Components) -> InpaintError:
     """What starting the engine raises instead; a lost device may be back after a restart."""
     if isinstance(error, torch.AcceleratorError):
-        return as_product_error(error)
+        return to_inpaint_error(error)
     device = components.device
     if is_out_of_memory(error) or isinstance(error, OutOfMemory):
         found = EngineUnavailable(
@@ -254,6 +267,6 @@ def as_unavailable(error: Exception, components: Components) -> InpaintError:
     return found
 
 
-def _known(draft: PreparedRegion | None) -> tuple[PreparedRegion, ...]:
+def _known(prepared: PreparedRegion | None) -> tuple[PreparedRegion, ...]:
     """``close`` wakes the thread with None."""
-    return () if draft is None else (draft,)
+    return () if prepared is None else (prepared,)

@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Download:
+class PendingDownload:
     """A tensor on its way to the host."""
 
     tensor: Tensor
-    arrived: torch.cuda.Event | None
+    done_event: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
         """The tensor on the host; waits without the interpreter's lock."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        if self.done_event is not None:
+            self.done_event.synchronize()
         return self.tensor
 
 
-def stage(tensor: Tensor, device: torch.device) -> Tensor:
+def pin(tensor: Tensor, device: torch.device) -> Tensor:
     """Where the device can fetch it by itself: in pinned memory. For any thread."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -32,7 +32,7 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-class Transfer:
+class CopyStreams:
     """One device's copies, each direction on a stream of its own. For one thread."""
 
     def __init__(self, device: torch.device) -> None:
@@ -53,18 +53,18 @@ class Transfer:
             tensor.record_stream(computing)
         return found
 
-    def download(self, tensor: Tensor) -> Download:
+    def download(self, tensor: Tensor) -> PendingDownload:
         """Starts once what was enqueued before is done."""
         if self._device.type != "cuda":
-            return Download(tensor=tensor, arrived=None)
+            return PendingDownload(tensor=tensor, done_event=None)
         self._down.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._down):
             found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             found.copy_(tensor, non_blocking=True)
             tensor.record_stream(self._down)
-            return Download(tensor=found, arrived=_mark(self._down))
+            return PendingDownload(tensor=found, done_event=_record_event(self._down))
 
-    def pace(self) -> None:
+    def limit_run_ahead(self) -> None:
         """Before each forward: waits until only the last one is still running.
 
         The device always has the next one ready, and the host is never so far ahead that
@@ -72,13 +72,13 @@ class Transfer:
         """
         if self._device.type != "cuda":
             return
-        enqueued = _mark(torch.cuda.current_stream(self._device))
+        enqueued = _record_event(torch.cuda.current_stream(self._device))
         if self._enqueued is not None:
             self._enqueued.synchronize()
         self._enqueued = enqueued
 
 
-def _mark(stream: torch.cuda.Stream) -> torch.cuda.Event:
+def _record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
     """Done once all that the stream holds now is; waiting for it leaves the core to others."""
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)

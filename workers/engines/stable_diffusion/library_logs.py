@@ -10,7 +10,7 @@ from functools import partial
 log = logging.getLogger(__name__)
 
 # Where torchao is installed, diffusers imports it, asked or not.
-EXPECTED: Mapping[str, str] = {
+EXPECTED_LINES: Mapping[str, str] = {
     # Kernels for mxfp8 and for sparse weights, of which we use none; they load on some GPUs only.
     "torchao": "Failed to load ",
     # Kernels tuned by torchao's own autotuner, which is off.
@@ -23,9 +23,9 @@ EXPECTED: Mapping[str, str] = {
 
 
 @contextmanager
-def expected_lines_at_debug() -> Iterator[None]:
+def demote_expected_lines() -> Iterator[None]:
     """Logs these lines, and no others of their loggers, at DEBUG under our own name."""
-    filters = {name: partial(_keep, text) for name, text in EXPECTED.items()}
+    filters = {name: partial(_demote, text) for name, text in EXPECTED_LINES.items()}
     for name, keep in filters.items():
         logging.getLogger(name).addFilter(keep)
     try:
@@ -35,7 +35,7 @@ def expected_lines_at_debug() -> Iterator[None]:
             logging.getLogger(name).removeFilter(keep)
 
 
-def _keep(text: str, record: logging.LogRecord) -> bool:
+def _demote(text: str, record: logging.LogRecord) -> bool:
     if text not in record.getMessage():
         return True
     log.debug("%s: %s", record.name, record.getMessage())

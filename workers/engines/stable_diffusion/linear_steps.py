@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 COLUMNS = ("alpha", "sigma", "keep", "to_image", "along", "is_ray", "bend", "change")
-HISTORY = 1
+HISTORY_LENGTH = 1
 
 
-def advance(
+def step(
     rows: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The next latents and the image they lead to, all (N, C, H, W) float32.

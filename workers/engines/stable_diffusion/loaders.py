@@ -7,7 +7,7 @@ from pathlib import Path
 from shared.errors import EngineUnavailable
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Engine
-from workers.engines.stable_diffusion.library_logs import expected_lines_at_debug
+from workers.engines.stable_diffusion.library_logs import demote_expected_lines
 
 SD2_ID = "sd2-community/stable-diffusion-2-inpainting"
 SD2_REVISION = "main"  # a branch: the hub, where the commit can be read, was never at hand
@@ -43,10 +43,10 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 
 def _load(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
-    with expected_lines_at_debug():
-        from workers.engines.stable_diffusion.attention import choose_attention
+    with demote_expected_lines():
+        from workers.engines.stable_diffusion.attention import set_attention
         from workers.engines.stable_diffusion.components import load_components
         from workers.engines.stable_diffusion.engine import DiffusionEngine
     components = load_components(model, revision, options)
-    choose_attention(components, options.attention, options.compile)
+    set_attention(components, options.attention, options.compile)
     return DiffusionEngine(name=name, components=components, options=options)

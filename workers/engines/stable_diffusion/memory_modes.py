@@ -16,13 +16,13 @@ from accelerate.hooks import remove_hook_from_module
 
 from shared.settings import MemoryMode
 from workers.engines.stable_diffusion.components import Components
-from workers.engines.stable_diffusion.oom import Pause, is_out_of_memory, release_memory
+from workers.engines.stable_diffusion.oom import Backoff, is_out_of_memory, release_memory
 
 log = logging.getLogger(__name__)
 
 Stage = Literal["unet", "vae", "text_encoder"]
 
-LADDER: Mapping[Stage, tuple[MemoryMode, ...]] = {
+FALLBACKS: Mapping[Stage, tuple[MemoryMode, ...]] = {
     "unet": ("attention_slicing", "model_offload", "sequential_offload"),
     "vae": ("vae_slicing", "vae_tiling", "model_offload", "sequential_offload"),
     "text_encoder": ("model_offload", "sequential_offload"),
@@ -36,16 +36,20 @@ class MemoryModes:
     """The model's parts on their device, in the modes that are on. For one thread."""
 
     def __init__(
-        self, components: Components, chosen: Iterable[MemoryMode], *, pause: Pause | None = None
+        self,
+        components: Components,
+        chosen: Iterable[MemoryMode],
+        *,
+        backoff: Backoff | None = None,
     ) -> None:
         self._components = components
         self._undo: dict[MemoryMode, Callable[[], None]] = {}
-        self._taken: list[MemoryMode] = []
-        self._pause = pause or Pause()
+        self._enabled_fallbacks: list[MemoryMode] = []
+        self._backoff = backoff or Backoff()
         for mode in chosen:
             self._turn_on(mode)
         if not self.is_offloading:
-            self._place(components.device)
+            self._move_all(components.device)
 
     @property
     def active(self) -> tuple[MemoryMode, ...]:
@@ -61,32 +65,32 @@ class MemoryModes:
         """Whether attention goes row by row, for which no code can be compiled."""
         return "attention_slicing" in self._undo
 
-    def use(self, stage: Stage) -> None:
+    def bring_to_device(self, stage: Stage) -> None:
         """Brings one part to the device, the others away, where whole models are offloaded."""
         if "model_offload" not in self._undo or "sequential_offload" in self._undo:
             return
         for name, part in self._parts().items():
             if name != stage:
-                move(part, torch.device("cpu"))
-        move(self._parts()[stage], self._components.device)
+                move_module(part, torch.device("cpu"))
+        move_module(self._parts()[stage], self._components.device)
 
-    def relieve(self, stage: Stage) -> bool:
+    def enable_fallback(self, stage: Stage) -> bool:
         """Turns on the next mode that makes a stage need less; False where none is left."""
-        left = [mode for mode in self._ladder(stage) if mode not in self._undo]
+        left = [mode for mode in self._fallbacks(stage) if mode not in self._undo]
         if not left or "sequential_offload" in self._undo:
             return False
         self._turn_on(left[0])
-        self._taken.append(left[0])
-        self._pause.lengthen()
+        self._enabled_fallbacks.append(left[0])
+        self._backoff.increase()
         log.warning("out of memory in %s; going on with %s", stage, left[0])
         return True
 
-    def relax(self) -> bool:
+    def disable_fallback(self) -> bool:
         """Turns off the mode taken last, once it has been on for a while; True where it did."""
-        if not self._taken or not self._pause.is_over:
+        if not self._enabled_fallbacks or not self._backoff.is_over:
             return False
-        self._pause.restart()
-        mode = self._taken.pop()
+        self._backoff.restart()
+        mode = self._enabled_fallbacks.pop()
         try:
             self._undo.pop(mode)()
         except RuntimeError as error:
@@ -94,13 +98,13 @@ class MemoryModes:
                 raise
             release_memory()
             self._turn_on(mode)
-            self._taken.append(mode)
+            self._enabled_fallbacks.append(mode)
             return False
         return True
 
-    def _ladder(self, stage: Stage) -> list[MemoryMode]:
+    def _fallbacks(self, stage: Stage) -> list[MemoryMode]:
         excluded = frozenset() if self._components.quantization == "off" else NOT_QUANTIZED
-        return [mode for mode in LADDER[stage] if mode not in excluded]
+        return [mode for mode in FALLBACKS[stage] if mode not in excluded]
 
     def _turn_on(self, mode: MemoryMode) -> None:
         self._undo[mode] = getattr(self, f"_{mode}")()
@@ -127,11 +131,11 @@ class MemoryModes:
         return undo
 
     def _model_offload(self) -> Callable[[], None]:
-        self._place(torch.device("cpu"))
-        return lambda: self._place(self._components.device)
+        self._move_all(torch.device("cpu"))
+        return lambda: self._move_all(self._components.device)
 
     def _sequential_offload(self) -> Callable[[], None]:
-        self._place(torch.device("cpu"))
+        self._move_all(torch.device("cpu"))
         for part in self._parts().values():
             cpu_offload(part, self._components.device, offload_buffers=bool(part._parameters))
 
@@ -139,7 +143,7 @@ class MemoryModes:
             for part in self._parts().values():
                 remove_hook_from_module(part, recurse=True)
             if not self.is_offloading:
-                self._place(self._components.device)
+                self._move_all(self._components.device)
 
         return undo
 
@@ -147,13 +151,13 @@ class MemoryModes:
         found = self._components
         return {"unet": found.unet, "vae": found.vae, "text_encoder": found.text_encoder}
 
-    def _place(self, device: torch.device) -> None:
+    def _move_all(self, device: torch.device) -> None:
         for part in self._parts().values():
-            move(part, device)
+            move_module(part, device)
         release_memory()
 
 
-def move(part: Any, device: torch.device) -> None:
+def move_module(part: Any, device: torch.device) -> None:
     """``part.to``, which cannot take along what quantized weights wrap.
 
     It would exchange such a weight in place, and torch refuses that in inference mode and once

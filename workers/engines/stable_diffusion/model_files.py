@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.errors import EngineUnavailable
 
-CLASSES: Mapping[str, frozenset[tuple[str, str]]] = {
+COMPONENT_CLASSES: Mapping[str, frozenset[tuple[str, str]]] = {
     "vae": frozenset({("diffusers", "AutoencoderKL")}),
     "unet": frozenset({("diffusers", "UNet2DConditionModel")}),
     "text_encoder": frozenset({("transformers", "CLIPTextModel")}),
@@ -19,24 +19,24 @@ CLASSES: Mapping[str, frozenset[tuple[str, str]]] = {
         {("transformers", "CLIPTokenizer"), ("transformers", "CLIPTokenizerFast")}
     ),
 }
-WEIGHTS = {
+WEIGHT_FILES = {
     "vae": "diffusion_pytorch_model",
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
 LFS_POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-SMALL_FILES = (
+CONFIG_PATTERNS = (
     "*.py",  # fetched so that custom code is seen and refused, never run
     "model_index.json",
-    *(f"{part}/config.json" for part in WEIGHTS),
+    *(f"{part}/config.json" for part in WEIGHT_FILES),
     "scheduler/scheduler_config.json",
     "tokenizer/*",
 )
-FULL = tuple(f"{part}/{stem}*.safetensors*" for part, stem in WEIGHTS.items())
+FULL_PATTERNS = tuple(f"{part}/{stem}*.safetensors*" for part, stem in WEIGHT_FILES.items())
 OTHER_VARIANTS = ("*.fp16*", "*non_ema*", "*.bf16*")
-HALF = tuple(f"{part}/{stem}*.fp16*.safetensors*" for part, stem in WEIGHTS.items())
-UNSUPPORTED = (
+FP16_PATTERNS = tuple(f"{part}/{stem}*.fp16*.safetensors*" for part, stem in WEIGHT_FILES.items())
+UNSUPPORTED_UNET_CONFIG = (
     "time_cond_proj_dim",
     "addition_embed_type",
     "class_embed_type",
@@ -81,10 +81,10 @@ def is_hub_id(model: str) -> bool:
 
 
 def _find_on_hub(model: str, revision: str | None) -> ModelFiles:
-    path = _fetch(model, revision, (*SMALL_FILES, *FULL), ignored=OTHER_VARIANTS)
+    path = _fetch(model, revision, (*CONFIG_PATTERNS, *FULL_PATTERNS), ignored=OTHER_VARIANTS)
     check_pipeline(path)
     if _missing_weights(path, variant=None):
-        path = _fetch(model, revision, (*SMALL_FILES, *HALF), ignored=("*non_ema*",))
+        path = _fetch(model, revision, (*CONFIG_PATTERNS, *FP16_PATTERNS), ignored=("*non_ema*",))
     # The hub's cache names each snapshot's folder after its commit.
     return ModelFiles(path=path, revision=path.name, variant=find_variant(path))
 
@@ -99,11 +99,11 @@ def _fetch(
             model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
         )
     except Exception as error:  # the client has no common root of errors
-        raise EngineUnavailable(_hub_answer(model, revision, error)) from error
+        raise EngineUnavailable(_hub_error_message(model, revision, error)) from error
     return Path(found)
 
 
-def _hub_answer(model: str, revision: str | None, error: Exception) -> str:
+def _hub_error_message(model: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -129,15 +129,15 @@ def check_pipeline(folder: Path) -> None:
         raise EngineUnavailable(
             f"{folder}: no model_index.json; name the folder that save_pretrained wrote"
         )
-    _check_own_code(folder)
+    _check_custom_code(folder)
     _check_classes(folder)
     _check_shapes(folder)
     if not any((folder / "tokenizer" / name).is_file() for name in TOKENIZER_FILES):
         raise EngineUnavailable(f"{folder}: no tokenizer; fetch the model again")
-    _check_fetched(folder)
+    _check_lfs_pointers(folder)
 
 
-def _check_fetched(folder: Path) -> None:
+def _check_lfs_pointers(folder: Path) -> None:
     """A clone without Git LFS has a line of text in place of each file of weights."""
     for path in sorted(folder.glob("*/*.safetensors")):
         with path.open("rb") as file:
@@ -147,7 +147,7 @@ def _check_fetched(folder: Path) -> None:
                 )
 
 
-def _check_own_code(folder: Path) -> None:
+def _check_custom_code(folder: Path) -> None:
     scripts = sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
     if scripts:
         raise EngineUnavailable(
@@ -158,7 +158,7 @@ def _check_own_code(folder: Path) -> None:
 
 def _check_classes(folder: Path) -> None:
     index = read_json(folder / "model_index.json")
-    for part, allowed in CLASSES.items():
+    for part, allowed in COMPONENT_CLASSES.items():
         found = index.get(part)
         if not isinstance(found, list) or tuple(found) not in allowed:
             wanted = min(name for _, name in allowed)
@@ -184,7 +184,7 @@ def _check_shapes(folder: Path) -> None:
     scale = vae.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or scale <= 0:
         raise EngineUnavailable(f"{folder}: the VAE's scaling_factor is {scale}; use an SD2 model")
-    extra = [name for name in UNSUPPORTED if unet.get(name) is not None]
+    extra = [name for name in UNSUPPORTED_UNET_CONFIG if unet.get(name) is not None]
     if extra:
         raise EngineUnavailable(f"{folder}: the UNet needs {extra[0]}; use an SD2 inpainting model")
 
@@ -212,7 +212,7 @@ def _missing_weights(folder: Path, *, variant: str | None) -> list[str]:
     infix = f".{variant}" if variant else ""
     return [
         part
-        for part, stem in WEIGHTS.items()
+        for part, stem in WEIGHT_FILES.items()
         if not (folder / part / f"{stem}{infix}.safetensors").is_file()
         and not (folder / part / f"{stem}.safetensors.index{infix}.json").is_file()
     ]

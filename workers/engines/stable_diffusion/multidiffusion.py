@@ -78,7 +78,7 @@ def count_windows(size: tuple[int, int], windows: Iterable[Box]) -> Tensor:
     return counts
 
 
-def add_up(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+def sum_windows(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
     """One (1, C, H, W) from parts of (C, h, w), added where windows overlap, else 0."""
     whole = parts[0].new_zeros(1, parts[0].shape[0], *size)
     for part, box in zip(parts, windows, strict=True):
@@ -86,13 +86,15 @@ def add_up(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box
     return whole
 
 
-def average(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+def average_windows(
+    parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]
+) -> Tensor:
     """One (1, C, H, W) from parts of (C, h, w), averaged where windows overlap, else 0."""
-    whole = add_up(parts, size, windows)
+    whole = sum_windows(parts, size, windows)
     return whole / count_windows(size, windows).clamp_(min=1).to(whole.device)
 
 
-def blend(parts: Iterable[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
+def blend_windows(parts: Iterable[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
     """One (C, H, W) from parts of (C, h, w): each fades linearly towards its window's edges.
 
     A tent over each window is linear in every overlap up to half a window; divided by the

@@ -13,24 +13,24 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-FIRST_PAUSE_SECONDS = 60.0
-LONGEST_PAUSE_SECONDS = 3600.0
+MIN_BACKOFF_SECONDS = 60.0
+MAX_BACKOFF_SECONDS = 3600.0
 
 
-class Pause:
+class Backoff:
     """How long not to try again what did not fit: twice as long after each failure."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._seconds = FIRST_PAUSE_SECONDS / 2
+        self._seconds = MIN_BACKOFF_SECONDS / 2
         self._until = 0.0
 
     @property
     def is_over(self) -> bool:
         return self._clock() >= self._until
 
-    def lengthen(self) -> None:
-        self._seconds = min(self._seconds * 2, LONGEST_PAUSE_SECONDS)
+    def increase(self) -> None:
+        self._seconds = min(self._seconds * 2, MAX_BACKOFF_SECONDS)
         self.restart()
 
     def restart(self) -> None:
@@ -45,23 +45,23 @@ class RowLimit:
         self.most = most
         self.stage = stage
         self._rows = most
-        self._pause = Pause(clock)
+        self._backoff = Backoff(clock)
 
     @property
     def rows(self) -> int:
-        if self._rows < self.most and self._pause.is_over:
+        if self._rows < self.most and self._backoff.is_over:
             self._rows = min(self._rows * 2, self.most)
-            self._pause.restart()
+            self._backoff.restart()
         return self._rows
 
     @property
-    def is_lowered(self) -> bool:
+    def is_reduced(self) -> bool:
         return self._rows < self.most
 
     def halve(self, tried: int) -> None:
         """tried: rows that did not fit, more than one."""
         self._rows = min(self._rows, tried // 2)
-        self._pause.lengthen()
+        self._backoff.increase()
         log.warning(
             "out of memory with %d rows in %s; going on with %d", tried, self.stage, self._rows
         )
@@ -71,7 +71,7 @@ def run_in_chunks(
     run: Callable[[list[Tensor]], Tensor],
     items: list[Tensor],
     limit: RowLimit,
-    give_way: Callable[[int], None],
+    on_out_of_memory: Callable[[int], None],
 ) -> Iterator[Tensor]:
     """What ``run`` makes of each item, in chunks of the limit, each run once it is asked for.
 
@@ -80,15 +80,15 @@ def run_in_chunks(
     start = 0
     while start < len(items):
         chunk = items[start : start + limit.rows]
-        found = attempt(run, chunk)
+        found = try_run(run, chunk)
         if found is None:
-            give_way(len(chunk))
+            on_out_of_memory(len(chunk))
         else:
             yield from found.unbind()
             start += len(chunk)
 
 
-def attempt(run: Callable[[T], Tensor], batch: T) -> Tensor | None:
+def try_run(run: Callable[[T], Tensor], batch: T) -> Tensor | None:
     """None where memory ran out; by then the error and all that its frames held are gone."""
     try:
         return run(batch)

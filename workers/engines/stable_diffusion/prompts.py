@@ -12,19 +12,23 @@ from workers.engines.stable_diffusion.components import Components
 
 log = logging.getLogger(__name__)
 
-KEPT = 256  # of 77 x 1024 float16: 40 MB
+CACHE_SIZE = 256  # of 77 x 1024 float16: 40 MB
 
 
 class PromptEncoder:
     """Text to embeddings, least recently used ones forgotten first. For one thread."""
 
     def __init__(
-        self, components: Components, *, kept: int = KEPT, before: Callable[[], None] = lambda: None
+        self,
+        components: Components,
+        *,
+        cache_size: int = CACHE_SIZE,
+        before_encode: Callable[[], None] = lambda: None,
     ) -> None:
         """before: called each time the text encoder is about to run."""
         self._components = components
-        self._before = before
-        self._kept = kept
+        self._before_encode = before_encode
+        self._cache_size = cache_size
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
     def encode(self, text: str) -> Tensor:
@@ -34,13 +38,13 @@ class PromptEncoder:
         """
         if text not in self._embeddings:
             self._embeddings[text] = self._encode(text)
-            if len(self._embeddings) > self._kept:
+            if len(self._embeddings) > self._cache_size:
                 self._embeddings.popitem(last=False)
         self._embeddings.move_to_end(text)
         return self._embeddings[text]
 
     def _encode(self, text: str) -> Tensor:
-        self._before()
+        self._before_encode()
         tokenizer, encoder = self._components.tokenizer, self._components.text_encoder
         # A tokenizer without its tokenizer_config.json names no length, so to say 10**30.
         longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

@@ -12,12 +12,12 @@ from shared.errors import EngineUnavailable
 from shared.settings import Quantization
 from workers.engines.options import EngineOptions
 
-LEAST_CAPABILITY: Mapping[Quantization, tuple[int, int]] = {
+MIN_CAPABILITY: Mapping[Quantization, tuple[int, int]] = {
     "int8_weights": (8, 0),  # for bfloat16
     "int8": (8, 0),
     "fp8": (8, 9),
 }
-MULTIPLE = 16  # of both sides of a weight, as the kernels want them
+WEIGHT_MULTIPLE = 16  # of both sides of a weight, as the kernels want them
 
 
 def check_quantization(options: EngineOptions, device: torch.device) -> None:
@@ -28,7 +28,7 @@ def check_quantization(options: EngineOptions, device: torch.device) -> None:
         raise EngineUnavailable(
             "torchao is not installed; pip install 'inpaint-batch[quantization]'"
         )
-    if obstacle := _obstacle(options, device):
+    if obstacle := _unsupported_reason(options, device):
         raise EngineUnavailable(f"quantization {options.quantization} {obstacle}")
 
 
@@ -63,12 +63,12 @@ def is_quantizable(module: torch.nn.Module, name: str) -> bool:
     return (
         isinstance(module, torch.nn.Linear)
         and "attentions" in name.split(".")
-        and module.in_features % MULTIPLE == 0
-        and module.out_features % MULTIPLE == 0
+        and module.in_features % WEIGHT_MULTIPLE == 0
+        and module.out_features % WEIGHT_MULTIPLE == 0
     )
 
 
-def _obstacle(options: EngineOptions, device: torch.device) -> str | None:
+def _unsupported_reason(options: EngineOptions, device: torch.device) -> str | None:
     """What stands against it, with the remedy."""
     chosen = options.quantization
     if "sequential_offload" in options.memory:
@@ -79,17 +79,17 @@ def _obstacle(options: EngineOptions, device: torch.device) -> str | None:
         return "computes in bfloat16; use dtype auto or bfloat16"
     if device.type == "cpu":
         return "needs a CUDA device; use int8_weights, int8 or off" if chosen == "fp8" else None
-    least, found = LEAST_CAPABILITY[chosen], torch.cuda.get_device_capability(device)
+    least, found = MIN_CAPABILITY[chosen], torch.cuda.get_device_capability(device)
     if found < least:
-        other = "int8_weights" if found >= LEAST_CAPABILITY["int8_weights"] else "off"
+        other = "int8_weights" if found >= MIN_CAPABILITY["int8_weights"] else "off"
         return (
             f"needs compute capability {least[0]}.{least[1]}, and {device} has "
             f"{found[0]}.{found[1]}; use {other}"
         )
-    return _uncompiled(options) if chosen == "int8" else None
+    return _uncompiled_reason(options) if chosen == "int8" else None
 
 
-def _uncompiled(options: EngineOptions) -> str | None:
+def _uncompiled_reason(options: EngineOptions) -> str | None:
     """torchao's int8 product on CUDA looks at values unless compiled, which no graph can hold.
 
     Attention ``auto`` runs the plain model to choose a kernel, ``compile`` auto to compare.

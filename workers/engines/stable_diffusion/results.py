@@ -14,22 +14,22 @@ from torch import Tensor
 
 from shared.errors import EngineError, GateError, InpaintError, OutOfMemory
 from workers.engines.protocol import Pixels
-from workers.engines.stable_diffusion.host_device_copy import Download, Transfer
+from workers.engines.stable_diffusion.host_device_copy import CopyStreams, PendingDownload
 from workers.engines.stable_diffusion.multidiffusion import count_windows
 from workers.engines.stable_diffusion.oom import is_out_of_memory
-from workers.engines.stable_diffusion.region_state import PreparedRegion, to_bytes
+from workers.engines.stable_diffusion.region_state import PreparedRegion, tensor_to_image
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRegion:
     """pixels: (H, W, 3) uint8. finite: one bool, False where the model made no numbers."""
 
-    draft: PreparedRegion
-    pixels: Download
-    finite: Download
+    prepared: PreparedRegion
+    pixels: PendingDownload
+    finite: PendingDownload
 
 
-class ResultSender:
+class FutureResolver:
     """Takes finished regions from the device thread and answers their futures."""
 
     def __init__(self) -> None:
@@ -37,14 +37,14 @@ class ResultSender:
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self._thread.start()
 
-    def send(self, draft: PreparedRegion, picture: Tensor, transfer: Transfer) -> None:
+    def send(self, prepared: PreparedRegion, picture: Tensor, copy_streams: CopyStreams) -> None:
         """picture: (3, H, W) float32 in about -1 to 1, on the device."""
         finite = torch.isfinite(picture).all()  # latents that are no numbers end here, too
         self._parcels.put(
             FinishedRegion(
-                draft=draft,
-                pixels=transfer.download(to_bytes(picture)),
-                finite=transfer.download(finite),
+                prepared=prepared,
+                pixels=copy_streams.download(tensor_to_image(picture)),
+                finite=copy_streams.download(finite),
             )
         )
 
@@ -55,18 +55,18 @@ class ResultSender:
 
     def _run(self) -> None:
         while (parcel := self._parcels.get()) is not None:
-            with fail_futures((parcel.draft,)):
+            with fail_futures_on_error((parcel.prepared,)):
                 pixels, finite = parcel.pixels.wait(), parcel.finite.wait()
-                picture = unpack(parcel.draft, pixels.numpy(), is_finite=bool(finite))
-                parcel.draft.future.set_result(picture)
+                picture = fill_uncovered(parcel.prepared, pixels.numpy(), is_finite=bool(finite))
+                parcel.prepared.future.set_result(picture)
 
 
-def unpack(draft: PreparedRegion, pixels: Pixels, *, is_finite: bool) -> Pixels:
+def fill_uncovered(prepared: PreparedRegion, pixels: Pixels, *, is_finite: bool) -> Pixels:
     """The pixels where windows lie, the region's own elsewhere; both (H, W, 3).
 
     Raises GateError for a picture of no numbers, as half precision that overflows leaves it.
     """
-    canvas, work = draft.canvas, draft.work
+    canvas, work = prepared.canvas, prepared.work
     covered = count_windows(canvas.pixel_size, canvas.pixel_windows)[0, 0].numpy() > 0
     if not is_finite:
         raise GateError(
@@ -77,7 +77,7 @@ def unpack(draft: PreparedRegion, pixels: Pixels, *, is_finite: bool) -> Pixels:
 
 
 @contextmanager
-def fail_futures(drafts: Iterable[PreparedRegion]) -> Iterator[None]:
+def fail_futures_on_error(prepared_regions: Iterable[PreparedRegion]) -> Iterator[None]:
     """Whatever is raised inside goes to these regions' futures, and no further.
 
     An exception that left its thread would leave every future waiting for ever.
@@ -85,12 +85,12 @@ def fail_futures(drafts: Iterable[PreparedRegion]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        for draft in drafts:
-            if not draft.future.done():
-                draft.future.set_exception(as_product_error(error))
+        for prepared in prepared_regions:
+            if not prepared.future.done():
+                prepared.future.set_exception(to_inpaint_error(error))
 
 
-def as_product_error(error: Exception) -> InpaintError:
+def to_inpaint_error(error: Exception) -> InpaintError:
     """OutOfMemory, or EngineError naming the exception; ``device_lost`` needs a new process."""
     if isinstance(error, InpaintError):
         return error

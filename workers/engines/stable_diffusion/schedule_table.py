@@ -15,13 +15,15 @@ from torch import Tensor
 
 from workers.engines.stable_diffusion import linear_steps, unipc
 
-HEAD = ("timestep", "divisor", "guidance")
+COMMON_COLUMNS = ("timestep", "divisor", "guidance")
 
-Advance = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]]
+StepFunction = Callable[
+    [Tensor, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Formula:
+class StepFormula:
     """One step of some schedulers, with a row of numbers for each region.
 
     advance: rows without their head, latents, noise and history to the next latents and history.
@@ -29,22 +31,24 @@ class Formula:
     """
 
     columns: tuple[str, ...]
-    advance: Advance
+    step: StepFunction
     history: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepTable:
+class ScheduleTable:
     """(steps, columns) float32: the head, then the formula's columns where there is one.
 
     divisor: what the latents are divided by for the UNet. guidance: the guidance scale.
     """
 
     values: Tensor
-    formula: Formula | None
+    formula: StepFormula | None
 
 
-def tabulate(scheduler: Any, name: str, *, skipped: int, eta: float, guidance: float) -> StepTable:
+def build_table(
+    scheduler: Any, name: str, *, skipped: int, eta: float, guidance: float
+) -> ScheduleTable:
     """The steps that are left after ``skipped``; the scheduler's timesteps are set."""
     timesteps = scheduler.timesteps[skipped:]
     divisor = torch.ones(len(timesteps))
@@ -53,25 +57,25 @@ def tabulate(scheduler: Any, name: str, *, skipped: int, eta: float, guidance: f
     head = [timesteps.float(), divisor, torch.full((len(timesteps),), guidance)]
     known = _coefficients(scheduler, name, skipped) if eta == 0 else None
     if known is None:
-        return StepTable(values=torch.stack(head, dim=1), formula=None)
+        return ScheduleTable(values=torch.stack(head, dim=1), formula=None)
     formula, columns = known
     none = torch.zeros(len(timesteps))
     body = [columns.get(column, none) for column in formula.columns]
-    return StepTable(values=torch.stack([*head, *body], dim=1), formula=formula)
+    return ScheduleTable(values=torch.stack([*head, *body], dim=1), formula=formula)
 
 
-def guide(rows: Tensor, without: Tensor, prediction: Tensor) -> Tensor:
+def apply_guidance(rows: Tensor, without: Tensor, prediction: Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022); exact where both predictions are one.
 
     rows: (N, columns), one of the table for each. The others: (N, C, H, W).
     """
-    scale = rows[:, HEAD.index("guidance"), None, None, None]
+    scale = rows[:, COMMON_COLUMNS.index("guidance"), None, None, None]
     return without + scale * (prediction - without)
 
 
 def _coefficients(
     scheduler: Any, name: str, skipped: int
-) -> tuple[Formula, Mapping[str, Tensor]] | None:
+) -> tuple[StepFormula, Mapping[str, Tensor]] | None:
     """None where the model's configuration asks for something else than the plain formula."""
     config = scheduler.config
     plain = config.prediction_type == "epsilon" and not getattr(config, "thresholding", False)
@@ -82,13 +86,13 @@ def _coefficients(
     return None if columns is None else (formula, columns)
 
 
-MULTISTEP = Formula(
-    columns=linear_steps.COLUMNS, advance=linear_steps.advance, history=linear_steps.HISTORY
+LINEAR = StepFormula(
+    columns=linear_steps.COLUMNS, step=linear_steps.step, history=linear_steps.HISTORY_LENGTH
 )
-UNIPC = Formula(columns=unipc.COLUMNS, advance=unipc.advance, history=unipc.HISTORY)
-FORMULAS: Mapping[str, tuple[Formula, Callable[[Any, int], Mapping[str, Tensor] | None]]] = {
-    "ddim": (MULTISTEP, linear_steps.ddim),
-    "euler": (MULTISTEP, linear_steps.euler),
-    "dpmpp_2m": (MULTISTEP, linear_steps.dpmpp_2m),
+UNIPC = StepFormula(columns=unipc.COLUMNS, step=unipc.step, history=unipc.HISTORY_LENGTH)
+FORMULAS: Mapping[str, tuple[StepFormula, Callable[[Any, int], Mapping[str, Tensor] | None]]] = {
+    "ddim": (LINEAR, linear_steps.ddim),
+    "euler": (LINEAR, linear_steps.euler),
+    "dpmpp_2m": (LINEAR, linear_steps.dpmpp_2m),
     "unipc": (UNIPC, unipc.unipc),
 }

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from shared.errors import ParameterError
 from shared.params import Params, Scheduler
-from workers.engines.stable_diffusion.schedule_table import tabulate
+from workers.engines.stable_diffusion.schedule_table import build_table
 
-CLASSES: Mapping[Scheduler, str] = {
+SCHEDULER_CLASSES: Mapping[Scheduler, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
     "pndm": "PNDMScheduler",
@@ -24,9 +24,9 @@ CLASSES: Mapping[Scheduler, str] = {
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
 }
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # What diffusers' pipelines force on old configurations; latents have no range to clip to.
-FORCED: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
+OVERRIDES: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
 
 
 class Sampler:
@@ -45,7 +45,7 @@ class Sampler:
         self.generator = generator
         skipped = _set_timesteps(self._scheduler, params)
         self.timesteps: Tensor = self._scheduler.timesteps[skipped:]
-        self.table = tabulate(
+        self.table = build_table(
             self._scheduler,
             params.scheduler,
             skipped=skipped,
@@ -57,16 +57,16 @@ class Sampler:
         self._step_options = {key: choices[key] for key in choices if key in accepted}
 
     @property
-    def needs_image(self) -> bool:
+    def needs_image_latents(self) -> bool:
         """Whether the start is the image with noise, as for any strength below 1."""
         return not self._is_pure_noise
 
-    def draw(self, shape: tuple[int, ...]) -> Tensor:
+    def draw_noise(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise, float32 on the CPU."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
-    def start(self, noise: Tensor, image_latents: Tensor | None) -> Tensor:
-        """The first latents, (1, C, h, w) float32; ``image_latents`` where ``needs_image``."""
+    def initial_latents(self, noise: Tensor, image_latents: Tensor | None) -> Tensor:
+        """The first latents, (1, C, h, w) float32; with image latents if needed."""
         if image_latents is None:
             return noise * self._scheduler.init_noise_sigma  # type: ignore[no-any-return]
         first = self.timesteps[:1]
@@ -95,10 +95,10 @@ def build_scheduler(config: Mapping[str, Any], name: Scheduler) -> Any:
 
 
 def _build(config: Mapping[str, Any], name: Scheduler) -> Any:
-    kind = getattr(diffusers, CLASSES[name])
+    kind = getattr(diffusers, SCHEDULER_CLASSES[name])
     known = inspect.signature(kind.__init__).parameters
-    values = {**config, **FORCED}
-    if values.get("prediction_type", "epsilon") not in PREDICTIONS:
+    values = {**config, **OVERRIDES}
+    if values.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type {values['prediction_type']!r} is not known")
     return kind.from_config({key: values[key] for key in values if key in known})
 

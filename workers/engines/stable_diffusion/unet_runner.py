@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from shared.settings import Attention, Compile
-from workers.engines.stable_diffusion.attention import kernel
-from workers.engines.stable_diffusion.autotune import Stopwatch, fastest, stopwatch_for
+from workers.engines.stable_diffusion.attention import attention_kernel
+from workers.engines.stable_diffusion.autotune import Stopwatch, choose_fastest, stopwatch_for
 from workers.engines.stable_diffusion.components import Components
-from workers.engines.stable_diffusion.deepcache import Kind, model_for
+from workers.engines.stable_diffusion.deepcache import ForwardKind, unet_for_kind
 from workers.engines.stable_diffusion.host_device_copy import new_stream
 from workers.engines.stable_diffusion.oom import release_memory
 
 log = logging.getLogger(__name__)
 
-WARM_UPS = 3
+WARM_UP_RUNS = 3
 COMPILE_MODES = {"max-autotune": "max-autotune-no-cudagraphs"}
-TRIED: Mapping[str, tuple[Attention, ...]] = {"cuda": ("auto", "flash", "cudnn", "efficient")}
+ATTENTION_CANDIDATES: Mapping[str, tuple[Attention, ...]] = {
+    "cuda": ("auto", "flash", "cudnn", "efficient")
+}
 
-Run = Callable[..., Any]
-Given = tuple[Tensor, Tensor, Tensor]  # inputs, timesteps, embeddings
+UNetCallable = Callable[..., Any]
+UNetInputs = tuple[Tensor, Tensor, Tensor]  # inputs, timesteps, embeddings
 
 
 class KernelChoice(NamedTuple):
@@ -45,7 +47,7 @@ class CapturedGraph:
     """A graph, the tensors it reads and the one it writes."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: Given
+    inputs: UNetInputs
     output: Tensor
 
     def replay(self) -> Tensor:
@@ -54,7 +56,7 @@ class CapturedGraph:
 
 
 @dataclass(kw_only=True)
-class Pool:
+class GraphPool:
     """The device memory that graphs share, once there is one of them."""
 
     handle: Any = None
@@ -71,8 +73,8 @@ class UNetRunner:
         compile: Compile,
         graphs: bool,
         deterministic: bool = False,
-        kind: Kind = "whole",
-        pool: Pool | None = None,
+        kind: ForwardKind = "full",
+        pool: GraphPool | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         """kind: what a forward computes. pool: shared with the other kinds' graphs.
@@ -81,20 +83,20 @@ class UNetRunner:
         stopwatch: the seconds of a call; None takes the device's own clock.
         """
         self._components = components
-        self._model: Run = model_for(components.unet, kind)
+        self._model: UNetCallable = unet_for_kind(components.unet, kind)
         self._compile: Compile = "off" if deterministic and compile == "auto" else compile
         device = components.device.type
         self._attentions: tuple[Attention, ...] = (attention,)
         if attention == "auto" and not deterministic:
-            self._attentions = TRIED.get(device, self._attentions)
+            self._attentions = ATTENTION_CANDIDATES.get(device, self._attentions)
         self._stopwatch = stopwatch or stopwatch_for(components.device)
         self._has_graphs = graphs and device == "cuda"
-        self._ways: dict[torch.Size, KernelChoice] = {}
+        self._kernel_choices: dict[torch.Size, KernelChoice] = {}
         self._captured: dict[torch.Size, CapturedGraph] = {}
-        self._pool = pool or Pool()
+        self._pool = pool or GraphPool()
 
     @property
-    def wants_buckets(self) -> bool:
+    def needs_buckets(self) -> bool:
         """Whether a new batch size costs more than rows that are thrown away."""
         return self._compile != "off" or self._has_graphs
 
@@ -104,8 +106,8 @@ class UNetRunner:
         timesteps: Tensor,
         embeddings: Tensor,
         *,
-        is_moving: bool = False,
-        is_sliced: bool = False,
+        is_offloading: bool = False,
+        is_attention_sliced: bool = False,
     ) -> Tensor:
         """(N, C, h, w) float32 from (N, 2C + 1, h, w), (N,) and (N, tokens, embedding).
 
@@ -114,75 +116,81 @@ class UNetRunner:
         compiled code holds. is_sliced: attention goes row by row, which does not compile.
         """
         embeddings = embeddings.to(self._components.unet_dtype)
-        given = (self._laid_out(inputs), timesteps, embeddings)
-        way = KernelChoice(self._attentions[0]) if is_moving or is_sliced else self._way(given)
-        if self._has_graphs and not is_moving:
-            found = self._replay(way, given)
+        given = (self._to_unet_layout(inputs), timesteps, embeddings)
+        choice = (
+            KernelChoice(self._attentions[0])
+            if is_offloading or is_attention_sliced
+            else self._kernel_choice(given)
+        )
+        if self._has_graphs and not is_offloading:
+            found = self._replay_graph(choice, given)
         else:
-            found = self._call(way, given)
+            found = self._run_model(choice, given)
         return found.to(torch.float32, copy=True)  # the next replay overwrites a graph's output
 
-    def forget(self) -> None:
+    def drop_graphs(self) -> None:
         """Drops the graphs and hands back their memory."""
         self._captured.clear()
         self._pool.handle = None
 
-    def _laid_out(self, inputs: Tensor) -> Tensor:
+    def _to_unet_layout(self, inputs: Tensor) -> Tensor:
         """In the UNet's dtype, and on CUDA in its weights' memory layout."""
         if self._components.device.type == "cuda":
             return inputs.to(self._components.unet_dtype, memory_format=torch.channels_last)
         return inputs.to(self._components.unet_dtype)
 
-    def _way(self, given: Given) -> KernelChoice:
+    def _kernel_choice(self, given: UNetInputs) -> KernelChoice:
         """How forwards of this window size run: found at the first of them, then kept."""
         size = given[0].shape[2:]
-        if size not in self._ways:
-            self._ways[size] = self._find_way(given)
-        return self._ways[size]
+        if size not in self._kernel_choices:
+            self._kernel_choices[size] = self._autotune(given)
+        return self._kernel_choices[size]
 
-    def _find_way(self, given: Given) -> KernelChoice:
+    def _autotune(self, given: UNetInputs) -> KernelChoice:
         """Attention first, on the plain model: compiled code keeps the kernel it was made with."""
-        way = self._fastest([KernelChoice(name) for name in self._attentions], given)
+        choice = self._choose_fastest([KernelChoice(name) for name in self._attentions], given)
         if self._compile == "off":
-            return way
+            return choice
         log.info("compiling for windows of %s latents: minutes, the first time", _size(given))
-        compiled = KernelChoice(way.attention, is_compiled=True)
-        return self._fastest([way, compiled], given) if self._compile == "auto" else compiled
+        compiled = KernelChoice(choice.attention, is_compiled=True)
+        return (
+            self._choose_fastest([choice, compiled], given) if self._compile == "auto" else compiled
+        )
 
-    def _fastest(self, ways: Sequence[KernelChoice], given: Given) -> KernelChoice:
-        if len(ways) == 1:
-            return ways[0]
-        found = fastest(ways, partial(self._ready, given), self._stopwatch)
+    def _choose_fastest(self, choices: Sequence[KernelChoice], given: UNetInputs) -> KernelChoice:
+        if len(choices) == 1:
+            return choices[0]
+        found = choose_fastest(choices, partial(self._build_candidate, given), self._stopwatch)
         release_memory()  # of the graphs that were tried
         log.info("windows of %s latents: %s", _size(given), found)
         return found
 
-    def _ready(self, given: Given, way: KernelChoice) -> Callable[[], Tensor]:
+    def _build_candidate(self, given: UNetInputs, choice: KernelChoice) -> Callable[[], Tensor]:
         if self._has_graphs:
-            return self._capture(way, given).replay
-        return partial(self._call, way, given)
+            return self._capture(choice, given).replay
+        return partial(self._run_model, choice, given)
 
-    def _call(self, way: KernelChoice, given: Given) -> Tensor:
+    def _run_model(self, choice: KernelChoice, given: UNetInputs) -> Tensor:
         inputs, timesteps, embeddings = given
         run = self._model
-        if way.is_compiled:
+        if choice.is_compiled:
             run = self._compiled
             if len(inputs) > 1:
                 for tensor in given:
                     torch._dynamo.mark_dynamic(tensor, 0)
-        with kernel(way.attention):
+        with attention_kernel(choice.attention):
             found = run(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)
         return found[0]  # type: ignore[no-any-return]
 
     @cached_property
-    def _compiled(self) -> Run:
+    def _compiled(self) -> UNetCallable:
         mode = COMPILE_MODES.get(self._compile)
         return torch.compile(self._model, mode=mode)
 
-    def _replay(self, way: KernelChoice, given: Given) -> Tensor:
+    def _replay_graph(self, choice: KernelChoice, given: UNetInputs) -> Tensor:
         shape = given[0].shape
         if shape not in self._captured:
-            captured = self._capture(way, given)
+            captured = self._capture(choice, given)
             self._captured[shape] = captured
             self._pool.handle = self._pool.handle or captured.graph.pool()
         captured = self._captured[shape]
@@ -190,7 +198,7 @@ class UNetRunner:
             place.copy_(tensor)
         return captured.replay()
 
-    def _capture(self, way: KernelChoice, given: Given) -> CapturedGraph:
+    def _capture(self, choice: KernelChoice, given: UNetInputs) -> CapturedGraph:
         """Warm-up runs on another stream first: they compile, and choose cuDNN's algorithms.
 
         All graphs of every kind share one pool of memory: never two of them are under way, and
@@ -200,26 +208,26 @@ class UNetRunner:
         inputs, timesteps, embeddings = given
         own = (inputs.clone(), timesteps.clone(), embeddings.clone())
         graph = torch.cuda.CUDAGraph()
-        with _trying_convolutions():
+        with _benchmark_convolutions():
             side = new_stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):
-                    self._call(way, own)
+                for _ in range(WARM_UP_RUNS):
+                    self._run_model(choice, own)
             torch.cuda.current_stream(device).wait_stream(side)
             mode = "thread_local"  # other threads may allocate meanwhile, which no other allows
             with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode=mode):
-                output = self._call(way, own)
+                output = self._run_model(choice, own)
         return CapturedGraph(graph=graph, inputs=own, output=output)
 
 
-def _size(given: Given) -> str:
+def _size(given: UNetInputs) -> str:
     height, width = given[0].shape[2:]
     return f"{width}x{height}"
 
 
 @contextmanager
-def _trying_convolutions() -> Iterator[None]:
+def _benchmark_convolutions() -> Iterator[None]:
     """cuDNN times its algorithms and takes the fastest; each shape pays for that once.
 
     Not where a deterministic engine has asked for the same ones each time.

@@ -24,10 +24,10 @@ COLUMNS = (
     *("is_corrected", "correct_keep", "correct_toward", "correct_rho", "correct_ratio"),
     *("correct_new", "keep", "toward", "rho", "ratio"),
 )
-HISTORY = 3
+HISTORY_LENGTH = 3
 
 
-def advance(
+def step(
     rows: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The next latents and history, all (N, C, H, W) float32.

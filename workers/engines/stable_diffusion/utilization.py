@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class Usage:
+class Utilization:
     """Between the first call's start and the last one's end. For one thread.
 
-    On CUDA a call returns while the device still runs; but ``Transfer.pace`` waits inside one
+    On CUDA a call returns while the device still runs; but ``CopyStreams.pace`` waits inside one
     for the forward before, so the share is close to the device's own.
     """
 
@@ -20,7 +20,7 @@ class Usage:
         self._last = self._busy = 0.0
 
     @contextmanager
-    def running(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         start = self._clock()
         self._first = start if self._first is None else self._first
         try:

@@ -21,7 +21,7 @@ from workers.engines.stable_diffusion.engine import DiffusionEngine
 WINDOW = Box(0, 0, 64, 64)
 
 # diffusers' sigma schedulers hand torch tensors to np.array; numpy 2 warns, and it works.
-DIFFUSERS_WARNS = pytest.mark.filterwarnings(
+IGNORE_DIFFUSERS_WARNING = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
 
@@ -76,7 +76,7 @@ def engine(parts: Components, **options: Any) -> Iterator[DiffusionEngine]:
         found.close()
 
 
-class Watch:
+class UNetWatch:
     """Counts the UNet's forwards, and holds them back while ``gate`` is clear."""
 
     def __init__(self, unet: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.engines.stable_diffusion.autotune import fastest, stopwatch_for
+from workers.engines.stable_diffusion.autotune import choose_fastest, stopwatch_for
 
 RESULT = torch.linspace(-1, 1, 100)
 
@@ -26,7 +26,7 @@ def choose(seconds: dict[str, float], **results: Tensor | Exception) -> str:
         ready.append(way)
         return lambda: found
 
-    return fastest(list(seconds), make, lambda run: seconds[ready[-1]])
+    return choose_fastest(list(seconds), make, lambda run: seconds[ready[-1]])
 
 
 def test_the_fastest_way_is_chosen() -> None:
@@ -74,7 +74,7 @@ def test_the_first_result_is_kept_while_the_next_way_overwrites_it() -> None:
     def make(way: str) -> Callable[[], Tensor]:
         return lambda: shared.copy_(RESULT if way == "plain" else -RESULT)
 
-    assert fastest(["plain", "wrong"], make, stopwatch=iter_of(2.0, 1.0)) == "plain"
+    assert choose_fastest(["plain", "wrong"], make, stopwatch=iter_of(2.0, 1.0)) == "plain"
 
 
 def test_a_way_is_gone_before_the_next_is_made() -> None:
@@ -93,7 +93,7 @@ def test_a_way_is_gone_before_the_next_is_made() -> None:
             raise RuntimeError("after it was made")
         return graph
 
-    assert fastest(["plain", "broken", "flash"], make, iter_of(2.0, 1.0)) == "flash"
+    assert choose_fastest(["plain", "broken", "flash"], make, iter_of(2.0, 1.0)) == "flash"
     assert len(alive) == 3
 
 

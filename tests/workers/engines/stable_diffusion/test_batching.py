@@ -13,28 +13,28 @@ import pytest
 from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import (
-    DIFFUSERS_WARNS,
-    Watch,
+    IGNORE_DIFFUSERS_WARNING,
+    UNetWatch,
     components,
     engine,
     region,
 )
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.batching import (
-    buckets,
-    choose_joining,
-    move_back,
-    pad,
-    pick_rows,
+    bucket_sizes,
+    choose_admissions,
+    choose_rows,
+    pad_to_bucket,
+    rotate_served,
 )
-from workers.engines.stable_diffusion.deepcache import Kind
+from workers.engines.stable_diffusion.deepcache import ForwardKind
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 SMALL, WIDE = (8, 8), (8, 16)
 
 
-def draft(
+def prepared(
     priority: int = 0, rows: int = 2, size: tuple[int, int] = SMALL, cache_interval: int = 1
 ) -> Any:
     """What batching asks of a region that waits."""
@@ -43,21 +43,32 @@ def draft(
     return SimpleNamespace(work=work, rows=rows, window_size=size)
 
 
-def joining(waiting: list[Any], sequences: list[Any], most: int) -> list[Any]:
-    return choose_joining(waiting, sequences, lambda size: most if size == SMALL else most // 2)
+def joining(waiting: list[Any], regions: list[Any], most: int) -> list[Any]:
+    return choose_admissions(waiting, regions, lambda size: most if size == SMALL else most // 2)
 
 
 def active(
-    name: str, windows: int = 1, *, kind: Kind = "whole", goes_on: bool = False, **values: Any
+    name: str,
+    windows: int = 1,
+    *,
+    forward_kind: ForwardKind = "full",
+    is_starting_cached_step: bool = False,
+    **values: Any,
 ) -> Any:
     """What batching asks of a region under way; its rows are named after it."""
-    found = draft(**values)
+    found = prepared(**values)
     rows = [f"{name}{window}{'-+'[n]}" for window in range(windows) for n in range(found.rows)]
-    return SimpleNamespace(draft=found, rows=found.rows, pending=rows, kind=kind, goes_on=goes_on)
+    return SimpleNamespace(
+        prepared=found,
+        rows=found.rows,
+        pending_rows=rows,
+        forward_kind=forward_kind,
+        is_starting_cached_step=is_starting_cached_step,
+    )
 
 
-def picked(sequences: list[Any], limit: int) -> str:
-    rows: list[Any] = list(pick_rows(sequences, lambda _: limit))
+def picked(regions: list[Any], limit: int) -> str:
+    rows: list[Any] = list(choose_rows(regions, lambda _: limit))
     return " ".join(rows)
 
 
@@ -73,14 +84,14 @@ def picked(sequences: list[Any], limit: int) -> str:
     ],
 )
 def test_batch_sizes_are_few_and_never_far_apart(most: int, sizes: tuple[int, ...]) -> None:
-    assert buckets(most) == sizes
+    assert bucket_sizes(most) == sizes
 
 
 def test_a_batch_is_filled_up_to_the_next_size_with_its_last_row() -> None:
     rows: Any = ["a", "b", "c"]
-    assert pad(rows, buckets(8)) == ["a", "b", "c", "c"]
-    assert pad(rows, (8,)) == ["a", "b"] + ["c"] * 6
-    assert pad(rows, ()) == rows
+    assert pad_to_bucket(rows, bucket_sizes(8)) == ["a", "b", "c", "c"]
+    assert pad_to_bucket(rows, (8,)) == ["a", "b"] + ["c"] * 6
+    assert pad_to_bucket(rows, ()) == rows
 
 
 def test_a_canvas_takes_the_room_that_single_windows_leave() -> None:
@@ -97,39 +108,48 @@ def test_rows_go_by_priority_and_share_a_window_size() -> None:
 
 
 def test_rows_of_different_kinds_never_share_a_forward() -> None:
-    regions = [active("a"), active("keeps", kind="keeping"), active("b"), active("r", rows=1)]
+    regions = [
+        active("a"),
+        active("keeps", forward_kind="cache_write"),
+        active("b"),
+        active("r", rows=1),
+    ]
     assert picked(regions, 8) == "a0- a0+ b0- b0+ r0-"
     assert picked(regions[1:], 8) == "keeps0- keeps0+"
-    urgent = active("urgent", kind="reusing", priority=1)
+    urgent = active("urgent", forward_kind="cache_read", priority=1)
     assert picked([*regions, urgent], 8) == "urgent0- urgent0+"
 
 
 def test_the_served_go_to_the_back_unless_a_cheap_step_is_next() -> None:
-    first, second, cheap = active("a"), active("b"), active("c", kind="reusing", goes_on=True)
-    rows: Any = [SimpleNamespace(sequence=one) for one in (first, cheap)]
-    assert move_back([first, cheap, second], rows) == [cheap, second, first]
-    assert move_back([first, cheap, second], rows[:1]) == [cheap, second, first]
+    first, second, cheap = (
+        active("a"),
+        active("b"),
+        active("c", forward_kind="cache_read", is_starting_cached_step=True),
+    )
+    rows: Any = [SimpleNamespace(region=one) for one in (first, cheap)]
+    assert rotate_served([first, cheap, second], rows) == [cheap, second, first]
+    assert rotate_served([first, cheap, second], rows[:1]) == [cheap, second, first]
 
 
 def test_joining_goes_by_priority_then_by_arrival_and_nobody_overtakes() -> None:
-    first, second, urgent, single = draft(), draft(), draft(priority=1), draft(rows=1)
+    first, second, urgent, single = prepared(), prepared(), prepared(priority=1), prepared(rows=1)
     waiting = [first, second, single, urgent]
     assert joining(waiting, [], 4) == [urgent, first]
     # The single row would fit, but then rows of one could keep the pair out for ever.
     assert joining([second, single], [active("a"), active("b", rows=1)], 4) == []
-    assert joining([draft(size=WIDE)], [active("a")], 2) != []
-    assert joining([draft(size=WIDE)], [active("a", size=WIDE)], 4) == []
-    assert joining([draft(size=WIDE)], [active("a", size=WIDE)], 8) != []
+    assert joining([prepared(size=WIDE)], [active("a")], 2) != []
+    assert joining([prepared(size=WIDE)], [active("a", size=WIDE)], 4) == []
+    assert joining([prepared(size=WIDE)], [active("a", size=WIDE)], 8) != []
 
 
 def test_regions_that_reuse_features_take_no_room_from_the_others() -> None:
-    reusing, again = draft(cache_interval=3), draft(cache_interval=5)
+    reusing, again = prepared(cache_interval=3), prepared(cache_interval=5)
     assert joining([reusing], [active("a"), active("b")], 4) == [reusing]
     assert joining([again], [active("a", cache_interval=3)], 2) == []
 
 
 def test_a_lone_canvas_larger_than_a_forward_is_let_in() -> None:
-    assert len(joining([draft(rows=2)], [], 1)) == 1
+    assert len(joining([prepared(rows=2)], [], 1)) == 1
 
 
 COMPANY: tuple[dict[str, Any], ...] = (
@@ -143,7 +163,7 @@ COMPANY: tuple[dict[str, Any], ...] = (
 def run_in(folder: Path, works: list[RegionWork], *, before: int) -> list[Pixels]:
     """In a deterministic engine of eight rows; ``before`` joined it earlier than the rest."""
     parts = components(folder)
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     watch.gate.clear()
     with engine(parts, max_batch=8, deterministic=True) as ours:
         futures = [ours.submit(work) for work in works[:before]]
@@ -176,7 +196,7 @@ def test_a_canvas_keeps_its_bits_in_company_too(tiny_model: Path) -> None:
 
 def test_a_mixed_batch_with_priorities_ends_in_their_order(tiny_model: Path) -> None:
     parts = components(tiny_model)
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     watch.gate.clear()
     order: list[int] = []
     with engine(parts, max_batch=2) as ours:

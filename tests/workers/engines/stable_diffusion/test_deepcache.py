@@ -16,7 +16,7 @@ from torch import Tensor
 from shared.errors import ParameterError
 from shared.geometry.box import Box
 from tests.workers.engines.stable_diffusion.samples import (
-    DIFFUSERS_WARNS,
+    IGNORE_DIFFUSERS_WARNING,
     components,
     engine,
     region,
@@ -25,10 +25,10 @@ from tests.workers.engines.stable_diffusion.test_multidiffusion import multidiff
 from tests.workers.engines.stable_diffusion.test_parity import Pair
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components
-from workers.engines.stable_diffusion.deepcache import Keeping, Reusing
+from workers.engines.stable_diffusion.deepcache import CacheReadUNet, CacheWriteUNet
 from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 WINDOWS = (Box(0, 0, 64, 64), Box(40, 0, 104, 64))
 
@@ -231,7 +231,7 @@ def test_compiled_forwards_agree_with_plain_ones(
 ) -> None:
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode: compile(model, backend="eager"))
-    for kind, channels in (("keeping", 9), ("reusing", 9 + 16)):
+    for kind, channels in (("cache_write", 9), ("cache_read", 9 + 16)):
         chosen: Any = {"attention": "auto", "graphs": False, "kind": kind}
         compiled = UNetRunner(parts, compile="default", **chosen)
         plain = UNetRunner(parts, compile="off", **chosen)
@@ -249,8 +249,10 @@ def test_both_halves_are_the_unet_to_the_last_bit(parts: Components, side: int) 
     named: Any = {"encoder_hidden_states": words, "return_dict": False}
     with torch.inference_mode():
         expected = parts.unet(inputs, times, **named)[0]
-        found, state = Keeping(parts.unet)(inputs, times, **named)[0].tensor_split([4], dim=1)
-        again = Reusing(parts.unet)(torch.cat([inputs, state], dim=1), times, **named)[0]
+        found, state = CacheWriteUNet(parts.unet)(inputs, times, **named)[0].tensor_split(
+            [4], dim=1
+        )
+        again = CacheReadUNet(parts.unet)(torch.cat([inputs, state], dim=1), times, **named)[0]
     assert torch.equal(found, expected)
     assert torch.equal(again, expected)
 

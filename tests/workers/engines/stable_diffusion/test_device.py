@@ -21,22 +21,26 @@ from torch.utils._pytree import tree_leaves
 
 from shared.geometry.box import Box
 from shared.params import Scheduler
-from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS, components, region
+from tests.workers.engines.stable_diffusion.samples import (
+    IGNORE_DIFFUSERS_WARNING,
+    components,
+    region,
+)
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import RegionWork
 from workers.engines.stable_diffusion import denoiser as module
-from workers.engines.stable_diffusion.batching import group_steps, pick_rows
+from workers.engines.stable_diffusion.batching import choose_rows, group_by_formula
 from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.denoiser import Denoiser
-from workers.engines.stable_diffusion.host_device_copy import Transfer
+from workers.engines.stable_diffusion.host_device_copy import CopyStreams
 from workers.engines.stable_diffusion.region_state import (
     DenoisingRegion,
     PreparedRegion,
-    draw_up,
-    to_bytes,
+    prepare_region,
+    tensor_to_image,
 )
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 DEVICE = torch.device("meta")
 CANVAS = (Box(0, 0, 64, 64), Box(40, 0, 104, 64))
@@ -62,7 +66,7 @@ class Watched(TorchDispatchMode):
         return found
 
 
-class Uploading(Transfer):
+class Uploading(CopyStreams):
     """Without the streams and the pinned memory, which only CUDA has."""
 
     def upload(self, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -72,14 +76,14 @@ class Uploading(Transfer):
 @pytest.fixture
 def parts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Components:
     """On the host as yet, for drafts are drawn up there."""
-    monkeypatch.setattr(module, "Transfer", Uploading)
-    monkeypatch.setitem(module.LARGEST, "meta", 8)
+    monkeypatch.setattr(module, "CopyStreams", Uploading)
+    monkeypatch.setitem(module.MAX_ROWS, "meta", 8)
     return components(tiny_model)
 
 
 def paint(parts: Components, *works: RegionWork) -> Counter[str]:
     """Goes through all that the device thread does; copies from the host by phase."""
-    drafts = [draw_up(work, Future(), parts) for work in works]
+    prepared_regions = [prepare_region(work, Future(), parts) for work in works]
     for part in (parts.unet, parts.vae, parts.text_encoder):
         part.half()
     there = replace(parts, device=DEVICE, dtype=torch.float16)
@@ -87,35 +91,35 @@ def paint(parts: Components, *works: RegionWork) -> Counter[str]:
     with torch.inference_mode():
         denoiser = Denoiser(there, EngineOptions(max_batch=8))
         with watched:
-            _advance(denoiser, drafts, watched)
+            _advance(denoiser, prepared_regions, watched)
     return watched.copies
 
 
-def _advance(denoiser: Denoiser, drafts: list[PreparedRegion], watched: Watched) -> None:
+def _advance(denoiser: Denoiser, prepared_regions: list[PreparedRegion], watched: Watched) -> None:
     watched.phase = "begin"
-    active = sequences = denoiser.begin(drafts)
+    active = regions = denoiser.start(prepared_regions)
     watched.phase = "steps"
     while active:
-        rows = pick_rows(active, denoiser.max_rows)
+        rows = choose_rows(active, denoiser.max_rows)
         predictions = denoiser.predict(rows)
         complete = [
-            row.sequence
+            row.region
             for row, prediction in zip(rows, predictions, strict=True)
-            if row.sequence.absorb(row, prediction)
+            if row.region.add_prediction(row, prediction)
         ]
-        for group in group_steps(complete):
+        for group in group_by_formula(complete):
             denoiser.step(group)
-        assert {(one.latents.device, one.latents.dtype) for one in sequences} == {
+        assert {(one.latents.device, one.latents.dtype) for one in regions} == {
             (DEVICE, torch.float32)
         }
         active = [one for one in active if not one.is_done]
     watched.phase = "decode"
-    _check_pictures(denoiser, sequences)
+    _check_pictures(denoiser, regions)
 
 
-def _check_pictures(denoiser: Denoiser, sequences: list[DenoisingRegion]) -> None:
-    for picture in denoiser.decode(sequences):
-        pixels, finite = to_bytes(picture), torch.isfinite(picture).all()
+def _check_pictures(denoiser: Denoiser, regions: list[DenoisingRegion]) -> None:
+    for picture in denoiser.decode(regions):
+        pixels, finite = tensor_to_image(picture), torch.isfinite(picture).all()
         assert (pixels.device, pixels.dtype, finite.device) == (DEVICE, torch.uint8, DEVICE)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from shared.errors import Cancelled, EngineError, GateError, OutOfMemory, ParameterError, Released
 from shared.geometry.box import Box
 from tests.workers.engines.stable_diffusion.samples import (
-    DIFFUSERS_WARNS,
-    Watch,
+    IGNORE_DIFFUSERS_WARNING,
+    UNetWatch,
     components,
     engine,
     region,
@@ -26,7 +26,7 @@ from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.prompts import PromptEncoder
 from workers.engines.stable_diffusion.schedulers import Sampler
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 MIXED: tuple[dict[str, Any], ...] = (
     {"prompt": "a red cat", "scheduler": "ddim", "num_inference_steps": 6, "strength": 0.6},
@@ -43,8 +43,8 @@ def parts(tiny_model: Path) -> Components:
 
 
 @pytest.fixture
-def watch(parts: Components) -> Iterator[Watch]:
-    found = Watch(parts.unet)
+def watch(parts: Components) -> Iterator[UNetWatch]:
+    found = UNetWatch(parts.unet)
     yield found
     found.gate.set()
 
@@ -55,7 +55,7 @@ def solo(parts: Components, work: RegionWork) -> Pixels:
 
 
 def together(
-    parts: Components, watch: Watch, works: list[RegionWork], **options: Any
+    parts: Components, watch: UNetWatch, works: list[RegionWork], **options: Any
 ) -> list[Pixels]:
     """All submitted while the first is held in its first forward; they join it after that."""
     watch.gate.clear()
@@ -74,7 +74,7 @@ def assert_close(ours: Pixels, theirs: Pixels) -> None:
 
 
 def test_different_regions_share_forwards_and_equal_their_solo_runs(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     works = [region(picture=n, **values) for n, values in enumerate(MIXED)]
     alone = [solo(parts, work) for work in works]
@@ -87,7 +87,7 @@ def test_different_regions_share_forwards_and_equal_their_solo_runs(
     assert len(watch.rows) < solo_forwards / 2
 
 
-def test_a_batched_vae_changes_no_result(parts: Components, watch: Watch) -> None:
+def test_a_batched_vae_changes_no_result(parts: Components, watch: UNetWatch) -> None:
     works = [region(picture=n, strength=0.6, seed=n) for n in range(3)]
     encoded: list[int] = []
     parts.vae.encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
@@ -105,7 +105,7 @@ def test_the_seed_and_the_prompt_decide_the_picture(parts: Components) -> None:
     assert np.array_equal(solo(parts, region()), results[0])
 
 
-def test_guidance_may_end_early_and_saves_its_rows(parts: Components, watch: Watch) -> None:
+def test_guidance_may_end_early_and_saves_its_rows(parts: Components, watch: UNetWatch) -> None:
     full, half = region(strength=1.0), region(strength=1.0, guidance_end=0.5)
     expected = solo(parts, full)
     assert watch.rows == [2] * 5
@@ -129,7 +129,7 @@ def test_a_canvas_may_end_its_guidance_early_too(parts: Components) -> None:
     assert_close(*results)
 
 
-def test_two_rows_per_forward_are_enough_and_so_is_one(parts: Components, watch: Watch) -> None:
+def test_two_rows_per_forward_are_enough_and_so_is_one(parts: Components, watch: UNetWatch) -> None:
     work = region()
     expected = solo(parts, work)
     for most in (1, 3):
@@ -139,7 +139,7 @@ def test_two_rows_per_forward_are_enough_and_so_is_one(parts: Components, watch:
 
 
 def test_a_canvas_of_many_windows_does_not_hold_up_a_small_region(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     windows = tuple(Box(left, 0, left + 64, 64) for left in range(0, 321, 32))
     order: list[str] = []
@@ -160,7 +160,7 @@ def test_a_canvas_of_many_windows_does_not_hold_up_a_small_region(
     assert max(watch.rows) <= 4
 
 
-def test_windows_of_different_sizes_take_turns(parts: Components, watch: Watch) -> None:
+def test_windows_of_different_sizes_take_turns(parts: Components, watch: UNetWatch) -> None:
     wide = Box(0, 0, 128, 64)
     works = [region(), region(windows=(wide,), width=128), region(seed=3)]
     alone = [solo(parts, work) for work in works]
@@ -169,7 +169,7 @@ def test_windows_of_different_sizes_take_turns(parts: Components, watch: Watch) 
 
 
 def test_an_interrupted_region_stops_at_its_next_step_and_alone(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     neighbour = region(num_inference_steps=6, strength=1.0)
     expected = solo(parts, neighbour)
@@ -189,7 +189,9 @@ def test_an_interrupted_region_stops_at_its_next_step_and_alone(
     assert watch.rows == [2, 4, 4, 2, 2, 2, 2]
 
 
-def test_an_interruption_before_the_start_costs_no_forward(parts: Components, watch: Watch) -> None:
+def test_an_interruption_before_the_start_costs_no_forward(
+    parts: Components, watch: UNetWatch
+) -> None:
     stop = Interruption()
     stop.set(Cancelled("asked for"))
     with engine(parts) as ours, pytest.raises(Cancelled):
@@ -206,7 +208,7 @@ def raise_above(rows: int, error: Callable[[], Exception]) -> Callable[[int], No
 
 
 def test_memory_that_runs_out_halves_the_batch(
-    parts: Components, watch: Watch, caplog: pytest.LogCaptureFixture
+    parts: Components, watch: UNetWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     works = [region(seed=n) for n in range(3)]
     alone = [solo(parts, work) for work in works]
@@ -218,7 +220,7 @@ def test_memory_that_runs_out_halves_the_batch(
 
 
 def test_a_vae_that_runs_out_of_memory_goes_on_with_fewer(
-    parts: Components, watch: Watch, caplog: pytest.LogCaptureFixture
+    parts: Components, watch: UNetWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     works = [region(seed=n) for n in range(3)]
     alone = [solo(parts, work) for work in works]
@@ -230,7 +232,7 @@ def test_a_vae_that_runs_out_of_memory_goes_on_with_fewer(
     assert "in the VAE; going on with 1" in caplog.text
 
 
-def test_a_window_too_large_for_the_device_fails_alone(parts: Components, watch: Watch) -> None:
+def test_a_window_too_large_for_the_device_fails_alone(parts: Components, watch: UNetWatch) -> None:
     with engine(parts) as ours:
         watch.before = raise_above(0, lambda: torch.OutOfMemoryError("CUDA out of memory"))
         with pytest.raises(OutOfMemory, match="does not fit the device in the UNet"):
@@ -240,7 +242,7 @@ def test_a_window_too_large_for_the_device_fails_alone(parts: Components, watch:
 
 
 def test_any_other_error_reaches_the_futures_concerned_and_the_thread_lives(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     with engine(parts) as ours:
         watch.before = raise_above(0, lambda: ZeroDivisionError("of no\nuse"))
@@ -252,7 +254,7 @@ def test_any_other_error_reaches_the_futures_concerned_and_the_thread_lives(
 
 
 def test_a_scheduler_that_fails_takes_no_neighbour_with_it(
-    parts: Components, watch: Watch, monkeypatch: pytest.MonkeyPatch
+    parts: Components, watch: UNetWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = solo(parts, region(scheduler="euler_a"))
 
@@ -285,7 +287,7 @@ def spoil(value: float) -> Callable[..., tuple[Tensor]]:
 
 
 def test_a_region_of_no_numbers_fails_and_its_neighbours_do_not(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     marked = np.zeros((64, 64), dtype=np.uint8)
     marked[:8, :8] = 255
@@ -311,7 +313,7 @@ def test_pixels_that_overflow_are_refused(parts: Components) -> None:
     assert caught.value.code == "gate_not_finite"
 
 
-def test_a_lost_device_has_a_code_of_its_own(parts: Components, watch: Watch) -> None:
+def test_a_lost_device_has_a_code_of_its_own(parts: Components, watch: UNetWatch) -> None:
     watch.before = raise_above(0, lambda: torch.AcceleratorError("an illegal memory access"))
     with engine(parts) as ours, pytest.raises(EngineError) as caught:
         ours.submit(region()).result(60)
@@ -333,7 +335,7 @@ def test_parameters_the_scheduler_cannot_take_are_the_users(
 
 
 def test_closing_releases_what_is_under_way_waiting_and_late(
-    parts: Components, watch: Watch
+    parts: Components, watch: UNetWatch
 ) -> None:
     watch.gate.clear()
     with engine(parts, max_batch=2) as ours:
@@ -370,7 +372,7 @@ def test_the_prompt_unused_for_longest_is_forgotten(parts: Components) -> None:
     parts.text_encoder.register_forward_pre_hook(
         lambda _, args, named: encoded.append(1), with_kwargs=True
     )
-    prompts = PromptEncoder(parts, kept=2)
+    prompts = PromptEncoder(parts, cache_size=2)
     for text in ("a red cat", "blue sky", "a red cat", "wooden table"):
         prompts.encode(text)
     assert len(encoded) == 3

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from shared.errors import EngineError, EngineUnavailable, OutOfMemory
-from tests.workers.engines.stable_diffusion.samples import Watch, components, engine, region
+from tests.workers.engines.stable_diffusion.samples import UNetWatch, components, engine, region
 from workers.engines.options import EngineOptions, MemoryMode
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.memory_modes import MemoryModes
-from workers.engines.stable_diffusion.oom import Pause, RowLimit, is_out_of_memory
+from workers.engines.stable_diffusion.oom import Backoff, RowLimit, is_out_of_memory
 
 HARMLESS = ("attention_slicing", "vae_slicing", "model_offload", "sequential_offload")
 
@@ -65,7 +65,7 @@ def test_a_unet_that_does_not_fit_climbs_the_ladder_and_reports_its_rung(
     parts: Components, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = run(parts, region())
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     watch.before = lambda rows: raise_while(len(watch.rows) <= 3)
     work = region()
     found = run(parts, work)
@@ -121,12 +121,12 @@ def test_whole_models_take_turns_on_the_device(
     modes = MemoryModes(Components(**{**vars(parts), "device": device}), ("model_offload",))
     assert moves == ["unet cpu", "vae cpu", "text_encoder cpu"]
     moves.clear()
-    modes.use("vae")
+    modes.bring_to_device("vae")
     assert moves == ["unet cpu", "text_encoder cpu", "vae device"]
 
 
 def test_nothing_left_to_try_fails_the_region_and_not_the_engine(parts: Components) -> None:
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     with engine(parts) as ours:
         watch.before = lambda rows: raise_while(True)
         with pytest.raises(OutOfMemory, match="does not fit the device in the UNet"):
@@ -138,7 +138,7 @@ def test_nothing_left_to_try_fails_the_region_and_not_the_engine(parts: Componen
 
 
 def test_a_deterministic_engine_fails_rather_than_change_its_batch(parts: Components) -> None:
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     watch.before = lambda rows: raise_while(rows > 2)
     with (
         engine(parts, deterministic=True, max_batch=4) as ours,
@@ -149,16 +149,16 @@ def test_a_deterministic_engine_fails_rather_than_change_its_batch(parts: Compon
 
 def test_a_mode_taken_is_left_again_and_one_chosen_is_not(parts: Components) -> None:
     clock = Clock()
-    modes = MemoryModes(parts, ("vae_slicing",), pause=Pause(clock))
+    modes = MemoryModes(parts, ("vae_slicing",), backoff=Backoff(clock))
     processors = dict(parts.unet.attn_processors)
-    assert modes.relieve("unet")
-    assert modes.relieve("unet")
+    assert modes.enable_fallback("unet")
+    assert modes.enable_fallback("unet")
     assert modes.active == ("vae_slicing", "attention_slicing", "model_offload")
-    modes.relax()
+    modes.disable_fallback()
     assert len(modes.active) == 3
     for left in (("vae_slicing", "attention_slicing"), ("vae_slicing",), ("vae_slicing",)):
         clock.now += 1000
-        modes.relax()
+        modes.disable_fallback()
         assert modes.active == left
     assert parts.unet.attn_processors == processors
 
@@ -167,17 +167,17 @@ def test_a_mode_that_cannot_be_left_stays(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    modes = MemoryModes(parts, (), pause=Pause(clock))
-    assert modes.relieve("text_encoder")
+    modes = MemoryModes(parts, (), backoff=Backoff(clock))
+    assert modes.enable_fallback("text_encoder")
 
     def place(device: torch.device) -> None:
         if device == "cuda":
             raise out_of_memory()
 
-    monkeypatch.setattr(modes, "_place", place)
+    monkeypatch.setattr(modes, "_move_all", place)
     monkeypatch.setattr(modes, "_components", Components(**{**vars(parts), "device": "cuda"}))
     clock.now += 1000
-    modes.relax()
+    modes.disable_fallback()
     assert modes.active == ("model_offload",)
 
 
@@ -187,7 +187,7 @@ def test_a_batch_that_was_halved_grows_again_and_more_slowly_each_time() -> None
     limit.halve(8)
     limit.halve(4)
     assert limit.rows == 2
-    assert limit.is_lowered
+    assert limit.is_reduced
     seconds = []
     for rows in (4, 8):
         start = clock.now
@@ -195,7 +195,7 @@ def test_a_batch_that_was_halved_grows_again_and_more_slowly_each_time() -> None
             clock.now += 1
         seconds.append(clock.now - start)
     assert seconds == [120, 120]
-    assert not limit.is_lowered
+    assert not limit.is_reduced
     limit.halve(8)
     clock.now += 239
     assert limit.rows == 4
@@ -205,11 +205,11 @@ def test_a_batch_that_was_halved_grows_again_and_more_slowly_each_time() -> None
 
 @pytest.mark.parametrize(("room", "found"), [(99, 8), (5, 4), (1, 1), (0, 1)])
 def test_the_largest_batch_that_fits_is_found(parts: Components, room: int, found: int) -> None:
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     watch.before = lambda rows: raise_while(rows > room)
     denoiser = Denoiser(parts, EngineOptions(max_batch=None))
     with torch.inference_mode():
-        denoiser._find_largest()
+        denoiser._find_max_batch()
     assert denoiser.max_batch == found
 
 
@@ -220,7 +220,7 @@ def test_the_largest_batch_leaves_room_for_the_vae(
     parts: Components, room: int, found: int, pictures: int
 ) -> None:
     """As where a graph keeps the memory of its rows while the VAE decodes."""
-    watch, decoded = Watch(parts.unet), list[int]()
+    watch, decoded = UNetWatch(parts.unet), list[int]()
 
     def decode(_: Any, given: tuple[Any, ...]) -> None:
         raise_while(watch.rows[-1] + len(given[0]) > room)
@@ -229,10 +229,10 @@ def test_the_largest_batch_leaves_room_for_the_vae(
     parts.vae.decoder.register_forward_pre_hook(decode)
     denoiser = Denoiser(parts, EngineOptions(max_batch=None, vae_batch=8))
     with torch.inference_mode():
-        denoiser._find_largest()
+        denoiser._find_max_batch()
     assert denoiser.max_batch == found
     assert decoded == [pictures]
-    assert denoiser.vae_rows((8, 8)) == pictures
+    assert denoiser.max_vae_images((8, 8)) == pictures
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_every_batch_size_is_run_before_any_job_waits(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda unet, mode: unet)
-    watch = Watch(parts.unet)
+    watch = UNetWatch(parts.unet)
     with engine(parts, compile="default", max_batch=12) as ours:
         assert watch.rows == [12, 8, 4, 2, 1]
         watch.rows.clear()
@@ -267,7 +267,7 @@ def test_a_compiled_unet_goes_on_as_it_is_where_its_attention_is_sliced(
     expected = run(parts, region())
     with engine(parts, compile="default", max_batch=2) as ours:
         tried = iter(range(3))
-        watch = Watch(parts.unet)
+        watch = UNetWatch(parts.unet)
         watch.before = lambda rows: raise_while(next(tried, None) is not None)
         work = region()
         found = ours.submit(work).result(60)
@@ -311,7 +311,7 @@ def test_a_device_lost_at_the_start_is_not_given_up(
     def place(self: MemoryModes, device: torch.device) -> None:
         raise torch.AcceleratorError("an illegal memory access")
 
-    monkeypatch.setattr(MemoryModes, "_place", place)
+    monkeypatch.setattr(MemoryModes, "_move_all", place)
     with pytest.raises(EngineError) as caught, engine(parts):
         pass
     assert caught.value.code == "device_lost"
@@ -324,6 +324,6 @@ def test_a_model_that_does_not_fit_at_all_is_an_answer(
     def place(self: MemoryModes, device: torch.device) -> None:
         raise error()
 
-    monkeypatch.setattr(MemoryModes, "_place", place)
+    monkeypatch.setattr(MemoryModes, "_move_all", place)
     with pytest.raises(EngineUnavailable, match="or memory model_offload"), engine(parts):
         pass

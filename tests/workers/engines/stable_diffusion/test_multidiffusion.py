@@ -22,12 +22,12 @@ from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
 from workers.engines.stable_diffusion.multidiffusion import (
-    average,
-    blend,
+    average_windows,
+    blend_windows,
     count_windows,
     plan_canvas,
 )
-from workers.engines.stable_diffusion.region_state import draw_up
+from workers.engines.stable_diffusion.region_state import prepare_region
 
 THREE = (Box(0, 0, 64, 64), Box(40, 0, 104, 64), Box(80, 24, 144, 88))
 
@@ -72,26 +72,26 @@ def test_an_average_counts_the_windows_over_each_place() -> None:
     windows = (Box(0, 0, 2, 1), Box(1, 0, 3, 1))
     parts = [torch.tensor([[[2.0, 4.0]]]), torch.tensor([[[6.0, 8.0]]])]
     assert count_windows((1, 4), windows).tolist() == [[[[1, 2, 1, 0]]]]
-    assert average(parts, (1, 4), windows).tolist() == [[[[2, 5, 8, 0]]]]
+    assert average_windows(parts, (1, 4), windows).tolist() == [[[[2, 5, 8, 0]]]]
 
 
 def test_a_blend_is_linear_across_an_overlap() -> None:
     windows = (Box(0, 0, 8, 1), Box(4, 0, 12, 1))
     black, white = torch.zeros(1, 1, 8), torch.ones(1, 1, 8)
-    found = blend([black, white], (1, 12), windows)[0, 0].tolist()
+    found = blend_windows([black, white], (1, 12), windows)[0, 0].tolist()
     assert found == pytest.approx([0, 0, 0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1, 1, 1])
 
 
 def test_a_blend_leaves_a_lone_window_as_it_is() -> None:
     picture = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(blend([picture], (64, 64), (Box(0, 0, 64, 64),)), picture)
+    assert torch.equal(blend_windows([picture], (64, 64), (Box(0, 0, 64, 64),)), picture)
 
 
 def test_a_blend_of_one_picture_cut_into_windows_is_that_picture() -> None:
     picture = torch.randn(3, 88, 144, generator=torch.Generator().manual_seed(0))
     cuts = [picture[:, top:bottom, left:right] for left, top, right, bottom in THREE]
     covered = count_windows((88, 144), THREE)[0, 0] > 0
-    found = blend(cuts, (88, 144), THREE)
+    found = blend_windows(cuts, (88, 144), THREE)
     assert torch.allclose(found[:, covered], picture[:, covered], atol=1e-5)
     assert found[:, ~covered].abs().max() == 0
 
@@ -135,11 +135,11 @@ def test_a_latent_is_masked_if_and_only_if_a_pixel_in_it_is(
     mask = np.zeros((88, 144), dtype=np.uint8)
     for row, column in pixels:
         mask[row, column] = grey
-    draft = draw_up(region(windows=THREE, mask=mask), Future(), parts)
-    assert {tuple(place) for place in draft.mask[0, 0].nonzero().tolist()} == {
+    prepared = prepare_region(region(windows=THREE, mask=mask), Future(), parts)
+    assert {tuple(place) for place in prepared.mask[0, 0].nonzero().tolist()} == {
         (row // 8, column // 8) for row, column in pixels
     }
-    for picture, box in zip(draft.pictures, THREE, strict=False):
+    for picture, box in zip(prepared.vae_inputs, THREE, strict=False):
         hidden = (picture == 0).all(dim=0).numpy()
         assert hidden[mask[box.top : box.bottom, box.left : box.right] > 0].all()
 
@@ -202,7 +202,7 @@ def multidiffusion(pipe: Any, work: RegionWork) -> Pixels:
     with torch.no_grad():
         image_noise = torch.randn(shape, generator=generator) if run < 5 else None
         latents = torch.randn(shape, generator=generator)
-        masked_noise = torch.randn(shape, generator=generator)
+        masked_image_noise = torch.randn(shape, generator=generator)
         count = torch.zeros(shape)
         for box in work.windows:
             inside(count, box, 8).add_(1)
@@ -215,7 +215,7 @@ def multidiffusion(pipe: Any, work: RegionWork) -> Pixels:
         for timestep in timesteps:
             total = torch.zeros(shape)
             for box in work.windows:
-                fixed = encoded(image * (1 - mask), masked_noise, box)
+                fixed = encoded(image * (1 - mask), masked_image_noise, box)
                 given = torch.cat([inside(latents, box, 8), inside(small, box, 8), fixed], dim=1)
                 with_prompt = pipe.unet(given, timestep, prompts[0]).sample
                 without = pipe.unet(given, timestep, prompts[1]).sample

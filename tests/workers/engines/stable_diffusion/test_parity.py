@@ -20,7 +20,7 @@ from torch import Tensor
 from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import (
-    DIFFUSERS_WARNS,
+    IGNORE_DIFFUSERS_WARNING,
     components,
     engine,
     region,
@@ -29,7 +29,7 @@ from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components
 from workers.engines.stable_diffusion.engine import DiffusionEngine
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 REFERENCE = {
     "ddim": diffusers.DDIMScheduler,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shared.db.models import Attempt
 from shared.errors import EngineUnavailable, OutOfMemory
 from shared.settings import Quantization
-from tests.workers.engines.stable_diffusion.samples import Watch, engine, region
+from tests.workers.engines.stable_diffusion.samples import UNetWatch, engine, region
 from tests.workers.worker_harness import WorkerHarness
 from workers import replay
 from workers.engines import load_engine
@@ -26,8 +26,8 @@ from workers.engines.options import EngineOptions, quantized_revision, recorded_
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion import quantization
 from workers.engines.stable_diffusion.components import Components, load_components
-from workers.engines.stable_diffusion.library_logs import expected_lines_at_debug
-from workers.engines.stable_diffusion.memory_modes import move
+from workers.engines.stable_diffusion.library_logs import demote_expected_lines
+from workers.engines.stable_diffusion.memory_modes import move_module
 from workers.engines.stable_diffusion.quantization import (
     check_quantization,
     is_quantizable,
@@ -45,7 +45,7 @@ MEAN_CHANGE = {"int8_weights": 0.5, "int8": 2, "fp8": 12}  # of 255
 @pytest.fixture
 def any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch multiplies fp8 on the CPU too, if slowly; only torchao and we ask for a GPU."""
-    monkeypatch.setattr(quantization, "_obstacle", lambda options, device: None)
+    monkeypatch.setattr(quantization, "_unsupported_reason", lambda options, device: None)
     monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda _: None)
 
 
@@ -105,7 +105,7 @@ def test_regions_share_forwards_and_a_deterministic_engine_keeps_their_bits(
     found = []
     for works in ([work], [work, *company]):
         own = parts(tiny_model, kind)
-        watch = Watch(own.unet)
+        watch = UNetWatch(own.unet)
         watch.gate.clear()
         with engine(own, deterministic=True, max_batch=8) as ours:
             futures = [ours.submit(one) for one in works]
@@ -146,7 +146,7 @@ def test_steps_that_reuse_deep_features_go_with_it(tiny_model: Path) -> None:
 def test_the_ladder_ends_where_weights_cannot_be_taken_apart(tiny_model: Path) -> None:
     own = parts(tiny_model, "int8")
     expected = painted(own)
-    watch = Watch(own.unet)
+    watch = UNetWatch(own.unet)
     with engine(own) as ours:
         watch.before = refuse
         with pytest.raises(OutOfMemory, match="does not fit the device in the UNet"):
@@ -175,9 +175,9 @@ def test_compiled_code_outlives_a_stay_of_the_weights_elsewhere() -> None:
     given = torch.linspace(-1, 1, 64).reshape(2, 32)
     with torch.inference_mode():
         expected = run(given)
-        move(block, torch.device("cpu"))
+        move_module(block, torch.device("cpu"))
         assert torch.equal(run(given), expected)
-        move(block, torch.device("meta"))
+        move_module(block, torch.device("meta"))
     assert block["attentions"].weight.device.type == "meta"
     assert made == [1]
 
@@ -328,7 +328,7 @@ def test_a_worker_takes_the_option_says_so_and_nothing_of_its_libraries(
 def test_only_the_lines_that_are_expected_go_to_debug(caplog: pytest.LogCaptureFixture) -> None:
     torchao = logging.getLogger("torchao")
     ours = caplog.at_level("DEBUG", "workers.engines.stable_diffusion.library_logs")
-    with ours, expected_lines_at_debug():
+    with ours, demote_expected_lines():
         torchao.warning("Failed to load %s", "x.so")
         torchao.warning("something else")
     torchao.warning("Failed to load again")

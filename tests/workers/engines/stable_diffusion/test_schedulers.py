@@ -11,11 +11,11 @@ import torch
 
 from shared.errors import ParameterError
 from shared.params import Scheduler
-from tests.workers.engines.stable_diffusion.samples import DIFFUSERS_WARNS, params
-from workers.engines.stable_diffusion.schedule_table import FORMULAS, HEAD
-from workers.engines.stable_diffusion.schedulers import CLASSES, Sampler, build_scheduler
+from tests.workers.engines.stable_diffusion.samples import IGNORE_DIFFUSERS_WARNING, params
+from workers.engines.stable_diffusion.schedule_table import COMMON_COLUMNS, FORMULAS
+from workers.engines.stable_diffusion.schedulers import SCHEDULER_CLASSES, Sampler, build_scheduler
 
-pytestmark = DIFFUSERS_WARNS
+pytestmark = IGNORE_DIFFUSERS_WARNING
 
 
 @pytest.fixture
@@ -27,13 +27,13 @@ def config(tiny_model: Path) -> dict[str, object]:
 
 
 def test_every_scheduler_a_job_may_name_is_built() -> None:
-    assert set(CLASSES) == set(get_args(Scheduler))
+    assert set(SCHEDULER_CLASSES) == set(get_args(Scheduler))
 
 
 @pytest.mark.parametrize("name", get_args(Scheduler))
 def test_the_models_noise_schedule_is_kept(name: Scheduler, config: dict[str, object]) -> None:
     built = build_scheduler({**config, "prediction_type": "v_prediction"}, name)
-    assert type(built).__name__ == CLASSES[name]
+    assert type(built).__name__ == SCHEDULER_CLASSES[name]
     assert built.config.beta_schedule == "scaled_linear"
     assert (built.config.beta_start, built.config.beta_end) == (0.00085, 0.012)
     assert built.config.prediction_type == "v_prediction"
@@ -57,9 +57,9 @@ def test_any_number_of_steps_ends_in_finite_latents(
         params(scheduler=name, num_inference_steps=steps, strength=1.0),
         torch.Generator().manual_seed(0),
     )
-    latents = sampler.start(sampler.draw((1, 4, 8, 8)), None)
+    latents = sampler.initial_latents(sampler.draw_noise((1, 4, 8, 8)), None)
     for step, row in enumerate(sampler.table.values):
-        scaled = latents / row[HEAD.index("divisor")]
+        scaled = latents / row[COMMON_COLUMNS.index("divisor")]
         latents = sampler.step(0.1 * scaled, step, latents)
     assert torch.isfinite(latents).all()
     assert len(sampler.timesteps) == steps + (name == "pndm" and steps > 1)
@@ -76,12 +76,12 @@ def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
     sampler = Sampler(config, chosen, generator)
     formula = sampler.table.formula
     assert formula is not None
-    ours = theirs = sampler.draw((2, 4, 8, 8))
+    ours = theirs = sampler.draw_noise((2, 4, 8, 8))
     history = (ours,) * formula.history
-    for step, row in enumerate(sampler.table.values[:, len(HEAD) :]):
-        noise = sampler.draw((2, 4, 8, 8))
+    for step, row in enumerate(sampler.table.values[:, len(COMMON_COLUMNS) :]):
+        noise = sampler.draw_noise((2, 4, 8, 8))
         theirs = sampler.step(noise, step, theirs)
-        ours, history = formula.advance(row.expand(2, -1), ours, noise, history)
+        ours, history = formula.step(row.expand(2, -1), ours, noise, history)
         assert torch.equal(ours, theirs)
 
 
@@ -109,8 +109,8 @@ def test_strength_leaves_out_the_first_steps(config: dict[str, object]) -> None:
         for strength in (1.0, 0.65)
     )
     assert part.timesteps.tolist() == full.timesteps.tolist()[4:]
-    assert part.needs_image
-    assert not full.needs_image
+    assert part.needs_image_latents
+    assert not full.needs_image_latents
 
 
 def test_no_step_left_is_the_users_mistake(config: dict[str, object]) -> None:

@@ -40,7 +40,7 @@ def test_a_plain_forward_is_the_model(parts: Components) -> None:
     run = UNetRunner(parts, attention="auto", compile="off", graphs=True)
     with torch.inference_mode():
         assert torch.equal(run(*batch(3)), plain(parts, batch(3)))
-    assert not run.wants_buckets
+    assert not run.needs_buckets
 
 
 FLASH, MATH = "_scaled_dot_product_flash_attention", "_scaled_dot_product_attention_math"
@@ -76,13 +76,13 @@ def test_compiled_code_is_made_once_for_all_batch_sizes(
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda unet, mode: compile(unet, backend=backend))
     run = UNetRunner(parts, attention="auto", compile="default", graphs=True)
-    assert run.wants_buckets
+    assert run.needs_buckets
     with torch.inference_mode():
         for rows in (2, 4, 8):
             found = run(*batch(rows))
             torch.testing.assert_close(found, plain(parts, batch(rows)), atol=1e-5, rtol=1e-4)
         assert made == [1]
-        run(*batch(2), is_moving=True)
+        run(*batch(2), is_offloading=True)
     torch._dynamo.reset()
 
 
@@ -123,10 +123,10 @@ def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
         assert torch.equal(first, plain(parts, batch(2, seed=1)))
         assert torch.equal(second, plain(parts, batch(2, seed=2)))
         run(*batch(4))
-        run(*batch(4), is_moving=True)
-        run(*batch(4), is_sliced=True)
+        run(*batch(4), is_offloading=True)
+        run(*batch(4), is_attention_sliced=True)
         assert captured == [2, 4]
-        run.forget()
+        run.drop_graphs()
         run(*batch(2))
         assert captured == [2, 4, 2]
 
@@ -151,7 +151,9 @@ def kernels(run: UNetRunner, rows: int, side: int = 8) -> str:
 def test_the_faster_kernel_is_used_and_measured_once_for_a_window_size(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "cudnn", "math")})  # no cudnn here
+    monkeypatch.setattr(
+        module, "ATTENTION_CANDIDATES", {"cpu": ("auto", "cudnn", "math")}
+    )  # no cudnn here
     trials = Trials(2.0, 1.0)
     run = UNetRunner(parts, attention="auto", compile="off", graphs=False, stopwatch=trials)
     kernels(run, 4)
@@ -168,13 +170,13 @@ def test_the_faster_kernel_is_used_and_measured_once_for_a_window_size(
 def test_nothing_is_measured_where_a_kernel_is_named_or_the_engine_is_deterministic(
     parts: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TRIED", {"cpu": ("auto", "math")})
+    monkeypatch.setattr(module, "ATTENTION_CANDIDATES", {"cpu": ("auto", "math")})
     named = UNetRunner(parts, attention="math", compile="off", graphs=False, stopwatch=Trials())
     assert MATH in kernels(named, 2)
     fixed: dict[str, Any] = {"attention": "auto", "compile": "auto", "graphs": False}
     run = UNetRunner(parts, **fixed, deterministic=True, stopwatch=Trials())
     assert FLASH in kernels(run, 2)
-    assert not run.wants_buckets
+    assert not run.needs_buckets
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
     monkeypatch.setattr(torch, "compile", compile)
     trials = Trials(2.0, seconds)
     run = UNetRunner(parts, attention="auto", compile="auto", graphs=False, stopwatch=trials)
-    assert run.wants_buckets
+    assert run.needs_buckets
     with torch.inference_mode():
         run(*batch(4))
         calls.clear()
@@ -212,7 +214,7 @@ def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
 def test_convolutions_are_tried_out_only_while_a_graph_is_captured() -> None:
     flags = torch.backends.cudnn
     assert not flags.benchmark
-    with module._trying_convolutions():
+    with module._benchmark_convolutions():
         assert flags.benchmark
     assert not flags.benchmark
 

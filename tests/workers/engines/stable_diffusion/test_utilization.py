@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 
 from tests.workers.engines.stable_diffusion.samples import components, engine, region
-from workers.engines.stable_diffusion.utilization import Usage
+from workers.engines.stable_diffusion.utilization import Utilization
 
 
 def test_idle_is_what_lies_between_the_calls() -> None:
     times = iter([10.0, 13.0, 14.0, 20.0])
-    usage = Usage(clock=lambda: next(times))
+    usage = Utilization(clock=lambda: next(times))
     for _ in range(2):
-        with usage.running():
+        with usage.measure():
             pass
     assert usage.seconds == 10
     assert usage.idle_share == pytest.approx(0.1)
 
 
 def test_without_a_call_nothing_was_idle() -> None:
-    assert (Usage().seconds, Usage().idle_share) == (0, 0)
+    assert (Utilization().seconds, Utilization().idle_share) == (0, 0)
 
 
 def test_an_engine_says_at_its_end_how_idle_its_device_was(
