@@ -129,8 +129,8 @@ def _run_again(
     if not existing or not (again.all_rows or again.changed):
         return 0
     chosen = existing if again.all_rows else _changed(db, storage, existing)
-    keys = {job.content_key: (submission, job.line) for job in chosen}
-    reopened = jobs.reopen_by_content_key(db, keys, replace=again.all_rows)
+    lines = {job.content_key: job.line for job in chosen}
+    reopened = jobs.reopen_by_content_key(db, submission, lines, replace=again.all_rows)
     if again.all_rows:
         reopened += jobs.reopen_as_submitted(db, submission, chosen)
     return reopened

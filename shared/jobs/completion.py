@@ -1,4 +1,8 @@
-"""running -> succeeded, failed, pending, cancelled: how a worker ends its attempt."""
+"""running -> succeeded, failed, pending, cancelled: how a worker ends its own attempt.
+
+The job's new state and the attempt's outcome are written in one transaction, on condition that
+the attempt still holds its lease; otherwise ``LeaseLost`` is raised and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,18 @@ from sqlalchemy import Update, bindparam, case, null, update
 from shared.db import Database, clock
 from shared.db.models import Attempt, Job
 from shared.errors import InpaintError, OutputReplaced
-from shared.jobs.leases import HOLDS_LEASE, NO_LEASE, LeasedJob, RenewedLease, lease_lost, token
+from shared.jobs.leases import HOLDS_LEASE, NO_LEASE, LeasedJob, RenewedLease, lease_lost
 from shared.jobs.retry import RetryPolicy
 
 
 @dataclass(kw_only=True)
 class AttemptRecord:
-    """What an attempt has found out so far; filled in as ``run_job`` goes along.
+    """What is recorded of an attempt; ``run_job`` fills it in as it proceeds.
 
-    timings: stage name to seconds. inputs: location to SHA-256 of what else was read.
-    seed: the last one used. scores: the gates' figures by name; score: all in one, 0 to 1;
-    review: the code of the gate that wants a person to look. Versions as in the job's row.
+    timings: stage name to seconds. inputs: location to SHA-256 of the files read besides
+    image and mask. seed: the last one used; None before inpainting. reseeds: how often a gate
+    asked for another. scores: the quality gates' metrics by name. score: the result's overall
+    quality, 0 to 1. review: code of the gate that asks a person to look at the result.
     """
 
     image_sha256: str | None = None
@@ -46,8 +51,9 @@ class AttemptRecord:
     def to_row(self) -> dict[str, Any]:
         """The attempt's columns."""
         row = asdict(self)
-        for name in ("score", "review") if self.seed is not None else ("score", "review", "seed"):
-            del row[name]
+        del row["score"], row["review"]  # columns of the job
+        if self.seed is None:
+            del row["seed"]  # keeps the one that ``acquire`` wrote
         row["timings"] = json.dumps({k: round(v, 6) for k, v in self.timings.items()})
         row["scores"] = json.dumps(self.scores) if self.scores else None
         row["inputs"] = json.dumps(self.inputs) if self.inputs else None
@@ -56,19 +62,22 @@ class AttemptRecord:
 
 NO_ERROR: Mapping[str, Any] = {"error_code": null(), "error_message": null()}
 
-# A job that its user cancelled meanwhile neither waits again nor counts as failed.
-_waits = (
+# Each UPDATE below repeats HOLDS_LEASE: if the lease was reaped, or another attempt has ended
+# the job, it matches no row. A cancellation that arrives while the job runs sets only
+# ``cancel_requested``; the CASE applies it, so that the job neither runs again nor counts as
+# failed.
+_to_pending = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(
         **NO_LEASE,
         state=case((Job.cancel_requested, "cancelled"), else_="pending"),
         finished_at=case((Job.cancel_requested, clock()), else_=null()),
-        run_after=clock(bindparam("wait")),
+        run_after=clock(bindparam("delay_seconds")),
     )
     .returning(Job.state)
 )
-_fails = (
+_to_failed = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(
@@ -78,23 +87,24 @@ _fails = (
     )
     .returning(Job.state)
 )
-_cancels = (
+_to_cancelled = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(**NO_LEASE, state="cancelled", finished_at=clock())
     .returning(Job.state)
 )
-# A job that was superseded while it ran leaves the output to the job that took it over.
-_superseded = Job.error_code == OutputReplaced.code
-_succeeds = (
+# A job that was superseded while it ran keeps that error: the output belongs to the job that
+# took it over. All other errors are cleared. A cancellation comes too late for a success.
+_is_superseded = Job.error_code == OutputReplaced.code
+_to_succeeded = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(
         **NO_LEASE,
         state="succeeded",
         finished_at=clock(),
-        error_code=case((_superseded, Job.error_code), else_=null()),
-        error_message=case((_superseded, Job.error_message), else_=null()),
+        error_code=case((_is_superseded, Job.error_code), else_=null()),
+        error_message=case((_is_superseded, Job.error_message), else_=null()),
     )
     .returning(Job.state)
 )
@@ -108,11 +118,11 @@ _end_attempt = (
 def succeed(
     db: Database, job: LeasedJob, record: AttemptRecord, *, output_version: str | None = None
 ) -> None:
-    """Raises LeaseLost, as do all that end an attempt; the attempt is then the reaper's.
+    """running -> succeeded. Raises LeaseLost, as does every function that ends an attempt.
 
-    output_version: of the object that now lies at the output.
+    output_version: of the object that was written to the output.
     """
-    found = {
+    columns = {
         "image_version": record.image_version,
         "mask_version": record.mask_version,
         "output_version": output_version,
@@ -120,16 +130,19 @@ def succeed(
         "score": record.score,
         "review": record.review,
     }
-    _finish(db, job, record, _succeeds, found, outcome="succeeded")
+    _end(db, job, record, _to_succeeded, columns, outcome="succeeded")
 
 
 def fail(
     db: Database, job: LeasedJob, record: AttemptRecord, error: InpaintError, policy: RetryPolicy
 ) -> float | None:
-    """Fails the job, or sends it back to wait; returns the wait in seconds, None if final."""
+    """running -> pending if a retry can help and the policy allows one, else failed.
+
+    Returns the seconds until the retry; None if the job has failed or was cancelled.
+    """
     failures = job.failures + 1
-    wait = policy.delay_seconds(failures) if error.retryable else None
-    found: dict[str, Any] = {
+    delay = policy.delay_seconds(failures) if error.retryable else None
+    columns: dict[str, Any] = {
         "image_version": record.image_version,
         "mask_version": record.mask_version,
         "score": record.score,
@@ -137,59 +150,66 @@ def fail(
         "error_message": str(error),
         "failures": failures,
     }
-    if wait is None:
-        _finish(db, job, record, _fails, found, outcome="failed", error=error)
+    if delay is None:
+        _end(db, job, record, _to_failed, columns, outcome="failed", error=error)
         return None
-    found["wait"] = wait
-    state = _finish(db, job, record, _waits, found, outcome="retried", error=error)
-    return wait if state == "pending" else None
+    columns["delay_seconds"] = delay
+    state = _end(db, job, record, _to_pending, columns, outcome="retried", error=error)
+    return delay if state == "pending" else None
 
 
 def release(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
-    """Gives the job back on shutdown; it is due at once and no failure is counted."""
-    _finish(db, job, record, _waits, {"wait": 0.0}, outcome="released")
+    """running -> pending at shutdown: due at once, and not counted as a failure."""
+    _end(db, job, record, _to_pending, {"delay_seconds": 0.0}, outcome="released")
 
 
-def release_orphan(db: Database, beat: RenewedLease) -> None:
-    """Gives back a lease that its own worker knows nothing of, as ``release`` does.
+def release_orphan(db: Database, lease: RenewedLease) -> None:
+    """running -> pending, for a lease in this worker's name that none of its threads runs.
 
-    The connection broke while the job was acquired, or before its end could be written.
+    The connection broke after ``acquire`` committed, or before the attempt's end was written.
+    Does nothing if the lease has ended since.
     """
+    parameters = lease.token.parameters()
     with db.write() as connection:
-        state = connection.execute(_waits, {**beat.token, "wait": 0.0}).scalar()
+        state = connection.execute(_to_pending, {**parameters, "delay_seconds": 0.0}).scalar()
         if state is None:
             return
         outcome = "cancelled" if state == "cancelled" else "released"
-        connection.execute(_end_attempt.values(outcome=outcome), beat.token)
+        connection.execute(_end_attempt.values(outcome=outcome), parameters)
 
 
 def finish_cancelled(db: Database, job: LeasedJob, record: AttemptRecord) -> None:
-    _finish(db, job, record, _cancels, {}, outcome="cancelled")
+    """running -> cancelled, once the worker has seen the cancellation and stopped."""
+    _end(db, job, record, _to_cancelled, {}, outcome="cancelled")
 
 
-def _finish(
+def _end(
     db: Database,
     job: LeasedJob,
     record: AttemptRecord,
-    ends: Update,
-    found: Mapping[str, Any],
+    transition: Update,
+    columns: Mapping[str, Any],
     *,
     outcome: str,
     error: InpaintError | None = None,
 ) -> str:
-    """Ends the attempt in the job's own transaction, and gives the job's new state."""
-    ended = {
-        **token(job),
+    """Ends job and attempt in one transaction; returns the job's new state.
+
+    columns: what ``transition`` sets besides its own values.
+    """
+    token = job.token.parameters()
+    attempt = {
+        **token,
         **record.to_row(),
         "outcome": outcome,
         "error_code": error.code if error else None,
         "error_message": str(error) if error else None,
     }
     with db.write() as connection:
-        state = connection.execute(ends, {**token(job), **found}).scalar()
+        state = connection.execute(transition, {**token, **columns}).scalar()
         if state is None:
             raise lease_lost(job)
         if outcome == "retried" and state == "cancelled":
-            ended["outcome"] = "failed"
-        connection.execute(_end_attempt, ended)
+            attempt["outcome"] = "failed"
+        connection.execute(_end_attempt, attempt)
     return str(state)

@@ -1,4 +1,4 @@
-"""What a person asks for: cancel, retry, run again."""
+"""What a user asks for: cancel jobs, run final ones again, give an output to another job."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ from shared.params import Params, changed
 if TYPE_CHECKING:
     from shared.jobs.submissions import NewJob
 
+WAITING_STATES = ("pending", "queued")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which jobs a command means; what is None does not restrict.
+    """Which jobs a command applies to: those that match every field that is not None.
 
-    review: whether a gate asks a person to look at the result.
+    review: whether a quality gate asks a person to look at the result.
     """
 
     jobs: tuple[int, ...] | None = None
@@ -53,56 +55,59 @@ class Selection:
     review: bool | None = None
 
     def conditions(self) -> tuple[ColumnElement[bool], ...]:
-        chosen: list[ColumnElement[bool]] = [true()]
+        where: list[ColumnElement[bool]] = [true()]
         if self.jobs is not None:
-            chosen.append(Job.id.in_(self.jobs))
+            where.append(Job.id.in_(self.jobs))
         if self.submission is not None:
-            chosen.append(Job.submission_id == self.submission)
+            where.append(Job.submission_id == self.submission)
         if self.states is not None:
-            chosen.append(Job.state.in_(self.states))
+            where.append(Job.state.in_(self.states))
         if self.error_code is not None:
-            chosen.append(Job.error_code == self.error_code)
+            where.append(Job.error_code == self.error_code)
         if self.review is not None:
-            chosen.append(Job.review.is_not(None) if self.review else Job.review.is_(None))
-        return tuple(chosen)
+            where.append(Job.review.is_not(None) if self.review else Job.review.is_(None))
+        return tuple(where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CancelResult:
-    """cancelled: at once. requested: running, stops at its next step or heartbeat."""
+    """cancelled: jobs cancelled at once. requested: running jobs that are asked to stop."""
 
     cancelled: int
     requested: int
 
 
 def cancel(db: Database, selection: Selection) -> CancelResult:
+    """pending, queued -> cancelled; a running job stops at its next step or heartbeat."""
     where = selection.conditions()
+    running = (*where, Job.state == "running")
+    flag_running = _update_locked(*running).values(cancel_requested=true())
+    flag_rest = _update_locked(*running, Job.cancel_requested.is_(False)).values(
+        cancel_requested=true()
+    )
+    cancel_waiting = _update_locked(*where, Job.state.in_(WAITING_STATES)).values(
+        state="cancelled", finished_at=clock()
+    )
     with db.write() as connection:
-        # Running ones first: what is queued now may not slip past both statements.
-        requested = connection.execute(
-            _of(*where, Job.state == "running").values(cancel_requested=true())
-        ).rowcount
-        cancelled = connection.execute(
-            _of(*where, Job.state.in_(("pending", "queued"))).values(
-                state="cancelled", finished_at=clock()
-            )
-        ).rowcount
-        late = connection.execute(
-            _of(*where, Job.state == "running", Job.cancel_requested.is_(False)).values(
-                cancel_requested=true()
-            )
-        ).rowcount
-    return CancelResult(cancelled=cancelled, requested=requested + late)
+        # Running jobs come first: one that is released between the statements is cancelled
+        # because of its flag. One that is acquired between them is flagged by the third.
+        requested = connection.execute(flag_running).rowcount
+        cancelled = connection.execute(cancel_waiting).rowcount
+        requested += connection.execute(flag_rest).rowcount
+    return CancelResult(cancelled=cancelled, requested=requested)
 
 
-def _of(*where: ColumnElement[bool]) -> Update:
+def _update_locked(*where: ColumnElement[bool]) -> Update:
     return update(Job).where(Job.id.in_(lock_in_id_order(*where)), *where)
 
 
 def owns_output(job: Any) -> ColumnElement[bool]:
-    """What lies at the job's output is the job's, or will be. job: Job or an alias of it."""
+    """True if the object at the job's output is the job's result, or will be.
+
+    job: ``Job`` or an alias of it. At most one job owns an output.
+    """
     succeeded = and_(job.state == "succeeded", job.error_code.is_distinct_from(OutputReplaced.code))
-    return or_(job.state.in_(("pending", "queued", "running")), succeeded)
+    return or_(job.state.in_((*WAITING_STATES, "running")), succeeded)
 
 
 _owner = aliased(Job)
@@ -112,22 +117,26 @@ _OWNED_BY_ANOTHER = exists().where(
 
 
 def supersede(connection: Connection, ids: Sequence[int], *, submission: int) -> None:
-    """Takes their outputs from jobs, for a submission that writes there from now on."""
+    """Takes the outputs of these jobs away, in the transaction that gives them to others.
+
+    pending, queued -> cancelled; a running job is asked to stop; a succeeded one keeps its
+    state. All are marked ``OutputReplaced``. submission: writes the outputs from now on.
+    """
     where = (Job.id.in_(ids), owns_output(Job))
     replaced = {
         "error_code": OutputReplaced.code,
         "error_message": f"submission {submission} writes this output since",
     }
-    waiting = Job.state.in_(("pending", "queued"))
-    connection.execute(
-        _of(*where, waiting).values(state="cancelled", finished_at=clock(), **replaced)
-    )
-    connection.execute(
-        _of(*where, Job.state == "running").values(cancel_requested=true(), **replaced)
-    )
-    connection.execute(_of(*where, Job.state == "succeeded").values(**replaced))
+    waiting = _update_locked(*where, Job.state.in_(WAITING_STATES))
+    running = _update_locked(*where, Job.state == "running")
+    succeeded = _update_locked(*where, Job.state == "succeeded")
+    connection.execute(waiting.values(state="cancelled", finished_at=clock(), **replaced))
+    connection.execute(running.values(cancel_requested=true(), **replaced))
+    connection.execute(succeeded.values(**replaced))
 
 
+# ``attempt`` is not reset: fencing tokens must never repeat, since a worker may still run an
+# earlier attempt.
 _REOPENED: Mapping[str, Any] = {
     **NO_ERROR,
     "state": "pending",
@@ -143,9 +152,9 @@ _REOPENED: Mapping[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RetryResult:
-    """How many jobs wait again, and the engines they wait for.
+    """How many jobs run again, and the engines whose queues they go to.
 
-    replaced: how many stay as they are, because another job writes their output.
+    replaced: selected final jobs left as they are, because another job writes their output.
     """
 
     count: int
@@ -156,37 +165,39 @@ class RetryResult:
 def retry(
     db: Database, selection: Selection, *, changes: Mapping[str, Any] | None = None
 ) -> RetryResult:
-    """Reopens final jobs, with changed parameters if given.
+    """succeeded, failed, cancelled -> pending, with changed parameters if given.
 
-    A job whose output belongs to another job stays as it is, and so do all but the newest of
-    those that write one output.
-    changes: parameter name to a value that ``params.find_parameter(name).read`` gave.
-    Raises ParameterError where the changes do not go together with a job's other values,
-    and InputError where a changed job would ask for what another job already does.
+    A job whose output another job owns is left as it is. Of several jobs with one output,
+    only the newest is reopened.
+    changes: parameter name to a value that ``params.find_parameter(name).read`` returned.
+    Raises ParameterError if the changes contradict a job's other values, and InputError if a
+    changed job would equal another one.
     """
     chosen = (*selection.conditions(), Job.state.in_(FINAL_STATES))
     newest = select(func.max(Job.id)).where(*chosen, ~_OWNED_BY_ANOTHER).group_by(Job.output)
+    # correlate(None): the subquery has a FROM jobs of its own, not the row being updated.
     where = (*chosen, ~_OWNED_BY_ANOTHER, Job.id.in_(newest.correlate(None)))
     with db.write() as connection:
         counted = select(func.count()).select_from(Job).where(*chosen)
         total = connection.execute(counted).scalar_one()
         if changes:
-            _change(connection, where, changes)
-        rows = connection.execute(_of(*where).values(**_REOPENED).returning(Job.engine)).all()
-    engines = {row.engine for row in rows}
-    return RetryResult(count=len(rows), replaced=total - len(rows), engines=engines)
+            _change_params(connection, where, changes)
+        reopened = _update_locked(*where).values(**_REOPENED).returning(Job.engine)
+        engines = connection.execute(reopened).scalars().all()
+    return RetryResult(count=len(engines), replaced=total - len(engines), engines=set(engines))
 
 
-def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, Any]) -> None:
-    rows = connection.execute(select(Job).where(*where)).all()
-    for row in rows:
-        params = changed(Params.from_json(row.params, seed=row.seed), changes)
+def _change_params(
+    connection: Connection, where: Sequence[ColumnElement[bool]], changes: Mapping[str, Any]
+) -> None:
+    for job in connection.execute(select(Job).where(*where)).all():
+        params = changed(Params.from_json(job.params, seed=job.seed), changes)
         text, seed = params.to_json(), params.seed
         key = content_key(
-            image=row.image,
-            mask=row.mask,
-            output=row.output,
-            engine=row.engine,
+            image=job.image,
+            mask=job.mask,
+            output=job.output,
+            engine=job.engine,
             params=text,
             seed=seed,
         )
@@ -194,58 +205,58 @@ def _change(connection: Connection, where: Sequence[Any], changes: Mapping[str, 
             with connection.begin_nested():
                 connection.execute(
                     update(Job)
-                    .where(Job.id == row.id, Job.state.in_(FINAL_STATES))
+                    .where(Job.id == job.id, Job.state.in_(FINAL_STATES))
                     .values(params=text, seed=seed, content_key=key)
                 )
         except IntegrityError as error:
             raise InputError(
-                f"job {row.id}: another job already does exactly this; retry that one"
+                f"job {job.id}: another job already does exactly this; retry that one"
             ) from error
 
 
 def reopen_by_content_key(
-    db: Database, keys: Mapping[bytes, tuple[int, int]], *, replace: bool = False
+    db: Database, submission: int, lines: Mapping[bytes, int], *, replace: bool = False
 ) -> int:
-    """Reopens final jobs by content key and moves each to a (submission, line).
+    """succeeded, failed, cancelled -> pending, for the jobs that a submission asks for again.
 
-    replace: also those whose output belongs to another job, which has lost it by then.
-    A job belongs to the submission that last asked for it, unless a job whose parameters
-    were changed since has that line. Returns how many were reopened.
+    lines: content key to the submission's line. Each job moves to that line, unless the line
+    belongs to another job (one whose parameters were changed since). replace: also reopens
+    jobs whose output another job owns; the caller has superseded that job.
+    Returns how many were reopened.
     """
-    to_submission, to_line = (
-        bindparam("to_submission", type_=BigId),
-        bindparam("to_line", type_=Integer),
-    )
+    to_submission = bindparam("to_submission", submission, type_=BigId)
+    to_line = bindparam("to_line", type_=Integer)
     other = aliased(Job)
-    taken = exists().where(
+    line_is_taken = exists().where(
         other.submission_id == to_submission, other.line == to_line, other.id != Job.id
     )
     may_write = () if replace else (~_OWNED_BY_ANOTHER,)
-    moved = (
+    reopen = (
         update(Job)
         .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES), *may_write)
         .values(
-            submission_id=case((taken, Job.submission_id), else_=to_submission),
-            line=case((taken, Job.line), else_=to_line),
+            submission_id=case((line_is_taken, Job.submission_id), else_=to_submission),
+            line=case((line_is_taken, Job.line), else_=to_line),
             **_REOPENED,
         )
     )
-    rows = [
-        {"of_key": key, "to_submission": submission, "to_line": line}
-        for key, (submission, line) in sorted(keys.items())  # else two producers deadlock
-    ]
     with db.write() as connection:
-        return sum(connection.execute(moved, row).rowcount for row in rows)
+        # In a fixed order: two producers that reopen the same jobs would deadlock otherwise.
+        return sum(
+            connection.execute(reopen, {"of_key": key, "to_line": line}).rowcount
+            for key, line in sorted(lines.items())
+        )
 
 
 def reopen_as_submitted(db: Database, submission: int, rows: Sequence[NewJob]) -> int:
-    """Gives final jobs that were changed since back what their rows say, and reopens them.
+    """succeeded, failed, cancelled -> pending, with the parameters of the manifest's rows.
 
-    A row whose content key another job has is that job's; see ``reopen_by_content_key``.
+    Applies to jobs whose parameters were changed since. If another job has a row's content
+    key, the row is that job's; see ``reopen_by_content_key``. Returns how many were reopened.
     """
     other = aliased(Job)
     key = bindparam("to_key", type_=LargeBinary)
-    restored = (
+    reopen = (
         update(Job)
         .where(
             Job.submission_id == submission,
@@ -260,14 +271,14 @@ def reopen_as_submitted(db: Database, submission: int, rows: Sequence[NewJob]) -
             **_REOPENED,
         )
     )
-    values = [
-        {
-            "of_line": row.line,
-            "to_key": row.content_key,
-            "to_params": row.params,
-            "to_seed": row.seed,
-        }
-        for row in rows
-    ]
     with db.write() as connection:
-        return sum(connection.execute(restored, value).rowcount for value in values)
+        return sum(connection.execute(reopen, _row_parameters(row)).rowcount for row in rows)
+
+
+def _row_parameters(row: NewJob) -> dict[str, Any]:
+    return {
+        "of_line": row.line,
+        "to_key": row.content_key,
+        "to_params": row.params,
+        "to_seed": row.seed,
+    }

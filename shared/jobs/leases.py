@@ -1,6 +1,10 @@
-"""queued -> running, and back where a worker was lost.
+"""Leases: queued -> running, renewal, and running -> pending or failed if a worker is lost.
 
-``attempt`` is the fencing token: a worker's write counts only while its lease is the newest.
+A worker runs a job only under a lease and renews it by heartbeat. Each lease has a fencing
+token, (job, attempt): ``acquire`` increments ``attempt``, and every later write of that
+attempt names the token in its WHERE clause. A worker that was suspended until after its lease
+expired therefore cannot overwrite what a newer attempt has written.
+Source: Martin Kleppmann, "How to do distributed locking", 2016.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
+    Row,
     Select,
     bindparam,
     case,
@@ -24,16 +30,33 @@ from sqlalchemy import (
 
 from shared.db import Database, clock
 from shared.db.models import Attempt, Job
-from shared.errors import InpaintError, LeaseLost, OutputReplaced
+from shared.errors import InpaintError, LeaseLost, OutputReplaced, WorkerLost
 from shared.params import Params
 
+# One lost worker may be chance (preemption, a node failure); two with the same job are a
+# suspicion that the job itself crashes the process.
 LOSSES_BEFORE_QUARANTINE = 2
 NO_LEASE: Mapping[str, Any] = {"worker": null(), "lease_expires_at": null()}
 
 
 @dataclass(frozen=True, kw_only=True)
+class FencingToken:
+    """Names one lease of one job; every write of an attempt is conditional on it."""
+
+    job: int
+    attempt: int
+
+    def parameters(self) -> dict[str, int]:
+        """Values for the bound parameters of ``HOLDS_LEASE``."""
+        return {"of_job": self.job, "of_attempt": self.attempt}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LeasedJob:
-    """A job in this worker's hands. ``attempt`` is the fencing token."""
+    """A job that this worker has leased, as it was at ``acquire``.
+
+    failures: attempts that ended in an error so far; lost and released ones do not count.
+    """
 
     id: int
     attempt: int
@@ -45,16 +68,22 @@ class LeasedJob:
     priority: int
     failures: int
 
+    @property
+    def token(self) -> FencingToken:
+        return FencingToken(job=self.id, attempt=self.attempt)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """Who holds a lease. ``worker`` is unique to one life of one process."""
+    """Who holds a lease. ``worker`` is unique to one run of one process."""
 
     worker: str
     device: str
     engine_revision: str
 
 
+# The same message may be delivered twice. The first acquire increments ``attempt``, so that
+# the second matches no row.
 _acquire = (
     update(Job)
     .where(Job.id == bindparam("job"), Job.state == "queued", Job.attempt == bindparam("seen"))
@@ -82,7 +111,11 @@ _acquire = (
 def acquire(
     db: Database, *, job: int, seen_attempt: int, holder: Holder, lease_seconds: float
 ) -> LeasedJob | None:
-    """Leases the job and opens its attempt; None where the message is stale or doubled."""
+    """queued -> running: leases the job and opens its attempt.
+
+    seen_attempt: ``attempt`` of the message. Returns None if the message is stale or a
+    duplicate: the job is not queued, or ``attempt`` has grown since.
+    """
     with db.write() as connection:
         row = connection.execute(
             _acquire,
@@ -90,19 +123,7 @@ def acquire(
         ).first()
         if row is None:
             return None
-        connection.execute(
-            insert(Attempt).values(started_at=clock()),
-            {
-                "job_id": row.id,
-                "attempt": row.attempt,
-                "worker": holder.worker,
-                "device": holder.device,
-                "engine": row.engine,
-                "engine_revision": holder.engine_revision,
-                "params": row.params,
-                "seed": row.seed,
-            },
-        )
+        _open_attempt(connection, row, holder)
     return LeasedJob(
         id=row.id,
         attempt=row.attempt,
@@ -116,26 +137,47 @@ def acquire(
     )
 
 
+def _open_attempt(connection: Connection, job: Row[*tuple[Any, ...]], holder: Holder) -> None:
+    connection.execute(
+        insert(Attempt).values(started_at=clock()),
+        {
+            "job_id": job.id,
+            "attempt": job.attempt,
+            "worker": holder.worker,
+            "device": holder.device,
+            "engine": job.engine,
+            "engine_revision": holder.engine_revision,
+            "params": job.params,
+            "seed": job.seed,
+        },
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RenewedLease:
-    """What a heartbeat found: a lease renewed, and whether its job is to be cancelled."""
+    """A lease that a heartbeat renewed, and whether the job's user wants it cancelled."""
 
     job: int
     attempt: int
     cancel_requested: bool
 
     @property
-    def token(self) -> dict[str, int]:
-        return {"of_job": self.job, "of_attempt": self.attempt}
+    def token(self) -> FencingToken:
+        return FencingToken(job=self.job, attempt=self.attempt)
 
 
 def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[RenewedLease]:
-    """Renews all leases of one worker; a job that is not in the answer was lost."""
-    held = (Job.state == "running", Job.worker == worker)
+    """running -> running: renews all leases of one worker, in one UPDATE.
+
+    A job that is missing from the result is no longer leased to this worker.
+    """
+    # A lease that has expired but was not reaped yet is renewed too. A reaped one is not:
+    # the job is no longer running, or runs under another worker's name.
+    leased = (Job.state == "running", Job.worker == worker)
     with db.write() as connection:
         rows = connection.execute(
             update(Job)
-            .where(Job.id.in_(lock_in_id_order(*held)), *held)
+            .where(Job.id.in_(lock_in_id_order(*leased)), *leased)
             .values(lease_expires_at=clock(lease_seconds))
             .returning(Job.id, Job.attempt, Job.cancel_requested)
         ).all()
@@ -146,20 +188,22 @@ def heartbeat(db: Database, *, worker: str, lease_seconds: float) -> list[Renewe
 
 
 def lock_in_id_order(*where: ColumnElement[bool]) -> Select[int]:
-    """The ids of the jobs chosen, their rows locked in the order of the ids.
+    """SELECT ... FOR UPDATE of the matching jobs' ids, locked in ascending order.
 
-    PostgreSQL locks rows as an UPDATE comes upon them; two that meet the same rows in another
-    order would each wait for the other. The UPDATE has to repeat the conditions.
+    PostgreSQL locks the rows of an UPDATE in the order of its scan. Two statements that reach
+    the same rows in different orders would deadlock. The UPDATE must repeat the conditions,
+    since a row may change between the selection and its lock.
     """
     return select(Job.id).where(*where).order_by(Job.id).with_for_update()
 
 
+# The fencing condition: true as long as this attempt holds the job's lease.
 HOLDS_LEASE = (
     Job.id == bindparam("of_job"),
     Job.state == "running",
     Job.attempt == bindparam("of_attempt"),
 )
-_confirm = (
+_renew = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(lease_expires_at=clock(bindparam("lease")))
@@ -168,14 +212,15 @@ _confirm = (
 
 
 def renew_lease(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
-    """Renews one lease; raises LeaseLost where it is not ours any more."""
+    """Renews one lease, just before a write outside the database. Raises LeaseLost."""
     with db.write() as connection:
-        held = connection.execute(_confirm, {**token(job), "lease": lease_seconds}).first()
-    if held is None:
-        raise lease_lost(job)
+        renewed = connection.execute(_renew, {**job.token.parameters(), "lease": lease_seconds})
+        if renewed.first() is None:
+            raise lease_lost(job)
 
 
-_note = (
+# A job whose output was taken over keeps that error: it decides who owns the output.
+_set_blocked_reason = (
     update(Job)
     .where(*HOLDS_LEASE, Job.error_code.is_distinct_from(OutputReplaced.code))
     .values(error_code=bindparam("code"), error_message=bindparam("message"))
@@ -183,13 +228,13 @@ _note = (
 
 
 def record_blocked_reason(db: Database, job: LeasedJob, error: InpaintError) -> None:
-    """Writes down what a running job waits for, so that whoever looks at it can see."""
+    """Stores the reason a running job is blocked, for `inpaint-jobs show`.
+
+    Does nothing if the lease is lost: the next renewal or write reports that.
+    """
+    reason = {"code": error.code, "message": str(error)}
     with db.write() as connection:
-        connection.execute(_note, {**token(job), "code": error.code, "message": str(error)})
-
-
-def token(job: LeasedJob) -> dict[str, int]:
-    return {"of_job": job.id, "of_attempt": job.attempt}
+        connection.execute(_set_blocked_reason, {**job.token.parameters(), **reason})
 
 
 def lease_lost(job: LeasedJob) -> LeaseLost:
@@ -198,60 +243,63 @@ def lease_lost(job: LeasedJob) -> LeaseLost:
 
 @dataclass(frozen=True, kw_only=True)
 class ReapedLease:
+    """A lease whose worker was lost, and the job's new state."""
+
     job: int
     attempt: int
     state: str
 
 
 def reap(db: Database) -> list[ReapedLease]:
-    """Takes back leases that ran out. The second lost worker quarantines the job.
-
-    The condition is inside the UPDATE, so a heartbeat that comes in time wins.
-    """
+    """running -> pending, failed or cancelled: ends the attempts whose lease has expired."""
     expired = Job.lease_expires_at < clock()
-    return _take_back(db, expired, reason="the worker stopped sending heartbeats")
+    return _reap(db, expired, reason="the worker stopped sending heartbeats")
 
 
 def reap_worker(db: Database, *, worker: str, reason: str) -> list[ReapedLease]:
-    """Takes back every lease of a worker whose process is known to have ended."""
-    return _take_back(db, Job.worker == worker, reason=reason)
+    """Ends every attempt of a worker whose process is known to have exited."""
+    return _reap(db, Job.worker == worker, reason=reason)
 
 
-def _take_back(db: Database, chosen: ColumnElement[bool], *, reason: str) -> list[ReapedLease]:
+def _reap(db: Database, lost: ColumnElement[bool], *, reason: str) -> list[ReapedLease]:
+    """The job runs again, or is quarantined (failed) after ``LOSSES_BEFORE_QUARANTINE``."""
     quarantined = Job.losses + 1 >= LOSSES_BEFORE_QUARANTINE
     state = case((Job.cancel_requested, "cancelled"), (quarantined, "failed"), else_="pending")
     message = "two workers were lost while they ran this job; retry it once the cause is known"
+    # ``lost`` is checked again on the locked row: a heartbeat that commits first keeps its
+    # lease, and of several reapers only one matches.
+    where = (Job.state == "running", lost)
+    reaped = (
+        update(Job)
+        .where(Job.id.in_(lock_in_id_order(*where)), *where)
+        .values(
+            **NO_LEASE,
+            state=state,
+            losses=Job.losses + 1,
+            run_after=clock(),
+            finished_at=case((or_(Job.cancel_requested, quarantined), clock()), else_=null()),
+            error_code=case((quarantined, WorkerLost.code), else_=Job.error_code),
+            error_message=case((quarantined, message), else_=Job.error_message),
+        )
+        .returning(Job.id, Job.attempt, Job.state)
+    )
     with db.write() as connection:
-        rows = connection.execute(
-            update(Job)
-            .where(
-                Job.id.in_(lock_in_id_order(Job.state == "running", chosen)),
-                Job.state == "running",
-                chosen,
-            )
-            .values(
-                **NO_LEASE,
-                state=state,
-                losses=Job.losses + 1,
-                run_after=clock(),
-                finished_at=case((or_(Job.cancel_requested, quarantined), clock()), else_=null()),
-                error_code=case((quarantined, "worker_lost"), else_=Job.error_code),
-                error_message=case((quarantined, message), else_=Job.error_message),
-            )
-            .returning(Job.id, Job.attempt, Job.state)
-        ).all()
-        if rows:
-            connection.execute(
-                update(Attempt)
-                .where(
-                    tuple_(Attempt.job_id, Attempt.attempt).in_([(r.id, r.attempt) for r in rows]),
-                    Attempt.outcome.is_(None),
-                )
-                .values(
-                    outcome="lost",
-                    finished_at=clock(),
-                    error_code="worker_lost",
-                    error_message=reason,
-                )
-            )
-    return [ReapedLease(job=row.id, attempt=row.attempt, state=row.state) for row in rows]
+        leases = [
+            ReapedLease(job=row.id, attempt=row.attempt, state=row.state)
+            for row in connection.execute(reaped)
+        ]
+        _end_attempts(connection, leases, reason)
+    return leases
+
+
+def _end_attempts(connection: Connection, leases: list[ReapedLease], reason: str) -> None:
+    if not leases:
+        return
+    tokens = [(lease.job, lease.attempt) for lease in leases]
+    connection.execute(
+        update(Attempt)
+        .where(tuple_(Attempt.job_id, Attempt.attempt).in_(tokens), Attempt.outcome.is_(None))
+        .values(
+            outcome="lost", finished_at=clock(), error_code=WorkerLost.code, error_message=reason
+        )
+    )

@@ -1,26 +1,33 @@
-"""Recording a manifest: submissions, and their rows as pending jobs, in bulk."""
+"""(none) -> pending: records a submission and the rows of its manifest, in bulk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, Row, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from shared import jobs
 from shared.db import Database, clock
 from shared.db.models import Job, Submission
 from shared.errors import InputError
+from shared.jobs.control import owns_output, supersede
 
-_RECORD_LOCK = 0x696E7061696E74  # any number that all producers share
+_RECORD_LOCK = 0x696E7061696E74  # "inpaint"; an advisory lock that all producers share
+
+# (output, id, submission_id, line, content_key) of a job
+_Owner = Row[str, int, int, int, bytes]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewJob:
-    """One row, resolved: locations absolute, ``params`` canonical JSON without the seed."""
+    """One row of a manifest, resolved; its fields are columns of ``Job``.
+
+    Locations are absolute. params: canonical JSON without the seed.
+    """
 
     line: int
     key: str | None
@@ -35,13 +42,16 @@ class NewJob:
 
 
 def join_versions(versions: Sequence[str | None]) -> str | None:
-    """``Job.mask_version``: of the mask and of each further input; None where there is no file."""
+    """``Job.mask_version``: the versions of the mask and the further inputs, in one string.
+
+    A missing file is "-". None if there are no files.
+    """
     return " ".join(version or "-" for version in versions) or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedSubmission:
-    """``resumed``: the same rows were submitted before; ``interrupted``: and not to the end."""
+    """resumed: the same rows were submitted before. interrupted: but not all recorded."""
 
     id: int
     resumed: bool = False
@@ -51,9 +61,9 @@ class OpenedSubmission:
 def open_submission(
     db: Database, *, manifest: str, digest: str, options: str, rows: int, invalid: int
 ) -> OpenedSubmission:
-    """Finds or makes the submission of this digest; safe for two producers at once."""
+    """Gets or creates the submission with this digest."""
     same = select(Submission.id, Submission.recorded_at).where(Submission.digest == digest)
-    made = (
+    create = (
         insert(Submission)
         .values(
             manifest=manifest,
@@ -67,18 +77,19 @@ def open_submission(
     )
     try:
         with db.write() as connection:
-            found = connection.execute(same).first()
-            if found is None:
-                return OpenedSubmission(id=connection.execute(made).scalar_one())
+            existing = connection.execute(same).first()
+            if existing is None:
+                return OpenedSubmission(id=connection.execute(create).scalar_one())
     except IntegrityError:
+        # Another producer created it between the SELECT and the INSERT.
         with db.read() as connection:
-            found = connection.execute(same).one()
-    return OpenedSubmission(id=found.id, resumed=True, interrupted=found.recorded_at is None)
+            existing = connection.execute(same).one()
+    return OpenedSubmission(id=existing.id, resumed=True, interrupted=existing.recorded_at is None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContestedOutput:
-    """A row whose output another job writes, or has written."""
+    """A row whose output belongs to a job that asks for something else."""
 
     row: NewJob
     job: int
@@ -94,59 +105,70 @@ class ContestedOutput:
 def find_contested_outputs(
     db: Database, digest: str, rows: Sequence[NewJob]
 ) -> list[ContestedOutput]:
-    """The rows that may not be recorded because of their outputs.
+    """The rows that ``record`` would refuse without ``replace``.
 
-    digest: of their submission. A job at the row's own line there was changed since by a person.
+    digest: of their submission. A job at the row's own line of that submission, whose
+    parameters were changed since, does not contest the output.
     """
     own = select(Submission.id).where(Submission.digest == digest)
     with db.read() as connection:
-        return _find_contested(connection, connection.execute(own).scalar(), rows, new=True)
+        submission = connection.execute(own).scalar()
+        return _find_contested(connection, submission, rows, new_only=True)
 
 
 def _find_contested(
-    connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new: bool
+    connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new_only: bool
 ) -> list[ContestedOutput]:
-    """new: only rows that have no job yet; the others write nothing unless they are forced.
+    """new_only: skips rows that have a job already; without ``replace`` they change nothing.
 
-    A changed job at the row's own line keeps the output, unless another job does what the row
-    asks for: forced, that one writes it.
+    The changed job at the row's own line keeps the output, unless another job has the row's
+    content key: with ``replace`` that one is reopened and writes it.
     """
-    chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
-        Job.output.in_({row.output for row in rows}), jobs.owns_output(Job)
-    )
-    owners: dict[str, list[Any]] = {}
-    for owner in connection.execute(chosen):
-        owners.setdefault(owner.output, []).append(owner)
+    owners = _owners_by_output(connection, {row.output for row in rows})
     suspects = [row for row in rows if row.output in owners]
     if not suspects:
         return []
     keys = {row.content_key for row in suspects}
-    having = select(Job.content_key).where(Job.content_key.in_(keys))
-    known = set(connection.execute(having).scalars())
+    has_job = set(
+        connection.execute(select(Job.content_key).where(Job.content_key.in_(keys))).scalars()
+    )
     return [
         ContestedOutput(row=row, job=owner.id, submission=owner.submission_id)
         for row in suspects
-        if not (new and row.content_key in known)
+        if not (new_only and row.content_key in has_job)
         for owner in owners[row.output]
         if owner.content_key != row.content_key
         and (
-            (owner.submission_id, owner.line) != (submission, row.line) or row.content_key in known
+            (owner.submission_id, owner.line) != (submission, row.line)
+            or row.content_key in has_job
         )
     ]
+
+
+def _owners_by_output(connection: Connection, outputs: set[str]) -> dict[str, list[_Owner]]:
+    chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
+        Job.output.in_(outputs), owns_output(Job)
+    )
+    owners: dict[str, list[_Owner]] = defaultdict(list)
+    for owner in connection.execute(chosen):
+        owners[owner.output].append(owner)
+    return owners
 
 
 def record(
     db: Database, submission: int, rows: Sequence[NewJob], *, replace: bool = False
 ) -> list[NewJob]:
-    """Inserts rows as pending jobs in one transaction; returns those that existed already.
+    """Inserts rows as pending jobs in one transaction; returns those that have a job already.
 
-    A row exists already where a job with its content key does, in any submission.
-    replace: takes outputs from the jobs that write them; else InputError names the first.
+    A row has a job if any submission has one with the same content key.
+    replace: supersedes the jobs that own the rows' outputs; otherwise such a row raises
+    InputError.
     """
     with db.write() as connection:
         if not db.is_sqlite:
-            # Two producers that insert the same keys in another order would wait for each
-            # other; and of two rows with one output only the first may come in.
+            # Two producers that insert the same keys in different orders would deadlock. And
+            # outputs are checked before the INSERT: without the lock, two producers could both
+            # find an output free. On SQLite the write lock does the same.
             connection.execute(select(func.pg_advisory_xact_lock(_RECORD_LOCK)))
         _lock_submission(connection, submission)
         _take_outputs(connection, submission, rows, replace=replace)
@@ -158,9 +180,9 @@ def record(
 
 
 def _lock_submission(connection: Connection, submission: int) -> None:
-    """Keeps the submission from being pruned until the transaction ends."""
-    there = select(Submission.id).where(Submission.id == submission)
-    if connection.execute(there.with_for_update(read=True, key_share=True)).first() is None:
+    """FOR KEY SHARE: the submission cannot be pruned until the transaction ends."""
+    chosen = select(Submission.id).where(Submission.id == submission)
+    if connection.execute(chosen.with_for_update(read=True, key_share=True)).first() is None:
         raise InputError(
             f"submission {submission} was pruned while its rows were recorded; submit again"
         )
@@ -169,18 +191,18 @@ def _lock_submission(connection: Connection, submission: int) -> None:
 def _take_outputs(
     connection: Connection, submission: int, rows: Sequence[NewJob], *, replace: bool
 ) -> None:
-    taken = _find_contested(connection, submission, rows, new=not replace)
-    if taken and not replace:
+    contested = _find_contested(connection, submission, rows, new_only=not replace)
+    if contested and not replace:
         raise InputError(
-            f"line {taken[0].row.line}: {taken[0]}; it was submitted a moment ago. "
+            f"line {contested[0].row.line}: {contested[0]}; it was submitted a moment ago. "
             "Give the row an output of its own, or replace that one with --force"
         )
-    if taken:
-        jobs.supersede(connection, [one.job for one in taken], submission=submission)
+    if contested:
+        supersede(connection, [output.job for output in contested], submission=submission)
 
 
 def close_submission(db: Database, submission: int) -> None:
-    """Marks every row as recorded."""
+    """Records that every row of the submission has its job."""
     with db.write() as connection:
         connection.execute(
             update(Submission)
@@ -189,31 +211,38 @@ def close_submission(db: Database, submission: int) -> None:
         )
 
 
+# The bulk INSERTs go to the driver directly, a tuple a row: manifests have millions of rows.
 _FIELDS = tuple(field.name for field in fields(NewJob))
-_values = attrgetter(*_FIELDS)
+_field_values: Callable[[NewJob], tuple[Any, ...]] = attrgetter(*_FIELDS)
 _COLUMNS = ", ".join(("submission_id", *_FIELDS))
-_REST = "state, attempt, failures, losses, run_after, created_at"
+_INITIAL_COLUMNS = "state, attempt, failures, losses, run_after, created_at"
 
 
 def _insert_sqlite(connection: Connection, submission: int, rows: Sequence[NewJob]) -> set[int]:
+    """Returns the lines inserted; a row whose content key exists is skipped."""
     now = "strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'"
-    marks = ", ".join("?" * (len(_FIELDS) + 1))
+    placeholders = ", ".join("?" * (len(_FIELDS) + 1))
     newest = connection.exec_driver_sql("SELECT coalesce(max(id), 0) FROM jobs").scalar_one()
-    cursor = _driver(connection).cursor()
+    cursor = _driver_connection(connection).cursor()
     cursor.executemany(
-        f"INSERT INTO jobs ({_COLUMNS}, {_REST}) "  # noqa: S608 - constant names
-        f"VALUES ({marks}, 'pending', 0, 0, 0, {now}, {now}) ON CONFLICT DO NOTHING",
-        [(submission, *_values(row)) for row in rows],
+        f"INSERT INTO jobs ({_COLUMNS}, {_INITIAL_COLUMNS}) "  # noqa: S608 - constant names
+        f"VALUES ({placeholders}, 'pending', 0, 0, 0, {now}, {now}) ON CONFLICT DO NOTHING",
+        [(submission, *_field_values(row)) for row in rows],
     )
     if cursor.rowcount == len(rows):
         return {row.line for row in rows}
-    # Exact, because the write lock is ours: nobody else can have added a row since.
+    # executemany cannot return rows. Ids above ``newest`` are ours: this transaction holds the
+    # write lock, so no other one can have inserted since.
     return set(connection.execute(select(Job.line).where(Job.id > newest)).scalars())
 
 
 def _insert_postgresql(connection: Connection, submission: int, rows: Sequence[NewJob]) -> set[int]:
-    """COPY into a temporary table, then one INSERT that skips what exists."""
-    with _driver(connection).cursor() as cursor:
+    """Returns the lines inserted; a row whose content key exists is skipped.
+
+    COPY is the fastest way in but fails on a duplicate key, so it fills a temporary table from
+    which one INSERT skips what exists.
+    """
+    with _driver_connection(connection).cursor() as cursor:
         cursor.execute(
             "CREATE TEMP TABLE IF NOT EXISTS incoming (line integer, key text, content_key bytea, "
             "engine text, image text, mask text, output text, params text, seed bigint, "
@@ -221,10 +250,10 @@ def _insert_postgresql(connection: Connection, submission: int, rows: Sequence[N
         )
         with cursor.copy(f"COPY incoming ({', '.join(_FIELDS)}) FROM STDIN") as copy:
             for row in rows:
-                copy.write_row(_values(row))
+                copy.write_row(_field_values(row))
         now = "statement_timestamp()"
         cursor.execute(
-            f"INSERT INTO jobs ({_COLUMNS}, {_REST}) "  # noqa: S608 - constant names
+            f"INSERT INTO jobs ({_COLUMNS}, {_INITIAL_COLUMNS}) "  # noqa: S608 - constant names
             f"SELECT %s, {', '.join(_FIELDS)}, 'pending', 0, 0, 0, {now}, {now} "
             "FROM incoming ORDER BY line ON CONFLICT DO NOTHING RETURNING line",
             (submission,),
@@ -232,5 +261,5 @@ def _insert_postgresql(connection: Connection, submission: int, rows: Sequence[N
         return {line for (line,) in cursor.fetchall()}
 
 
-def _driver(connection: Connection) -> Any:
+def _driver_connection(connection: Connection) -> Any:
     return connection.connection.driver_connection

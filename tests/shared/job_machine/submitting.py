@@ -120,16 +120,17 @@ class Submitting(Table):
                 self.model[one.id] = one
 
     def _rerun(self, submission: int, rows: list[NewJob]) -> None:
-        keys = {row.content_key: (submission, row.line) for row in rows}
+        lines = {row.content_key: row.line for row in rows}
         reopened = 0
-        for key, place in sorted(keys.items()):
+        for key, line in sorted(lines.items()):
+            place = (submission, line)
             for one in self.model.values():
                 if one.key == key and one.is_final:
                     if place not in {other.place for other in self.model.values()}:
                         one.submission, one.line = place
                     one.reopen()
                     reopened += 1
-        assert jobs.reopen_by_content_key(self.db, keys, replace=True) == reopened
+        assert jobs.reopen_by_content_key(self.db, submission, lines, replace=True) == reopened
         self._restore(submission, rows)
 
     def _restore(self, submission: int, rows: list[NewJob]) -> None:

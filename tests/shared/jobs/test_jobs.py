@@ -611,8 +611,8 @@ def test_a_rerun_reopens_final_jobs_and_moves_them_to_who_asks(table: JobTable) 
     table.succeed(done)
     table.set(waiting, state="pending")
     newer = table.submission("newer")
-    keys = {table.job(job).content_key: (newer, line) for job, line in ((done, 11), (waiting, 12))}
-    assert jobs.reopen_by_content_key(table.db, keys | {b"unknown": (newer, 13)}) == 1
+    lines = {table.job(job).content_key: line for job, line in ((done, 11), (waiting, 12))}
+    assert jobs.reopen_by_content_key(table.db, newer, lines | {b"unknown": 13}) == 1
     row = table.job(done)
     assert (row.state, row.submission_id, row.line) == ("pending", newer, 11)
     assert table.job(waiting).submission_id != newer
@@ -629,7 +629,7 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
     twin = table.add(submission=same, content_key=asked_key)[0]
     table.succeed(twin)
     line, twins_line = table.job(changed).line, table.job(twin).line
-    assert jobs.reopen_by_content_key(table.db, {asked_key: (first, line)}) == 1
+    assert jobs.reopen_by_content_key(table.db, first, {asked_key: line}) == 1
     row = table.job(twin)
     assert (row.state, row.submission_id, row.line) == ("pending", same, twins_line)
 
@@ -761,9 +761,7 @@ def test_forced_a_row_takes_its_output_from_the_changed_job_at_its_own_line(
     table.cancel(same)
     assert table.retry(changed).count == 1
     assert submissions.record(table.db, first, [row], replace=True) == [row]
-    assert (
-        jobs.reopen_by_content_key(table.db, {row.content_key: (first, row.line)}, replace=True)
-        == 1
-    )
+    lines = {row.content_key: row.line}
+    assert jobs.reopen_by_content_key(table.db, first, lines, replace=True) == 1
     assert (table.state(changed), table.state(same)) == ("cancelled", "pending")
     assert table.job(changed).error_code == "output_replaced"
