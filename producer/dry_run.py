@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 
 from producer.manifest import Problem
@@ -15,7 +15,7 @@ from shared.engines import engine_spec
 from shared.errors import ImageError, InpaintError, ObjectMissing
 from shared.geometry import coarse_to_fine, regions
 from shared.jobs.submissions import NewJob
-from shared.params import Params, is_file
+from shared.params import Params
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -105,43 +105,43 @@ class _RowPlanner:
         )
 
     def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
-        mask = self._mask(job, name)
-        size = self._size(job.image) if is_file(name) else (mask.shape[1], mask.shape[0])
-        repainted = masks.prepare_mask(
-            mask,
-            size,
-            threshold=params.mask_threshold,
-            dilation=params.mask_dilation,
-            invert=params.mask_invert,
-            fit=params.mask_fit,
-        )
+        image = _StoredImage(job.image, self._storage, self._settings)
+        repainted = masks.load(name, image, params, read_file=self._mask_file)
         plan = regions.plan_for(repainted, params, any_size=engine_spec(job.engine).any_size)
         finer = coarse_to_fine.steps(repainted, plan, params)
         return plan + tuple(region for step in finer for region in step.regions)
-
-    def _mask(self, job: NewJob, name: str) -> masks.Grey:
-        if is_file(name):
-            return self._mask_file(name)
-        if name == "alpha":
-            return masks.alpha_to_mask(self._picture(job.image))
-        return masks.boxes_to_mask(masks.parse_boxes(name), self._size(job.image))
 
     def _read_mask(self, uri: str) -> masks.Grey:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
         return masks.decode_mask(data, max_pixels=self._settings.max_pixels)
 
-    def _picture(self, uri: str) -> images.DecodedImage:
-        data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
-        return images.decode(data, max_pixels=self._settings.max_pixels)
 
-    def _size(self, uri: str) -> tuple[int, int]:
-        """From the first bytes where they are enough, else from the whole file."""
-        if self._storage.stat(uri) is None:
-            raise ObjectMissing(f"{uri!r} does not exist")
+class _StoredImage:
+    """An image in storage. Its size is read from the header; its pixels only for its alpha."""
+
+    def __init__(self, uri: str, storage: Storage, settings: Settings) -> None:
+        self._uri = uri
+        self._storage = storage
+        self._settings = settings
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(width, height) from the first bytes if they suffice, else from the whole file."""
+        if self._storage.stat(self._uri) is None:
+            raise ObjectMissing(f"{self._uri!r} does not exist")
         try:
-            head = self._storage.head(uri, max_bytes=HEADER_BYTES)
+            head = self._storage.head(self._uri, max_bytes=HEADER_BYTES)
             return images.probe(head, max_pixels=self._settings.max_pixels)
         except ImageError as error:
             if error.code != "image_truncated":
                 raise
-        return self._picture(uri).size
+            return self._decode().size
+
+    def alpha(self) -> images.Pixels | None:
+        image = self._decode()
+        self.size = image.size
+        return image.alpha()
+
+    def _decode(self) -> images.DecodedImage:
+        data = self._storage.get(self._uri, max_bytes=self._settings.max_object_bytes).data
+        return images.decode(data, max_pixels=self._settings.max_pixels)

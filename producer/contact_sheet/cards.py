@@ -19,7 +19,7 @@ from shared.errors import InpaintError
 from shared.geometry.box import Box
 from shared.images import DecodedImage
 from shared.masks import Mask
-from shared.params import Params, is_file
+from shared.params import Params
 from shared.settings import Settings
 from shared.storage import Storage
 
@@ -140,20 +140,7 @@ class CardBuilder:
         return np.logical_or.reduce(found) if found else None
 
     def _round(self, name: str, picture: DecodedImage, params: Params) -> Mask:
-        if is_file(name):
-            grey = self._mask_file(name)
-        elif name == "alpha":
-            grey = masks.alpha_to_mask(picture)
-        else:
-            grey = masks.boxes_to_mask(masks.parse_boxes(name), picture.size)
-        return masks.prepare_mask(
-            grey,
-            picture.size,
-            threshold=params.mask_threshold,
-            dilation=params.mask_dilation,
-            invert=params.mask_invert,
-            fit=params.mask_fit,
-        )
+        return masks.load(name, picture, params, read_file=self._mask_file)
 
     def _picture(self, uri: str) -> tuple[DecodedImage, str]:
         """The picture and its object's version."""
@@ -174,11 +161,10 @@ def close_up_place(mask: Mask) -> Box | None:
     None where nothing is repainted, or the picture is small enough as it is.
     """
     height, width = mask.shape
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    tight = masks.bounding_box(mask)
     least = CLOSE_UP_PX / max(width, height)
-    if not len(rows) or least > CLOSE_UP:
+    if tight is None or least > CLOSE_UP:
         return None
-    tight = Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
     share = max(tight.width / width, tight.height / height) * (1 + 2 * MARGIN)
     middle = (tight.left + tight.right) // 2, (tight.top + tight.bottom) // 2
     if share > CLOSE_UP:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Box(NamedTuple):
-    """Half open, in pixels of whatever frame the owner names."""
+    """Half open, in pixels of the frame that its owner names."""
 
     left: int
     top: int
@@ -25,8 +25,13 @@ class Box(NamedTuple):
     def size(self) -> tuple[int, int]:
         return self.width, self.height
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds no pixel; edges in the wrong order count as empty."""
+        return self.width <= 0 or self.height <= 0
+
     def clipped(self, size: tuple[int, int]) -> Box:
-        """The part inside a picture of that (width, height)."""
+        """The part inside an image of (width, height); empty if there is none."""
         return Box(
             max(self.left, 0), max(self.top, 0), min(self.right, size[0]), min(self.bottom, size[1])
         )

@@ -1,11 +1,13 @@
-"""Masks: read from a file, an alpha channel or boxes, fitted to an image, dilated."""
+"""Masks: read from a file, an alpha channel or boxes; fitted to an image; thresholded, dilated."""
 
 from shared.masks.boxes import boxes_to_mask, parse_boxes
 from shared.masks.fitting import apply_threshold, fit_to_size, prepare_mask
+from shared.masks.loading import load
 from shared.masks.morphology import (
     TILE_PX,
     Grey,
     Mask,
+    bounding_box,
     dilate,
     slices,
     squared_distances,
@@ -19,10 +21,12 @@ __all__ = [
     "Mask",
     "alpha_to_mask",
     "apply_threshold",
+    "bounding_box",
     "boxes_to_mask",
     "decode_mask",
     "dilate",
     "fit_to_size",
+    "load",
     "parse_boxes",
     "prepare_mask",
     "slices",

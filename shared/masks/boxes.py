@@ -12,11 +12,15 @@ from shared.errors import MaskError
 from shared.geometry.box import Box
 from shared.masks.morphology import Grey, slices
 
+# At most nine digits: int() raises ValueError past 4,300.
 _EDGE = re.compile(r"\s*(?:([+-]?\d{1,9})|(\d{1,3}(?:\.\d{1,6})?)%)\s*")
 
 
 class Edge(NamedTuple):
-    """A side of a box: pixels from the picture's left or top, or hundredths of its length."""
+    """One side of a box, in pixels from the image's left or top, or in percent of its length.
+
+    A Fraction, because 12.4% of a length must not be rounded before it is rounded outward.
+    """
 
     value: Fraction
     is_percent: bool
@@ -29,22 +33,22 @@ Edges = tuple[Edge, Edge, Edge, Edge]  # left, top, right, bottom
 
 
 def parse_boxes(text: str) -> tuple[Edges, ...]:
-    """``box:left,top,right,bottom``, half open, and more of them after semicolons.
+    """Parse ``box:left,top,right,bottom``, half open; further boxes follow after semicolons.
 
-    Each is whole pixels, or a percentage of the picture's width or height. Raises MaskError.
-    Pixels past an edge are allowed here: only the picture knows them.
+    Each number is whole pixels, or a percentage of the image's width or height. Pixels past
+    the image's edge are allowed here, because its size is not known yet. Raises MaskError.
     """
-    return tuple(_edges(one) for one in text.split(";"))
+    return tuple(_parse_edges(box) for box in text.split(";"))
 
 
-def _edges(text: str) -> Edges:
-    found = [_EDGE.fullmatch(part) for part in text.strip().removeprefix("box:").split(",")]
-    if len(found) != 4 or None in found:
+def _parse_edges(text: str) -> Edges:
+    matches = [_EDGE.fullmatch(part) for part in text.strip().removeprefix("box:").split(",")]
+    if len(matches) != 4 or None in matches:
         raise MaskError(
-            f"{text!r} is no box; write box:left,top,right,bottom in whole pixels or percent"
+            f"{text!r} is not a box; write box:left,top,right,bottom in whole pixels or percent"
         )
     left, top, right, bottom = (
-        Edge(Fraction(one[1] or one[2]), one[2] is not None) for one in found if one
+        Edge(Fraction(match[1] or match[2]), match[2] is not None) for match in matches if match
     )
     for low, high in ((left, right), (top, bottom)):
         if low.is_percent == high.is_percent and low.value >= high.value:
@@ -53,25 +57,30 @@ def _edges(text: str) -> Edges:
 
 
 def boxes_to_mask(boxes: tuple[Edges, ...], size: tuple[int, int]) -> Grey:
-    """(H, W) mask of the parts of the boxes inside the (width, height) picture.
+    """Draw the boxes into a mask of an image of (width, height): (H, W), 255 inside.
 
-    Percentages are rounded outward. Raises MaskError where a box is empty or lies wholly
-    outside.
+    Percentages are rounded outward, and boxes clipped to the image. Raises MaskError if a box
+    is empty or lies outside the image.
     """
     mask = np.zeros((size[1], size[0]), np.uint8)
-    for left, top, right, bottom in boxes:
-        box = Box(
-            int(left.px(size[0]) // 1),
-            int(top.px(size[1]) // 1),
-            int(-(-right.px(size[0]) // 1)),
-            int(-(-bottom.px(size[1]) // 1)),
-        )
+    for edges in boxes:
+        box = _to_pixels(edges, size)
         inside = box.clipped(size)
-        if inside.width <= 0 or inside.height <= 0:
-            where = "is empty in" if box.width <= 0 or box.height <= 0 else "lies outside"
+        if inside.is_empty:
+            problem = "is empty in" if box.is_empty else "lies outside"
             raise MaskError(
-                f"the box {','.join(map(str, box))} {where} the {size[0]}x{size[1]} picture; "
+                f"the box {','.join(map(str, box))} {problem} the {size[0]}x{size[1]} image; "
                 "pixels count from the left and the top"
             )
         mask[slices(inside)] = 255
     return mask
+
+
+def _to_pixels(edges: Edges, size: tuple[int, int]) -> Box:
+    left, top, right, bottom = edges
+    return Box(
+        int(left.px(size[0]) // 1),
+        int(top.px(size[1]) // 1),
+        int(-(-right.px(size[0]) // 1)),
+        int(-(-bottom.px(size[1]) // 1)),
+    )

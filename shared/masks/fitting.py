@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shared.errors import MaskError
+from shared.errors import MaskSizeError
 from shared.geometry.box import Box
 from shared.masks.morphology import Grey, Mask, dilate, slices
 from shared.params import MaskFit
@@ -19,78 +19,74 @@ def prepare_mask(
     invert: bool = False,
     fit: MaskFit = "exact",
 ) -> Mask:
-    """Which pixels of a (width, height) picture a mask repaints, (H, W) bool.
+    """Invert, fit, threshold and dilate a mask: (H, W) bool of an image of (width, height).
 
-    In this order: inverted; laid over the image by ``fit_to_size``, so that what lies beside
-    a small mask is kept either way; thresholded, so that a lower threshold always repaints
-    more; grown by ``dilation`` pixels. Raises MaskError.
+    dilation: the radius in pixels. Raises MaskSizeError.
     """
-    turned = np.uint8(255) - grey if invert else grey
-    return dilate(apply_threshold(fit_to_size(turned, size, fit), threshold=threshold), dilation)
+    # Inverted before it is fitted: pixels that a small mask does not cover stay unmasked in
+    # either case. Fitted before the threshold: a lower threshold then always repaints more.
+    oriented = np.uint8(255) - grey if invert else grey
+    return dilate(apply_threshold(fit_to_size(oriented, size, fit), threshold=threshold), dilation)
 
 
 def fit_to_size(mask: Grey, size: tuple[int, int], fit: MaskFit) -> Grey:
-    """The mask laid over a (width, height) picture, (H, W).
+    """Fit a mask to an image of (width, height); returns (H, W).
 
-    exact: it must have that size. scale: it must have that shape, to a pixel; each pixel takes
-    the brightest of those it stands for, so that no stroke is lost. An anchor (``top-left`` to
-    ``bottom-right``, ``center``): pixel for pixel from there, cut off where the mask is larger
-    than the picture, kept where it is smaller. Raises MaskError.
+    exact: the sizes must be equal. scale: the aspect ratios must be equal to within a pixel;
+    each pixel becomes the maximum of those it overlaps, so that no thin stroke is lost.
+    An anchor (``top-left`` to ``bottom-right``, ``center``): the mask is placed there
+    unscaled, cropped if it is larger than the image and padded with 0 if it is smaller.
+    Raises MaskSizeError.
     """
-    if fit == "exact":
-        _check_size(mask, size)
-    found = (mask.shape[1], mask.shape[0])
-    if found == size:
+    width, height = mask.shape[1], mask.shape[0]
+    if (width, height) == size:
         return mask
+    if fit == "exact":
+        raise MaskSizeError(
+            f"the mask is {width}x{height}, the image {size[0]}x{size[1]}; "
+            "make the mask the image's size, or set mask_fit to scale it or to align it"
+        )
     if fit != "scale":
-        return _anchored(mask, size, fit)
-    if abs(found[0] * size[1] - found[1] * size[0]) > max(*found, *size):
-        raise MaskError(
-            f"the mask is {found[0]}x{found[1]} and cannot be scaled to {size[0]}x{size[1]} "
-            "without distortion; use an anchor such as mask_fit=center, or a mask of that shape",
-            code="mask_size",
+        return _align(mask, size, fit)
+    if abs(width * size[1] - height * size[0]) > max(width, height, *size):
+        raise MaskSizeError(
+            f"the mask is {width}x{height} and cannot be scaled to {size[0]}x{size[1]} "
+            "without distortion; align it, such as by mask_fit=center, or use a mask of that "
+            "aspect ratio"
         )
-    return _brightest(_brightest(mask, size[1], axis=0), size[0], axis=1)
+    return _resample_max(_resample_max(mask, size[1], axis=0), size[0], axis=1)
 
 
-def _check_size(mask: Grey, size: tuple[int, int]) -> None:
-    """Raises MaskError unless the mask has the picture's (width, height)."""
-    found = (mask.shape[1], mask.shape[0])
-    if found != size:
-        raise MaskError(
-            f"the mask is {found[0]}x{found[1]}, the picture {size[0]}x{size[1]}; "
-            "make the mask the picture's size, or say with mask_fit how to lay it over",
-            code="mask_size",
-        )
-
-
-def _anchored(mask: Grey, size: tuple[int, int], anchor: str) -> Grey:
-    laid = np.zeros((size[1], size[0]), np.uint8)
+def _align(mask: Grey, size: tuple[int, int], anchor: str) -> Grey:
     height, width = mask.shape
-    left = _start(size[0] - width, anchor, low="left", high="right")
-    top = _start(size[1] - height, anchor, low="top", high="bottom")
+    left = _offset(size[0] - width, anchor, low="left", high="right")
+    top = _offset(size[1] - height, anchor, low="top", high="bottom")
+    aligned = np.zeros((size[1], size[0]), np.uint8)
     inside = Box(left, top, left + width, top + height).clipped(size)
-    laid[slices(inside)] = mask[slices(inside.moved(-left, -top))]
-    return laid
+    aligned[slices(inside)] = mask[slices(inside.moved(-left, -top))]
+    return aligned
 
 
-def _start(room: int, anchor: str, *, low: str, high: str) -> int:
+def _offset(excess: int, anchor: str, *, low: str, high: str) -> int:
+    """The mask's first pixel in the image. excess: the image's length minus the mask's."""
     if low in anchor:
         return 0
-    return room if high in anchor else room // 2
+    return excess if high in anchor else excess // 2
 
 
-def _brightest(mask: Grey, count: int, *, axis: int) -> Grey:
-    """The mask with ``count`` pixels along the axis, each the greatest of those it overlaps."""
+def _resample_max(mask: Grey, count: int, *, axis: int) -> Grey:
+    """Resample an axis to ``count`` pixels, each the maximum of the pixels it overlaps."""
     length = mask.shape[axis]
     edges = np.arange(count + 1) * length
     first, last = edges[:-1] // count, -(-edges[1:] // count) - 1
-    shrinks = count < length
-    found: Grey = np.maximum.reduceat(mask, first, axis) if shrinks else mask.take(first, axis)
-    np.maximum(found, mask.take(last, axis), out=found)
-    return found
+    resampled: Grey = (
+        np.maximum.reduceat(mask, first, axis) if count < length else mask.take(first, axis)
+    )
+    # reduceat stops before the next pixel's first; the two can share one.
+    np.maximum(resampled, mask.take(last, axis), out=resampled)
+    return resampled
 
 
-def apply_threshold(mask_grey: Grey, *, threshold: int) -> Mask:
-    """(H, W) True where the grey is at the threshold or above."""
-    return mask_grey >= threshold
+def apply_threshold(grey: Grey, *, threshold: int) -> Mask:
+    """(H, W) True where the grey value is at least the threshold."""
+    return grey >= threshold

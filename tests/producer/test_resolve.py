@@ -110,8 +110,8 @@ def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
     [
         ({"image": ""}, "image: empty; name the picture"),
         ({"mask": ""}, "mask: empty; name the mask, or alpha, or box:left,top,right,bottom"),
-        ({"mask": "box:1,2,3"}, "mask: 'box:1,2,3' is no box; write box:left,top,right,bottom"),
-        ({"mask": "box:1,2,3,x"}, "mask: 'box:1,2,3,x' is no box"),
+        ({"mask": "box:1,2,3"}, "mask: 'box:1,2,3' is not a box; write box:left,top,right,bottom"),
+        ({"mask": "box:1,2,3,x"}, "mask: 'box:1,2,3,x' is not a box"),
         ({"mask": "box:5,2,5,4"}, "mask: 'box:5,2,5,4' is empty"),
         ({"image": "http://h/a.png"}, "image: 'http://h/a.png': http:// is not supported"),
         ({"image": "../a.png"}, "image: '../a.png': '..' is refused"),

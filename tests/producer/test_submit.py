@@ -455,7 +455,7 @@ def test_options_apply_to_every_row_that_says_nothing_else(
         (("--output", "http://h/x"), "http:// is not supported"),
         (("--output", "s3://Bad_Name/x"), "is not a bucket name"),
         (("--mask", "../m.png"), "'..' is refused"),
-        (("--mask", "box:1,2"), "is no box"),
+        (("--mask", "box:1,2"), "is not a box"),
         (("--set", "eta=0.5", "--set", "scheduler=euler"), "eta: 0.5 has no meaning"),
         (("--root", "/nowhere"), "does not exist"),
         (("--unknown",), "No such option"),

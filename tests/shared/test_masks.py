@@ -217,7 +217,7 @@ def test_what_is_no_box_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("box:20,0,22,8", "lies outside the 20x10 picture"),
+        ("box:20,0,22,8", "lies outside the 20x10 image"),
         ("box:-9,-9,-1,-1", "count from the left and the top"),
         ("box:0,0,5,5;box:15,0,50%,5", "is empty in the 20x10"),
     ],
@@ -234,7 +234,7 @@ def test_an_inverted_box_is_everything_but_the_box() -> None:
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(MaskError, match=r"150x100, the picture 100x150.*mask_fit") as caught:
+    with pytest.raises(MaskError, match=r"150x100, the image 100x150.*mask_fit") as caught:
         masks.prepare_mask(MASK, (100, 150), threshold=128)
     assert caught.value.code == "mask_size"
 

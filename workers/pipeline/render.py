@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
 
 import numpy as np
@@ -129,32 +130,19 @@ def _rounds(
     settings: Settings, job: LeasedJob, picture: DecodedImage, files: Mapping[str, bytes]
 ) -> list[MaskedPass]:
     """The job's passes, each with its mask as it lies over the picture."""
-    read: dict[str, Grey] = {}
+
+    @cache
+    def read_file(location: str) -> Grey:
+        return masks.decode_mask(files[location], max_pixels=settings.max_pixels)
+
     rounds = []
     for named, params in job.params.all_passes():
         name = named or job.mask
-        if name not in read:
-            read[name] = _mask(settings, name, picture, files)
-        mask = masks.prepare_mask(
-            read[name],
-            picture.size,
-            threshold=params.mask_threshold,
-            dilation=params.mask_dilation,
-            invert=params.mask_invert,
-            fit=params.mask_fit,
-        )
+        mask = masks.load(name, picture, params, read_file=read_file)
         # An inverted one keeps the holes and repaints what is opaque already.
         is_alpha = name == "alpha" and not params.mask_invert
         rounds.append(MaskedPass(mask=mask, params=params, is_alpha=is_alpha))
     return rounds
-
-
-def _mask(settings: Settings, name: str, picture: DecodedImage, files: Mapping[str, bytes]) -> Grey:
-    if is_file(name):
-        return masks.decode_mask(files[name], max_pixels=settings.max_pixels)
-    if name == "alpha":
-        return masks.alpha_to_mask(picture)
-    return masks.boxes_to_mask(masks.parse_boxes(name), picture.size)
 
 
 def _check(
