@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test soak lint bench bench-gpu clean
+.PHONY: demo test soak lint docs bench bench-gpu clean
 
 demo: $(VENV)/.demo  ## watermarks removed from real photographs, in demo/
 	$(BIN)/python -m tests.demo --folder demo
@@ -25,6 +25,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs  ## the documentation as a site, in site/; needs no network once installed
+	$(BIN)/python -m mkdocs build -q --strict
+
 bench: $(VENV)/.test  ## every figure in docs/benchmarks.md that needs no GPU
 	$(BIN)/python -m tests.benchmarks
 
@@ -32,7 +35,7 @@ bench-gpu: $(VENV)/.test  ## the engine beside plain diffusers on the GPU at han
 	$(BIN)/python -m tests.benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) demo .inpaint build *.egg-info
+	rm -rf $(VENV) demo site .inpaint build *.egg-info
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +44,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt -e '.[test]'
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import shared.errors
 from producer.cli.jobs import jobs_command
 from producer.cli.submit import submit
 from producer.manifest import COLUMNS
-from shared.params import PARAMETERS
+from shared.params import PARAMETERS, Params
 from shared.presets import presets
 from shared.settings import Settings
 from tests import sample_images
@@ -25,6 +28,8 @@ from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+TEXTS = {path: path.read_text() for path in sorted(PAGES)}
 PACKAGES = ("producer", "workers", "shared")
 
 
@@ -64,17 +69,31 @@ def test_the_presets_table_is_the_presets() -> None:
     assert table("parameters", "Presets") == expected
 
 
-def names(page: str, heading: str) -> set[str]:
+def names(page: str, heading: str) -> list[str]:
     """The names in the first cells of a table."""
-    return {name for row in table(page, heading) for name in re.findall(r"`([a-z_]+)`", row[0])}
+    return [name for row in table(page, heading) for name in re.findall(r"`([a-z_]+)`", row[0])]
 
 
 def test_every_column_of_a_manifest_is_documented_and_exists() -> None:
-    assert names("manifest", "Columns") == set(COLUMNS) - set(PARAMETERS)
+    assert set(names("manifest", "Columns")) == set(COLUMNS) - set(PARAMETERS)
 
 
-def test_every_parameter_is_documented_and_exists() -> None:
-    assert names("parameters", "Parameters") == set(PARAMETERS)
+def test_the_parameters_table_names_each_with_its_range_and_default() -> None:
+    expected = [
+        [f"`{name}`", parameter.allowed, shown_default(name)]
+        for name, parameter in PARAMETERS.items()
+    ]
+    assert [row[:3] for row in table("parameters", "Parameters")] == expected
+
+
+def shown_default(name: str) -> str:
+    """Empty where there is none, and for the seed, which is derived from the row's content."""
+    default = Params.__dataclass_fields__[name].default
+    if name == "seed" or default == "":
+        return ""
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{default:g}`" if isinstance(default, int | float) else f"`{default}`"
 
 
 def options(command: click.Command) -> set[str]:
@@ -82,22 +101,27 @@ def options(command: click.Command) -> set[str]:
         name
         for parameter in command.params
         for name in (*parameter.opts, *parameter.secondary_opts)
-        if name.startswith("--")
+        if name.startswith("--") and name != "--version"
     }
 
 
-def documented_options(row: str) -> set[str]:
-    return set(re.findall(r"--[a-z-]+", row))
+def documented_options() -> dict[str, set[str]]:
+    """By the command's name: the options in the table below its heading."""
+    _, *sections = (ROOT / "docs" / "commands.md").read_text().split("\n## ")
+    documented = {}
+    for section in sections:
+        heading, _, body = section.partition("\n")
+        name = re.split(r" [A-Z[]", heading)[0]
+        cells = " ".join(re.findall(r"^\| (`--.*?) \| ", body, re.MULTILINE))
+        documented[name] = set(re.findall(r"--[a-z-]+", cells))
+    return documented
 
 
 def test_every_command_and_option_is_documented_and_exists() -> None:
-    rows = table("commands", "Options")
-    documented = {tuple(re.findall(r"[a-z-]+", row[0])): row for row in rows}
-    for command, name in ((submit, ("inpaint-submit",)), (worker, ("inpaint-worker",))):
-        assert documented_options(" ".join(documented[name])) == options(command)
+    expected = {"inpaint-submit": options(submit), "inpaint-worker": options(worker)}
     for name, subcommand in jobs_command.commands.items():
-        row = " ".join(documented["inpaint-jobs", name])
-        assert documented_options(row.replace("'s", "")) == options(subcommand), name
+        expected[f"inpaint-jobs {name}"] = options(subcommand)
+    assert documented_options() == expected
 
 
 def codes() -> Iterator[str]:
@@ -130,12 +154,35 @@ def commands(kind: str) -> list[list[str]]:
 
 
 def test_every_command_of_ours_in_the_readme_is_run() -> None:
-    """The rest needs a model or a fleet's real names, and is named here."""
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
-    written = [line for line in blocks.splitlines() if line.startswith("inpaint-")]
-    run = [*commands("laptop"), *commands("fleet"), *commands("worker")]
-    left = [line for line in written if shlex.split(line, comments=True) not in run]
-    assert [line for line in left if "--engine sd2" not in line] == []
+    written = [
+        shlex.split(line, comments=True)
+        for line in blocks.splitlines()
+        if line.startswith("inpaint-")
+    ]
+    kinds = ("laptop", "sd2", "fleet", "worker")
+    assert sorted(written) == sorted(command for kind in kinds for command in commands(kind))
+
+
+def test_the_readme_is_an_introduction() -> None:
+    assert len(README.split()) <= 1200
+
+
+def test_every_make_target_in_the_documents_exists() -> None:
+    targets = {
+        name for text in TEXTS.values() for name in re.findall(r"(?m)(?:`|^)make ([a-z-]+)", text)
+    }
+    done = subprocess.run(
+        ["make", "-n", *sorted(targets)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_extra_in_the_documents_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for path, text in TEXTS.items():
+        for named in re.findall(r"(?:'\.|inpaint-batch)\[([a-z,]+)\]", text):
+            assert set(named.split(",")) <= set(project["optional-dependencies"]), path
 
 
 def test_the_laptop_s_commands_work_as_written(tmp_path: Path) -> None:
@@ -144,6 +191,15 @@ def test_the_laptop_s_commands_work_as_written(tmp_path: Path) -> None:
     for command in commands("laptop"):
         shell.run(*command)
     assert (tmp_path / "catalog" / "manifest-out" / "coffee.jpg").is_file()
+
+
+def test_the_commands_for_stable_diffusion_work_as_written(tmp_path: Path) -> None:
+    """Without its weights: a dry run, which checks everything but the model."""
+    sample_images.write_catalog(tmp_path / "catalog")
+    shell = Shell(tmp_path)
+    for program, *arguments in commands("sd2"):
+        rehearsed = [word for word in arguments if word != "--local"]
+        shell.run(program, *rehearsed, *(["--dry-run"] if program == "inpaint-submit" else []))
 
 
 def test_the_fleet_s_commands_work_as_written(
@@ -173,9 +229,32 @@ def test_the_fleet_s_commands_work_as_written(
     shell.run("inpaint-jobs", "list", "--state", "failed")
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(((?:docs|docker)/[^)]+)\)", README))
-def test_every_file_the_readme_points_to_is_there(path: str) -> None:
-    assert (ROOT / path).is_file()
-    if path.endswith((".png", ".jpg")):
-        with Image.open(ROOT / path) as image:
-            image.verify()
+def links(path: Path) -> Iterator[Path]:
+    """The files that a page links to or shows."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[path]):
+        if not target.startswith(("https://", "#")):
+            yield (path.parent / target.partition("#")[0]).resolve()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_file_that_a_document_links_to_is_there(path: Path) -> None:
+    for target in links(path):
+        assert target.is_file(), target
+        if target.suffix in (".png", ".jpg"):
+            with Image.open(target) as image:
+                image.verify()
+
+
+def test_the_site_is_built_without_a_warning_and_loads_nothing_from_elsewhere(
+    tmp_path: Path,
+) -> None:
+    command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = list(tmp_path.glob("*.html"))
+    assert {path.stem for path in (ROOT / "docs").glob("*.md")} <= {page.stem for page in pages}
+    for page in pages:
+        loaded = re.findall(
+            r"<(?:script|img|link)\b[^>]*?(?:src|href)=\"?(https?:[^\s>]+)", page.read_text()
+        )
+        assert loaded == [], page.name

@@ -122,7 +122,7 @@ def test_every_state_and_only_known_codes_and_lines_are_named() -> None:
     codes = {error.code for error in vars(shared.errors).values() if isinstance(error, type)}
     assert set(re.findall(r"--error ([a-z_]+)", TEXT)) <= codes
     source = "".join((ROOT / path).read_text() for path in LOGGED)
-    said = TEXT.partition("ask for attention")[2].partition("\n## ")[0]
+    said = TEXT.partition("need attention")[2].partition("\n## ")[0]
     for line in re.findall(r"^\| `([^`]+)` \|", said, re.MULTILINE):
         for part in re.split(r" N |; now \w+$", line):
             assert part.strip() in source, part
