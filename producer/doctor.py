@@ -107,7 +107,7 @@ def _bucket(bucket: str) -> str:
     from shared.storage import Storage
 
     try:
-        Storage(roots=(), buckets=(bucket,)).list_one(bucket)
+        Storage(roots=(), buckets=(bucket,)).check_bucket(bucket)
     except InpaintError as error:
         raise type(error)(f"{error}; check INPAINT_BUCKETS and AWS_ENDPOINT_URL") from error
     return f"s3://{bucket} answers"

@@ -79,7 +79,7 @@ class LocalWorkers:
 
 
 def _reap(process: subprocess.Popen[bytes]) -> None:
-    processes.await_end(process, grace_seconds=GRACE_SECONDS)
+    processes.wait_or_kill(process, grace_seconds=GRACE_SECONDS)
 
 
 @contextmanager

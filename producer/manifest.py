@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, cast
 
 from shared.errors import ManifestError
-from shared.params import FLAGS, PARAMETERS, did_you_mean
+from shared.params import BOOLEANS, PARAMETERS, did_you_mean
 from shared.storage import Storage
 from shared.storage.locations import name
 
@@ -226,7 +226,7 @@ def _json_row(line: int, content: str, known: frozenset[str]) -> ManifestRow | P
             )
         if column == "passes" and isinstance(value, list):
             cells[column] = json.dumps(value)
-        elif isinstance(value, dict | list) or (isinstance(value, bool) and column not in FLAGS):
+        elif isinstance(value, dict | list) or (isinstance(value, bool) and column not in BOOLEANS):
             return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
         elif value is not None and (cell := str(value).strip()):
             cells[column] = cell

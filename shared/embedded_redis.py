@@ -29,7 +29,7 @@ def broker_url(settings: Settings) -> str:
     """The configured broker's URL, or the embedded one's."""
     if settings.broker_url is not None:
         return settings.broker_url.get_secret_value()
-    return f"redis+socket://{_socket(settings.home)}"
+    return f"redis+socket://{_socket_path(settings.home)}"
 
 
 class EmbeddedRedis:
@@ -46,12 +46,12 @@ class EmbeddedRedis:
     def ensure(self) -> None:
         """Starts it unless it answers. Raises BrokerUnavailable with the remedy."""
         home = self._settings.home
-        if self._settings.broker_url is not None or _answers(home):
+        if self._settings.broker_url is not None or _is_running(home):
             return
         try:
             (home / "redis").mkdir(parents=True, exist_ok=True)
-            with _starting(home):
-                if not _answers(home):
+            with _start_lock(home):
+                if not _is_running(home):
                     self._process = _start(home)
         except OSError as error:
             raise BrokerUnavailable(f"embedded Redis: {error}; see INPAINT_HOME") from error
@@ -69,15 +69,15 @@ class EmbeddedRedis:
         self.close()
 
 
-def _socket(home: Path) -> Path:
+def _socket_path(home: Path) -> Path:
     # A Unix socket's path holds about 100 characters; a deep home would not fit.
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"inpaint-{os.getuid()}-{digest}" / "redis.sock"
 
 
-def _answers(home: Path) -> bool:
+def _is_running(home: Path) -> bool:
     client = redis.Redis(
-        unix_socket_path=str(_socket(home)), socket_timeout=2, retry=Retry(NoBackoff(), 0)
+        unix_socket_path=str(_socket_path(home)), socket_timeout=2, retry=Retry(NoBackoff(), 0)
     )
     try:
         return bool(client.ping())
@@ -90,7 +90,7 @@ def _answers(home: Path) -> bool:
 
 
 @contextmanager
-def _starting(home: Path) -> Iterator[None]:
+def _start_lock(home: Path) -> Iterator[None]:
     """One process at a time: two servers would take each other's socket and file."""
     with (home / "redis.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -98,8 +98,8 @@ def _starting(home: Path) -> Iterator[None]:
 
 
 def _start(home: Path) -> subprocess.Popen[bytes]:
-    binary, socket, folder = _binary(), _socket(home), home / "redis"
-    _make_private(socket.parent)
+    binary, socket, folder = _server_binary(), _socket_path(home), home / "redis"
+    _make_private_folder(socket.parent)
     process = processes.spawn(
         [
             *(binary, "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)),
@@ -110,7 +110,7 @@ def _start(home: Path) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(home):
+    while not _is_running(home):
         if process.poll() is not None or time.monotonic() > deadline:
             processes.stop(process, grace_seconds=1)
             raise BrokerUnavailable(f"{binary} did not start; see {folder / 'redis.log'}")
@@ -118,7 +118,7 @@ def _start(home: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _make_private(folder: Path) -> None:
+def _make_private_folder(folder: Path) -> None:
     """The temporary folder is shared: nobody else may have made ours."""
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
@@ -126,7 +126,7 @@ def _make_private(folder: Path) -> None:
         raise BrokerUnavailable(f"{folder} is not private to this user; remove it")
 
 
-def _binary() -> str:
+def _server_binary() -> str:
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
             return found

@@ -123,7 +123,10 @@ class Params:
     def all_passes(self) -> tuple[tuple[str, Params], ...]:
         """Each round's mask, empty for the job's own, and its parameters."""
         first = replace(self, passes=())
-        return (("", first), *((one.mask, changed(first, dict(one.values))) for one in self.passes))
+        return (
+            ("", first),
+            *((one.mask, with_values(first, dict(one.values))) for one in self.passes),
+        )
 
 
 _OPTIONAL: Mapping[str, Any] = {
@@ -207,7 +210,7 @@ def _choice(name: str, choices: Iterable[str]) -> Parameter:
     )
 
 
-def _bool(name: str) -> Parameter:
+def _boolean(name: str) -> Parameter:
     return Parameter(
         name=name, parse=_parse_bool, allowed="true or false", check=lambda v: v is not None
     )
@@ -234,7 +237,7 @@ def _text(name: str, *, lines: bool = False) -> Parameter:
     )
 
 
-def _written_as(name: str, pattern: str, allowed: str) -> Parameter:
+def _pattern(name: str, pattern: str, allowed: str) -> Parameter:
     matches = re.compile(pattern).fullmatch
     return Parameter(
         name=name, parse=str.strip, allowed=allowed, check=lambda v: matches(v) is not None
@@ -280,13 +283,13 @@ PARAMETERS: Mapping[str, Parameter] = {
         _integer("mask_threshold", 1, 255),
         _integer("mask_dilation", 0, 256),
         _integer("mask_feather", 0, 256),
-        _bool("mask_invert"),
+        _boolean("mask_invert"),
         _choice("mask_fit", get_args(MaskFit)),
         _choice("colour_fit", get_args(ColourFit)),
         _choice("opencv_method", get_args(OpenCVMethod)),
         _integer("opencv_radius", 1, 64),
         _text("text", lines=True),
-        _written_as("text_box", f"{_EDGE},{_EDGE},{_EDGE},{_EDGE}", "left,top,right,bottom"),
+        _pattern("text_box", f"{_EDGE},{_EDGE},{_EDGE},{_EDGE}", "left,top,right,bottom"),
         _text("text_font"),
         _integer("text_size", 0, 4096),
         Parameter(
@@ -296,15 +299,15 @@ PARAMETERS: Mapping[str, Parameter] = {
             check=_is_colour,
         ),
         _choice("text_align", get_args(TextAlign)),
-        _written_as("postprocess", r"[\w.-]{1,100}", "the name of an installed entry point"),
+        _pattern("postprocess", r"[\w.-]{1,100}", "the name of an installed entry point"),
         _choice("gate", get_args(Gate)),
         _choice("format", get_args(Format)),
         _integer("quality", 1, 100),
-        _bool("provenance"),
+        _boolean("provenance"),
     )
 }
 
-FLAGS = frozenset(name for name, one in PARAMETERS.items() if one.parse is _parse_bool)
+BOOLEANS = frozenset(name for name, one in PARAMETERS.items() if one.parse is _parse_bool)
 
 # What a further round may do otherwise than the first.
 PASS_PARAMETERS = (
@@ -343,7 +346,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names.values())}"
 
 
-def changed(params: Params, values: Mapping[str, Any]) -> Params:
+def with_values(params: Params, values: Mapping[str, Any]) -> Params:
     """The same with other values, each read already; raises ParameterError if they disagree."""
     found = Params(**{**vars(params), **values})
     if found.eta and found.scheduler != "ddim":

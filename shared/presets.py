@@ -17,9 +17,9 @@ from shared.params import (
     PASS_PARAMETERS,
     Params,
     PassSpec,
-    changed,
     did_you_mean,
     find_parameter,
+    with_values,
 )
 
 
@@ -140,25 +140,29 @@ def resolve(
         defaults.update(one.placeholders)
         template = prompt or one.prompt or template
     merged.update(_read(values))
-    words = _Words(texts={**defaults, **columns}, style=style)
-    merged["prompt"] = words.read(merged.get("prompt"), template)
+    prompts = _PromptBuilder(texts={**defaults, **columns}, style=style)
+    merged["prompt"] = prompts.build(merged.get("prompt"), template)
     for values_of_pass in passes.passes[:1]:
-        merged.update(words.styled(_read_pass(values_of_pass)))
+        merged.update(prompts.add_style(_read_pass(values_of_pass)))
     further = tuple(
         PassSpec(
             mask=str(one.get("mask") or ""),
-            values=tuple(sorted(words.styled(_read_pass(one)).items())),
+            values=tuple(sorted(prompts.add_style(_read_pass(one)).items())),
         )
         for one in passes.passes[1:]
     )
-    detail = _detail(chosen, passes, words, given=_read(values))
-    params = changed(Params(), merged | {"passes": further + detail})
+    detail = _detail_pass(chosen, passes, prompts, given=_read(values))
+    params = with_values(Params(), merged | {"passes": further + detail})
     params.all_passes()
     return params
 
 
-def _detail(
-    chosen: Sequence[Preset], passes: RowPasses, words: _Words, *, given: Mapping[str, Any]
+def _detail_pass(
+    chosen: Sequence[Preset],
+    passes: RowPasses,
+    prompts: _PromptBuilder,
+    *,
+    given: Mapping[str, Any],
 ) -> tuple[PassSpec, ...]:
     """given: what row and options say; it, and later presets, win over the detail's own."""
     details = [one.detail for one in chosen if one.detail]
@@ -172,9 +176,9 @@ def _detail(
         return ()
     values = _detail_values(chosen, given) if details else {}
     if passes.detail_prompt:
-        values["prompt"] = words.read(passes.detail_prompt, "")
+        values["prompt"] = prompts.build(passes.detail_prompt, "")
     elif details:
-        values["prompt"] = words.read(None, details[-1].prompt)
+        values["prompt"] = prompts.build(None, details[-1].prompt)
     return (PassSpec(mask=passes.detail_mask, values=tuple(sorted(values.items()))),)
 
 
@@ -188,13 +192,13 @@ def _detail_values(chosen: Sequence[Preset], given: Mapping[str, Any]) -> dict[s
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Words:
+class _PromptBuilder:
     """texts: what fills placeholders."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     style: str = ""
 
-    def read(self, literal: str | None, template: str) -> str:
+    def build(self, literal: str | None, template: str) -> str:
         """The prompt: taken as it is where it is literal, else filled."""
         if literal is not None:
             return self._with_style(literal)
@@ -204,7 +208,7 @@ class _Words:
             return str(PARAMETERS["prompt"].read(filled))
         return self._with_style(filled)
 
-    def styled(self, values: dict[str, Any]) -> dict[str, Any]:
+    def add_style(self, values: dict[str, Any]) -> dict[str, Any]:
         if "prompt" in values:
             return values | {"prompt": self._with_style(values["prompt"])}
         return values

@@ -61,10 +61,10 @@ def stop(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
     """SIGTERM, then SIGKILL after the grace; returns the exit status."""
     if process.poll() is None:
         process.terminate()
-    return await_end(process, grace_seconds=grace_seconds)
+    return wait_or_kill(process, grace_seconds=grace_seconds)
 
 
-def await_end(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
+def wait_or_kill(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
     """Waits for a process that was asked to end; SIGKILL after the grace."""
     try:
         return process.wait(grace_seconds)

@@ -268,7 +268,7 @@ def load(**overrides: Any) -> Settings:
         problems = _unknown(variables)
         settings = Settings(**{**_values_of_old_names(variables), **overrides})
     except ValidationError as error:
-        problems += _described(error)
+        problems += _describe(error)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"settings: {DOTENV} cannot be read: {error}") from error
     if problems:
@@ -306,7 +306,7 @@ def _variable(name: str) -> str:
     return PREFIX + name.upper()
 
 
-def _described(error: ValidationError) -> list[str]:
+def _describe(error: ValidationError) -> list[str]:
     """Names each variable and the rule, never the value: it may hold a password.
 
     A variable of several types is refused once for each of them.
@@ -316,9 +316,9 @@ def _described(error: ValidationError) -> list[str]:
         message = problem["msg"].removeprefix("Value error, ")
         name = f"{_variable(str(problem['loc'][0]))}: " if problem["loc"] else ""
         found.setdefault(name, []).append(message)
-    return [name + _alternatives(messages) for name, messages in found.items()]
+    return [name + _join_alternatives(messages) for name, messages in found.items()]
 
 
-def _alternatives(messages: list[str]) -> str:
+def _join_alternatives(messages: list[str]) -> str:
     first, *others = messages
     return " or ".join([first, *(one.removeprefix("Input should be ") for one in others)])

@@ -219,7 +219,9 @@ def _put(bench: Bench, job: LeasedJob, data: bytes, *, seen: str | None) -> str:
 
     A newer version comes from an attempt that lost its lease to us and wrote all the same.
     """
-    bench.storage.remove_leftovers(job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)])
+    bench.storage.remove_temporary_files(
+        job.output, [f"{job.id}-{n}" for n in range(1, job.attempt)]
+    )
     for _ in range(PUT_TRIES - 1):
         try:
             return _put_once(bench, job, data, seen)

@@ -308,7 +308,7 @@ class _Child:
 
     def wait(self, seconds: float) -> None:
         if self._process is not None:
-            status = processes.await_end(self._process, grace_seconds=seconds)
+            status = processes.wait_or_kill(self._process, grace_seconds=seconds)
             if status:
                 self._take_back(self._worker, f"the worker was killed (status {status})")
 

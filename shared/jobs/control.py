@@ -33,7 +33,7 @@ from shared.errors import InputError, OutputReplaced
 from shared.jobs.completion import NO_ERROR
 from shared.jobs.identity import content_key
 from shared.jobs.leases import lock_in_id_order
-from shared.params import Params, changed
+from shared.params import Params, with_values
 
 if TYPE_CHECKING:
     from shared.jobs.submissions import NewJob
@@ -191,7 +191,7 @@ def _change_params(
     connection: Connection, where: Sequence[ColumnElement[bool]], changes: Mapping[str, Any]
 ) -> None:
     for job in connection.execute(select(Job).where(*where)).all():
-        params = changed(Params.from_json(job.params, seed=job.seed), changes)
+        params = with_values(Params.from_json(job.params, seed=job.seed), changes)
         text, seed = params.to_json(), params.seed
         key = content_key(
             image=job.image,

@@ -13,7 +13,7 @@ from typing import IO
 
 from shared.errors import LocationError, ObjectMissing
 from shared.storage import files
-from shared.storage.error_mapping import refusals, translated
+from shared.storage.error_mapping import mapped_errors, mapped_write_errors
 from shared.storage.locations import is_s3, split_s3
 from shared.storage.objects import Object, Stat
 from shared.storage.s3 import S3
@@ -40,10 +40,10 @@ class Storage:
         Quick, for the rows of a manifest: a folder's symlinks are looked at once. Reading
         and writing look again.
         """
-        self._allow(uri, files.kept_real)
-        return uri if is_s3(uri) else files.kept_real(uri)
+        self._check_allowed(uri, files.cached_realpath)
+        return uri if is_s3(uri) else files.cached_realpath(uri)
 
-    def _allow(self, uri: str, real: Callable[[str], str]) -> None:
+    def _check_allowed(self, uri: str, real: Callable[[str], str]) -> None:
         if is_s3(uri):
             bucket = split_s3(uri)[0]
             if self._buckets and bucket not in self._buckets:
@@ -58,25 +58,25 @@ class Storage:
 
     def stat(self, uri: str) -> Stat | None:
         """None where nothing is there."""
-        self._allow(uri, os.path.realpath)
+        self._check_allowed(uri, os.path.realpath)
         try:
-            with translated(uri):
+            with mapped_errors(uri):
                 return self._s3.stat(uri) if is_s3(uri) else files.stat(uri)
         except ObjectMissing:
             return None
 
     def get(self, uri: str, *, max_bytes: int) -> Object:
         """Raises ObjectTooLarge over ``max_bytes``, before the body is read."""
-        self._allow(uri, os.path.realpath)
-        with translated(uri):
+        self._check_allowed(uri, os.path.realpath)
+        with mapped_errors(uri):
             if is_s3(uri):
                 return self._s3.get(uri, max_bytes)
             return files.get(uri, max_bytes)
 
     def head(self, uri: str, *, max_bytes: int) -> bytes:
         """The first ``max_bytes`` of an object, or all of a smaller one."""
-        self._allow(uri, os.path.realpath)
-        with translated(uri):
+        self._check_allowed(uri, os.path.realpath)
+        with mapped_errors(uri):
             if not is_s3(uri):
                 with files.open_regular(uri) as file:
                     return file.read(max_bytes)
@@ -85,9 +85,9 @@ class Storage:
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
         """A stream over the whole object, for reading once."""
-        self._allow(uri, os.path.realpath)
+        self._check_allowed(uri, os.path.realpath)
         source = self._s3.open if is_s3(uri) else files.open_regular
-        with translated(uri), source(uri) as stream:
+        with mapped_errors(uri), source(uri) as stream:
             yield stream
 
     def put(self, uri: str, data: bytes, *, if_version: str | None, token: str) -> str:
@@ -97,18 +97,18 @@ class Storage:
         Raises OutputConflict where another version is there, and OutputRefused where the disk
         is full or the place may not be written to.
         """
-        self._allow(uri, os.path.realpath)
-        with refusals(), translated(uri):
+        self._check_allowed(uri, os.path.realpath)
+        with mapped_write_errors(), mapped_errors(uri):
             if is_s3(uri):
                 return self._s3.put(uri, data, if_version)
             return files.put(uri, data, if_version, token)
 
-    def list_one(self, bucket: str) -> None:
+    def check_bucket(self, bucket: str) -> None:
         """Asks for one key of a bucket, to see that it answers."""
-        with translated(f"s3://{bucket}"):
-            self._s3.list_one(bucket)
+        with mapped_errors(f"s3://{bucket}"):
+            self._s3.check_bucket(bucket)
 
-    def remove_leftovers(self, uri: str, tokens: Sequence[str]) -> None:
+    def remove_temporary_files(self, uri: str, tokens: Sequence[str]) -> None:
         """Deletes what earlier attempts of a job left when they were killed; S3 keeps nothing."""
         if not is_s3(uri):
-            files.remove_leftovers(uri, tokens)
+            files.remove_temporary_files(uri, tokens)

@@ -19,7 +19,7 @@ from shared.errors import (
 
 
 @contextmanager
-def translated(uri: str) -> Iterator[None]:
+def mapped_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except InpaintError:
@@ -35,42 +35,42 @@ def translated(uri: str) -> Iterator[None]:
         found = LocationError if hopeless else StorageUnavailable
         raise found(f"{uri!r}: {error.strerror or error}") from error
     except Exception as error:
-        translated = _translate_botocore(uri, error)
-        if translated is None:
+        ours = _map_botocore(uri, error)
+        if ours is None:
             raise
-        raise translated from error
+        raise ours from error
 
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+_NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
+def mapped_write_errors() -> Iterator[None]:
     """What a person has to mend before anything more can be written."""
     try:
         yield
     except (ObjectDenied, StorageUnavailable) as error:
         cause = error.__cause__
-        refused = isinstance(cause, OSError) and cause.errno in _NO_ROOM
-        if refused or _is_refusal_of_s3(cause):
+        refused = isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE
+        if refused or _is_refused_by_s3(cause):
             raise OutputRefused(str(error)) from cause
         raise
 
 
-def _is_refusal_of_s3(cause: BaseException | None) -> bool:
+def _is_refused_by_s3(cause: BaseException | None) -> bool:
     # An S3 on somebody's own disks says 507 where those are full.
     response = getattr(cause, "response", None)
-    return response is not None and status_of(cause) in (401, 403, 507)
+    return response is not None and http_status(cause) in (401, 403, 507)
 
 
-def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:
+def _map_botocore(uri: str, error: Exception) -> InpaintError | None:
     try:
         from botocore import exceptions as boto
         from urllib3.exceptions import HTTPError
     except ImportError:
         return None
     if isinstance(error, boto.ClientError):
-        return _translate_response(uri, error)
+        return _map_response(uri, error)
     if isinstance(
         error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound
     ):
@@ -82,8 +82,8 @@ def _translate_botocore(uri: str, error: Exception) -> InpaintError | None:
     return None
 
 
-def _translate_response(uri: str, error: Any) -> InpaintError:
-    status = status_of(error)
+def _map_response(uri: str, error: Any) -> InpaintError:
+    status = http_status(error)
     code = error.response.get("Error", {}).get("Code", "")
     if status == 404:
         return ObjectMissing(f"{uri!r} does not exist ({code})")
@@ -94,5 +94,5 @@ def _translate_response(uri: str, error: Any) -> InpaintError:
     return StorageUnavailable(f"{uri!r}: S3 answered {status} {code}")
 
 
-def status_of(error: Any) -> int:
+def http_status(error: Any) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -14,16 +14,16 @@ from shared.storage.objects import Object, Stat, check_size
 
 
 @lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
+def _folder_realpath(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def kept_real(path: str) -> str:
+def cached_realpath(path: str) -> str:
     """The path without symlinks; the folder's answer is kept, as a manifest names few folders."""
     if os.path.islink(path):  # noqa: PTH114 - hot
         return os.path.realpath(path)
     folder, _, leaf = path.rpartition("/")
-    return f"{_real_folder(folder or '/').rstrip('/')}/{leaf}"
+    return f"{_folder_realpath(folder or '/').rstrip('/')}/{leaf}"
 
 
 def is_under(path: str, roots: Sequence[str]) -> bool:
@@ -55,7 +55,7 @@ def get(path: str, max_bytes: int) -> Object:
 def put(path: str, data: bytes, if_version: str | None, token: str) -> str:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(target, token)
+    temporary = temporary_path(target, token)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -71,7 +71,7 @@ def put(path: str, data: bytes, if_version: str | None, token: str) -> str:
     return stat(path).version
 
 
-def temporary_of(target: Path, token: str) -> Path:
+def temporary_path(target: Path, token: str) -> Path:
     """Beside the target; a name holds 255 bytes, and a character up to four."""
     kept = os.fsencode(target.name)[:200].decode(errors="ignore")
     return target.with_name(f".{kept}.{token}.tmp")
@@ -85,9 +85,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(path: str, tokens: Sequence[str]) -> None:
+def remove_temporary_files(path: str, tokens: Sequence[str]) -> None:
     """Deletes temporary files that earlier attempts of a job left when they were killed."""
     target = Path(path)
     for token in tokens:
         with suppress(OSError):
-            temporary_of(target, token).unlink()
+            temporary_path(target, token).unlink()

@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import IO, Any
 
 from shared.errors import OutputConflict, SettingsError
-from shared.storage.error_mapping import status_of
+from shared.storage.error_mapping import http_status
 from shared.storage.locations import split_s3
 from shared.storage.objects import Object, Stat, check_size
 
@@ -21,22 +21,22 @@ class S3:
     """The buckets that the credentials reach; the client is made when it is first needed."""
 
     def __init__(self) -> None:
-        self._made: Any = None
+        self._cached_client: Any = None
         self._lock = threading.Lock()
 
     @property
     def _client(self) -> Any:
         with self._lock:
-            if self._made is None:
-                self._made = _new_client()
-            return self._made
+            if self._cached_client is None:
+                self._cached_client = _new_client()
+            return self._cached_client
 
     def open(self, uri: str) -> IO[bytes]:
         bucket, key = split_s3(uri)
         body = self._client.get_object(Bucket=bucket, Key=key)["Body"]
         return io.BufferedReader(_Readable(body), 1 << 20)
 
-    def list_one(self, bucket: str) -> None:
+    def check_bucket(self, bucket: str) -> None:
         self._client.list_objects_v2(Bucket=bucket, MaxKeys=1)
 
     def stat(self, uri: str) -> Stat:
@@ -51,7 +51,7 @@ class S3:
                 Bucket=bucket, Key=key, Range=f"bytes=0-{max_bytes - 1}"
             )
         except self._client.exceptions.ClientError as error:
-            if status_of(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return b""  # an empty object has no first byte
             raise
         with closing(answer["Body"]) as body:

@@ -99,7 +99,7 @@ def test_the_embedded_redis_is_tried_and_stopped_again(
     found = verdict_on("broker")
     assert found.verdict == "ok", found
     assert "embedded, not running now" in found.text
-    assert not embedded_redis._answers(load().home)
+    assert not embedded_redis._is_running(load().home)
 
 
 def test_no_redis_at_all_names_every_remedy(

@@ -26,7 +26,7 @@ MESSAGE = Message(job=1, attempt=0, engine="opencv")
 def configured(tmp_path: Path) -> Iterator[Settings]:
     home = tmp_path / "home"
     yield Settings(_env_file=None, home=home)  # type: ignore[call-arg]
-    shutil.rmtree(embedded_redis._socket(home).parent, ignore_errors=True)
+    shutil.rmtree(embedded_redis._socket_path(home).parent, ignore_errors=True)
 
 
 def test_it_answers_while_it_is_held_and_keeps_what_it_was_told(configured: Settings) -> None:
@@ -35,7 +35,7 @@ def test_it_answers_while_it_is_held_and_keeps_what_it_was_told(configured: Sett
             queue = Queue(embedded_redis.broker_url(configured))
             queue.publish([MESSAGE])
             queue.close()
-        assert not embedded_redis._answers(configured.home)
+        assert not embedded_redis._is_running(configured.home)
     with EmbeddedRedis(configured):
         queue = Queue(embedded_redis.broker_url(configured))
         assert queue.length("opencv") == 2
@@ -63,7 +63,7 @@ def test_another_holder_starts_it_again_when_its_owner_has_gone(configured: Sett
     other.ensure()
     owner.close()
     other.ensure()
-    assert embedded_redis._answers(configured.home)
+    assert embedded_redis._is_running(configured.home)
     other.close()
 
 
@@ -76,7 +76,7 @@ def test_a_configured_broker_is_left_alone(tmp_path: Path) -> None:
 
 def test_it_listens_on_a_private_socket_and_on_no_port(configured: Settings) -> None:
     with EmbeddedRedis(configured):
-        socket = embedded_redis._socket(configured.home)
+        socket = embedded_redis._socket_path(configured.home)
         assert len(str(socket)) < 100
         assert socket.parent.stat().st_mode & 0o077 == 0
         queue = Queue(embedded_redis.broker_url(configured))
@@ -85,7 +85,7 @@ def test_it_listens_on_a_private_socket_and_on_no_port(configured: Settings) -> 
 
 
 def test_a_socket_folder_that_others_may_enter_is_refused(configured: Settings) -> None:
-    folder = embedded_redis._socket(configured.home).parent
+    folder = embedded_redis._socket_path(configured.home).parent
     folder.mkdir(mode=0o700)
     folder.chmod(0o755)
     with pytest.raises(BrokerUnavailable, match="is not private to this user; remove it"):
@@ -133,9 +133,9 @@ def test_it_dies_with_an_owner_that_was_killed(configured: Settings) -> None:
     assert owner.stdout is not None
     with owner, owner.stdout:
         assert owner.stdout.readline() == b"up\n"
-        assert embedded_redis._answers(configured.home)
+        assert embedded_redis._is_running(configured.home)
         owner.kill()
     deadline = time.monotonic() + 5
-    while embedded_redis._answers(configured.home) and time.monotonic() < deadline:
+    while embedded_redis._is_running(configured.home) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not embedded_redis._answers(configured.home)
+    assert not embedded_redis._is_running(configured.home)

@@ -13,9 +13,9 @@ from shared.params import (
     PROMPT_LIMIT,
     Params,
     PassSpec,
-    changed,
     find_parameter,
     further_inputs,
+    with_values,
 )
 from shared.presets import RowPasses, find_presets, placeholders, presets, resolve
 
@@ -261,8 +261,8 @@ def test_painting_again_takes_at_least_one_step() -> None:
 
 def test_changes_are_checked_against_what_is_there() -> None:
     with pytest.raises(ParameterError, match="eta"):
-        changed(Params(scheduler="euler"), {"eta": 0.5})
-    assert changed(Params(scheduler="euler"), {"eta": 0.5, "scheduler": "ddim"}).eta == 0.5
+        with_values(Params(scheduler="euler"), {"eta": 0.5})
+    assert with_values(Params(scheduler="euler"), {"eta": 0.5, "scheduler": "ddim"}).eta == 0.5
 
 
 def test_columns_fill_the_prompt_and_win_over_the_presets_own_words() -> None:

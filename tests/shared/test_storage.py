@@ -220,10 +220,10 @@ def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
     kept = folder / "kept.png"
     kept.touch()
     for token in ("7-1", "7-2"):
-        files.temporary_of(Path(uri), token).touch()
+        files.temporary_path(Path(uri), token).touch()
     store = Storage(roots=[folder], buckets=())
-    store.remove_leftovers(uri, ["7-1", "7-2", "7-3"])
-    store.remove_leftovers("s3://bucket/a.png", ["7-1"])
+    store.remove_temporary_files(uri, ["7-1", "7-2", "7-3"])
+    store.remove_temporary_files("s3://bucket/a.png", ["7-1"])
     assert list(folder.iterdir()) == [kept]
 
 
@@ -429,7 +429,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
     from botocore.exceptions import ClientError
 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
-    with pytest.raises(expected), error_mapping.translated("s3://bucket/a.png"):
+    with pytest.raises(expected), error_mapping.mapped_errors("s3://bucket/a.png"):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
 
@@ -447,7 +447,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
 def test_what_a_disk_answers_becomes_an_error_of_ours(
     number: int, expected: type[InpaintError]
 ) -> None:
-    with pytest.raises(expected, match=r"'/a\.png'"), error_mapping.translated("/a.png"):
+    with pytest.raises(expected, match=r"'/a\.png'"), error_mapping.mapped_errors("/a.png"):
         raise OSError(number, os.strerror(number))
 
 
@@ -472,8 +472,8 @@ def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
     with (
         pytest.raises(OutputRefused, match=code),
-        error_mapping.refusals(),
-        error_mapping.translated("s3://b"),
+        error_mapping.mapped_write_errors(),
+        error_mapping.mapped_errors("s3://b"),
     ):
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
@@ -489,6 +489,6 @@ def test_a_name_that_is_a_folder_is_a_mistake_and_no_refusal(tmp_path: Path) -> 
 
 def test_list_one_asks_whether_a_bucket_answers(s3: Bucket) -> None:
     store = Storage(roots=(), buckets=())
-    store.list_one(s3.name)
+    store.check_bucket(s3.name)
     with pytest.raises(ObjectMissing, match=r"'s3://no-such-bucket' does not exist"):
-        store.list_one("no-such-bucket")
+        store.check_bucket("no-such-bucket")
