@@ -1,4 +1,4 @@
-"""A manifest as a stream of rows: CSV, TSV or JSONL, plain or gzipped, on disk or on S3."""
+"""A manifest as a stream of rows: CSV, TSV or JSONL, plain or gzipped, on disk or in S3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,14 +19,21 @@ from shared.params import BOOLEANS, PARAMETERS, did_you_mean
 from shared.storage import Storage
 from shared.storage.locations import name
 
+# Bounds on what one row may hold: without them a file that is no manifest fills the memory.
 FIELD_LIMIT = 64 * 1024
 LINE_LIMIT = 1024 * 1024
-_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 LOCATION_COLUMNS = ("image", "mask", "output")
-OTHER_COLUMNS = ("id", "preset", "engine", "priority", "style")
+OTHER_COLUMNS = ("key", "preset", "engine", "priority", "style")
 PASS_COLUMNS = ("detail_mask", "detail_prompt", "passes")
 COLUMNS = (*LOCATION_COLUMNS, *OTHER_COLUMNS, *PASS_COLUMNS, *PARAMETERS)
+# Old name to new name. The old one works for one more version, with a warning.
+RENAMED_COLUMNS = {"id": "key"}
+
+# PostgreSQL's text type has no NUL; lone surrogates (JSON's "\ud800") have no UTF-8.
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,31 +56,33 @@ class ManifestRow:
 
 
 def stem(manifest: str) -> str:
-    """The manifest's name without ``.csv``, ``.jsonl.gz`` and the like."""
-    bare = name(manifest).removesuffix(".gz")
-    return bare.rpartition(".")[0] or bare
+    """Return the manifest's name without ``.csv``, ``.jsonl.gz`` and the like."""
+    without_gz = name(manifest).removesuffix(".gz")
+    return without_gz.rpartition(".")[0] or without_gz
 
 
 def read(
     storage: Storage, manifest: str, *, placeholders: frozenset[str], has_mask: bool
 ) -> Iterator[ManifestRow | Problem]:
-    """Rows, and problems in place of those that cannot be read, in the manifest's order.
+    """Yield the rows in order; a row that cannot be read is yielded as a Problem.
 
-    placeholders: columns allowed besides ours. has_mask: a mask is given for all rows.
-    Raises ManifestError for what spoils the whole file: no rows, a missing, unknown or
-    doubled column, not UTF-8, not gzip after all, changed while it was read.
+    placeholders: columns allowed besides ``COLUMNS``. has_mask: one mask is given for all rows,
+    so that the column is optional. Raises ManifestError if the whole file is unusable: no
+    rows, a missing, unknown or duplicate column, not UTF-8, damaged gzip data, or changed
+    during the read.
     """
     known = frozenset(COLUMNS) | placeholders
     required = ("image",) if has_mask else ("image", "mask")
     before = storage.stat(manifest)
-    with storage.open(manifest) as raw, _readable(manifest), _text(raw) as text:
+    with storage.open(manifest) as raw, _reading_errors(manifest), _text(raw) as text:
         yield from _rows(manifest, text, known, required)
+    # Half of the old rows and half of the new ones would be neither manifest.
     if storage.stat(manifest) != before:
         raise ManifestError(f"{manifest}: changed while it was read; submit it again")
 
 
 @contextmanager
-def _readable(manifest: str) -> Iterator[None]:
+def _reading_errors(manifest: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
@@ -86,8 +96,10 @@ def _readable(manifest: str) -> Iterator[None]:
 
 @contextmanager
 def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
-    peeked = raw.peek(2)[:2]  # type: ignore[attr-defined]
-    binary = gzip.GzipFile(fileobj=raw) if peeked == b"\x1f\x8b" else raw
+    # By content, not by name: S3 objects and downloads often lose or keep a wrong ".gz".
+    magic = raw.peek(2)[:2]  # type: ignore[attr-defined]
+    binary = gzip.GzipFile(fileobj=raw) if magic == b"\x1f\x8b" else raw
+    # utf-8-sig drops the byte order mark that Excel writes.
     with io.TextIOWrapper(cast("IO[bytes]", binary), encoding="utf-8-sig", newline="") as text:
         yield text
 
@@ -95,19 +107,23 @@ def _text(raw: IO[bytes]) -> Iterator[IO[str]]:
 def _rows(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str]
 ) -> Iterator[ManifestRow | Problem]:
-    _, dot, ending = name(manifest).removesuffix(".gz").rpartition(".")
-    extension = ending.lower() if dot else ""
+    _, dot, suffix = name(manifest).removesuffix(".gz").rpartition(".")
+    extension = suffix.lower() if dot else ""
     if extension in ("jsonl", "ndjson"):
-        return _jsonl(manifest, text, known)
+        return _jsonl_rows(manifest, text, known)
     if extension in ("csv", "tsv", "txt"):
-        return _csv(manifest, text, known, required, "\t" if extension == "tsv" else ",")
+        delimiter = "\t" if extension == "tsv" else ","
+        return _csv_rows(manifest, text, known, required, delimiter)
     kind = f"a .{extension} file" if dot else "a file without an extension"
     raise ManifestError(
         f"{manifest}: {kind} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
     )
 
 
-def _csv(
+# --- CSV and TSV -----------------------------------------------------------------------------
+
+
+def _csv_rows(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str], delimiter: str
 ) -> Iterator[ManifestRow | Problem]:
     csv.field_size_limit(FIELD_LIMIT)
@@ -116,6 +132,7 @@ def _csv(
     try:
         header = [cell.strip() for cell in next(reader, [])]
         _check_delimiter(manifest, header, delimiter)
+        header = _rename_header(manifest, header)
         check_columns(manifest, header, known, required)
         while True:
             line = reader.line_num + 1
@@ -123,32 +140,52 @@ def _csv(
             if cells is None:
                 return
             if cells:
-                yield _row(line, header, cells)
+                yield _csv_row(line, header, cells)
     except csv.Error as error:
-        raise ManifestError(
-            f"{manifest}: line {line}: {_quoting(error, line, reader.line_num)}; mend the quoting"
-        ) from error
+        reason = _quoting_error(error, line, reader.line_num)
+        raise ManifestError(f"{manifest}: line {line}: {reason}; fix the quoting") from error
 
 
 def _check_delimiter(manifest: str, header: list[str], delimiter: str) -> None:
-    """One column whose name holds another delimiter is a header in another dialect."""
-    for other, said in (("\t", "tabs"), (";", "semicolons"), ("|", "bars"), (",", "commas")):
+    """Raise ManifestError if the only column's name contains another delimiter."""
+    for other, plural in (("\t", "tabs"), (";", "semicolons"), ("|", "bars"), (",", "commas")):
         if len(header) == 1 and other != delimiter and other in header[0]:
-            wanted = "tabs" if delimiter == "\t" else "commas, or tabs in a .tsv"
+            expected = "tabs" if delimiter == "\t" else "commas, or tabs in a .tsv"
             raise ManifestError(
-                f"{manifest}: line 1: the columns are separated by {said}; save it with {wanted}"
+                f"{manifest}: line 1: the columns are separated by {plural}; "
+                f"save it with {expected}"
             )
 
 
-def _quoting(error: csv.Error, first: int, last: int) -> str:
-    """A row of several lines has a quote that was to close earlier, so both ends are named."""
+def _rename_header(manifest: str, header: list[str]) -> list[str]:
+    """Replace old column names, with a warning; raise ManifestError if both names are there."""
+    for old, new in RENAMED_COLUMNS.items():
+        if old in header and new in header:
+            raise ManifestError(f"{manifest}: line 1: {_both_names(old, new)}")
+        if old in header:
+            _warn_of_old_name(manifest, old, new)
+    return [RENAMED_COLUMNS.get(column, column) for column in header]
+
+
+def _warn_of_old_name(manifest: str, old: str, new: str) -> None:
+    log.warning(
+        "%s: column %r is now called %r; the next version refuses the old name", manifest, old, new
+    )
+
+
+def _both_names(old: str, new: str) -> str:
+    return f"columns {old!r} and {new!r} are the same, {old!r} is the old name; remove one of them"
+
+
+def _quoting_error(error: csv.Error, first: int, last: int) -> str:
+    # The csv module names the line where it gave up; the unclosed quote is where the row begins.
     if first == last:
         return str(error)
-    return f"a quote that opens here is not closed as it should, up to line {last}: {error}"
+    return f"a quote that opens here is not closed properly, up to line {last}: {error}"
 
 
 def _lines(manifest: str, text: IO[str]) -> Iterator[str]:
-    """The text's lines; raises ManifestError before a huge one fills the memory."""
+    """Yield the lines; raise ManifestError before a huge one fills the memory."""
     for number, content in enumerate(iter(lambda: text.readline(LINE_LIMIT), ""), start=1):
         if len(content) >= LINE_LIMIT:
             raise ManifestError(
@@ -158,7 +195,7 @@ def _lines(manifest: str, text: IO[str]) -> Iterator[str]:
         yield content
 
 
-def _row(line: int, header: list[str], cells: list[str]) -> ManifestRow | Problem:
+def _csv_row(line: int, header: list[str], cells: list[str]) -> ManifestRow | Problem:
     if len(cells) != len(header):
         return Problem(
             line=line,
@@ -168,11 +205,11 @@ def _row(line: int, header: list[str], cells: list[str]) -> ManifestRow | Proble
     stripped = {
         column: value for column, cell in zip(header, cells, strict=True) if (value := cell.strip())
     }
-    return _storable(ManifestRow(line=line, cells=stripped))
+    return _check_storable(ManifestRow(line=line, cells=stripped))
 
 
-def _storable(row: ManifestRow) -> ManifestRow | Problem:
-    """The row, unless a cell holds what no database and no file name can."""
+def _check_storable(row: ManifestRow) -> ManifestRow | Problem:
+    """Return a Problem if a cell holds text that neither a database nor a file name can hold."""
     text = "".join(row.cells.values())
     if text.isprintable() or not _UNSTORABLE.search(text):
         return row
@@ -185,14 +222,12 @@ def _storable(row: ManifestRow) -> ManifestRow | Problem:
 def check_columns(
     manifest: str, header: list[str], known: frozenset[str], required: Iterable[str]
 ) -> None:
-    """Raises ManifestError that lists every wrong column."""
+    """Raise ManifestError that lists every missing, duplicate and unknown column."""
     if not any(header):
         raise ManifestError(f"{manifest}: empty; the first line must name the columns")
     problems = [f"column {column!r} is missing" for column in required if column not in header]
     problems += [
-        f"column {column!r} stands there twice"
-        for column in sorted(set(header))
-        if header.count(column) > 1
+        f"duplicate column {column!r}" for column in sorted(set(header)) if header.count(column) > 1
     ]
     problems += [
         f"column {column!r} is not known and fills no {{placeholder}}{did_you_mean(column, known)}"
@@ -203,38 +238,70 @@ def check_columns(
         raise ManifestError(f"{manifest}: line 1: " + "; ".join(problems))
 
 
-def _jsonl(manifest: str, text: IO[str], known: frozenset[str]) -> Iterator[ManifestRow | Problem]:
+# --- JSONL -----------------------------------------------------------------------------------
+
+
+def _jsonl_rows(
+    manifest: str, text: IO[str], known: frozenset[str]
+) -> Iterator[ManifestRow | Problem]:
+    warned: set[str] = set()
     for line, content in enumerate(_lines(manifest, text), start=1):
-        if content.strip():
-            yield _json_row(line, content, known)
+        if not content.strip():
+            continue
+        values = _parse_object(line, content)
+        if isinstance(values, Problem):
+            yield values
+            continue
+        for old in (values.keys() & RENAMED_COLUMNS.keys()) - warned:
+            warned.add(old)
+            _warn_of_old_name(manifest, old, RENAMED_COLUMNS[old])
+        yield _json_row(line, values, known)
 
 
-def _json_row(line: int, content: str, known: frozenset[str]) -> ManifestRow | Problem:
+def _parse_object(line: int, content: str) -> dict[str, object] | Problem:
     try:
-        values = json.loads(content, object_pairs_hook=_no_doubled_key)
+        values = json.loads(content, object_pairs_hook=_refuse_duplicates)
     except (ValueError, RecursionError) as error:
         return Problem(line=line, text=f"not JSON: {error}")
     if not isinstance(values, dict):
         return Problem(line=line, text='not a JSON object; write {"image": ..., "mask": ...}')
-    cells = {}
-    for column, value in values.items():
+    return values
+
+
+def _json_row(
+    line: int, values: Mapping[str, object], known: frozenset[str]
+) -> ManifestRow | Problem:
+    cells: dict[str, str] = {}
+    for given_name, value in values.items():
+        column = RENAMED_COLUMNS.get(given_name, given_name)
+        if column != given_name and column in values:
+            return Problem(line=line, text=_both_names(given_name, column))
         if column not in known:
             return Problem(
                 line=line,
                 text=f"{column}: not a known column and fills no {{placeholder}}"
                 f"{did_you_mean(column, known)}",
             )
-        if column == "passes" and isinstance(value, list):
-            cells[column] = json.dumps(value)
-        elif isinstance(value, dict | list) or (isinstance(value, bool) and column not in BOOLEANS):
+        cell = _cell_text(column, value)
+        if cell is None:
             return Problem(line=line, text=f"{column}: {value!r} is not text or a number")
-        elif value is not None and (cell := str(value).strip()):
+        if cell:
             cells[column] = cell
-    return _storable(ManifestRow(line=line, cells=cells))
+    return _check_storable(ManifestRow(line=line, cells=cells))
 
 
-def _no_doubled_key(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _cell_text(column: str, value: object) -> str | None:
+    """Return a JSON value as a CSV cell would hold it; None if it has no such form."""
+    if column == "passes" and isinstance(value, list):
+        return json.dumps(value)
+    if isinstance(value, dict | list) or (isinstance(value, bool) and column not in BOOLEANS):
+        return None
+    return "" if value is None else str(value).strip()
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    # json.loads keeps the last of two equal keys without a warning.
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("duplicate key")
     return values

@@ -239,7 +239,7 @@ def _new_job(row: ManifestRow, found: Mapping[str, object], params: str) -> NewJ
     )
     return NewJob(
         line=row.line,
-        key=row.cells.get("id"),
+        key=row.cells.get("key"),
         content_key=key,
         engine=engine,
         image=image,

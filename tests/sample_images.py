@@ -60,7 +60,7 @@ def write_catalog(folder: Path) -> Path:
         marked = _stamp(clean, one.mark(clean.size))
         _save_all(folder, one.file, clean=clean, damaged=marked, dilation_px=2)
         rows.append((f"sku-{number:03}", *_paths(one.file), one.product))
-    return _write_manifest(folder, ("id", "image", "mask", "product"), rows)
+    return _write_manifest(folder, ("key", "image", "mask", "product"), rows)
 
 
 def write_archive(folder: Path) -> Path:
@@ -76,7 +76,7 @@ def write_archive(folder: Path) -> Path:
         damaged = _stamp(clean, _damage(clean.size, random))
         _save_all(folder, file, clean=clean, damaged=damaged, dilation_px=1)
         rows.append((f"scan-{number:03}", *_paths(file), era))
-    return _write_manifest(folder, ("id", "image", "mask", "era"), rows)
+    return _write_manifest(folder, ("key", "image", "mask", "era"), rows)
 
 
 def read_photograph(name: str) -> Image.Image:

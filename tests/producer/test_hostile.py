@@ -40,7 +40,7 @@ def test_a_quote_that_swallows_the_next_row_is_named_by_where_it_opens(
     workspace.write("m.csv", 'image,mask\na.png,"al"\nb.png,"alpha\nc.png,"alpha"\nd.png,alpha\n')
     result = workspace.submit("m.csv")
     assert result.status == 2
-    assert "line 3: a quote that opens here is not closed as it should, up to line 4" in result.err
+    assert "line 3: a quote that opens here is not closed properly, up to line 4" in result.err
 
 
 class ChangingStorage(Storage):
@@ -89,7 +89,7 @@ def test_a_manifest_on_s3_that_changes_while_it_is_read_is_refused(s3: Bucket) -
 
 def test_control_characters_do_nothing_to_a_terminal(workspace: Workspace) -> None:
     workspace.catalog(1)
-    workspace.write("m.csv", "image,mask,id\nin/1.png,alpha,a\x1b]0;owned\x07b\n")
+    workspace.write("m.csv", "image,mask,key\nin/1.png,alpha,a\x1b]0;owned\x07b\n")
     assert workspace.submit("m.csv").status == 0
     for result in (workspace.jobs("list"), workspace.jobs("show", 1)):
         assert "\x1b" not in result.out

@@ -83,10 +83,10 @@ def test_gzip_is_known_by_its_bytes_and_not_by_its_name(tmp_path: Path) -> None:
 
 
 def test_a_row_is_known_by_its_first_line_when_cells_hold_line_ends(tmp_path: Path) -> None:
-    data = 'image,mask,id\na.png,b.png,"one\ntwo"\n\nc.png,b.png,"x, ""y"""\n'
+    data = 'image,mask,key\na.png,b.png,"one\ntwo"\n\nc.png,b.png,"x, ""y"""\n'
     assert rows(tmp_path, data) == [
-        cells(2, "a.png", id="one\ntwo"),
-        cells(5, "c.png", id='x, "y"'),
+        cells(2, "a.png", key="one\ntwo"),
+        cells(5, "c.png", key='x, "y"'),
     ]
 
 
@@ -168,7 +168,7 @@ def test_every_wrong_column_is_named_at_once(tmp_path: Path) -> None:
     assert message.split("line 1: ")[1].split("; ") == [
         "column 'image' is missing",
         "column 'mask' is missing",
-        "column 'seed' stands there twice",
+        "duplicate column 'seed'",
         "column 'imge' is not known and fills no {placeholder}",
         "did you mean 'image'?",
         "column 'promt' is not known and fills no {placeholder}",
@@ -209,7 +209,7 @@ def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
     [
         (
             'a.png,"b.png\nc.png,d.png\n',
-            "line 2: a quote that opens here is not closed as it should, up to line 3: "
+            "line 2: a quote that opens here is not closed properly, up to line 3: "
             "unexpected end of data",
         ),
         ('a.png,"b"x.png\n', "line 2: ',' expected after '\"'"),
@@ -219,7 +219,7 @@ def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
 )
 def test_broken_quoting_is_refused_with_its_line(tmp_path: Path, body: str, reason: str) -> None:
     message = refusal(tmp_path, HEADER + body.encode())
-    assert message.endswith(f"{reason}; mend the quoting")
+    assert message.endswith(f"{reason}; fix the quoting")
 
 
 def test_a_field_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
@@ -274,12 +274,12 @@ def test_a_ragged_row_is_a_problem_of_its_own(tmp_path: Path, line: str, count: 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
 def test_nul_in_a_cell_is_a_problem_of_its_row(tmp_path: Path, name: str) -> None:
-    data = "image,mask,id\na.png,b.png,x\x00y\n"
+    data = "image,mask,key\na.png,b.png,x\x00y\n"
     if name == "m.jsonl":
-        data = json.dumps({"image": "a.png", "mask": "b.png", "id": "x\x00y"})
+        data = json.dumps({"image": "a.png", "mask": "b.png", "key": "x\x00y"})
     (problem,) = rows(tmp_path, data, name=name)
     assert isinstance(problem, Problem)
-    assert problem.text == "id: 'x\\x00y' holds NUL or half a character"
+    assert problem.text == "key: 'x\\x00y' holds NUL or half a character"
 
 
 def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
     [
         ("{", "not JSON: Expecting property name"),
         ("nonsense", "not JSON: Expecting value"),
-        ('{"image": "a", "image": "b"}', "not JSON: a key stands there twice"),
+        ('{"image": "a", "image": "b"}', "not JSON: duplicate key"),
         ("[" * 100_000, "not JSON: "),
         ('{"image": ' + "9" * 5000 + "}", "not JSON: "),
         ('["a.png", "b.png"]', "not a JSON object; write {"),
@@ -314,3 +314,37 @@ def test_a_bad_json_line_is_a_problem_of_its_own(tmp_path: Path, line: str, reas
     assert found[0].line == 1
     assert found[0].text.startswith(reason)
     assert found[1:] == [cells(3, "c.png")]
+
+
+# --- a column's old name ---------------------------------------------------------------------
+
+OLD_NAME = "column 'id' is now called 'key'; the next version refuses the old name"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("m.csv", "image,mask,id\na.png,b.png,sku-1\na.png,b.png,sku-1\n"),
+        ("m.jsonl", '{"image": "a.png", "mask": "b.png", "id": "sku-1"}\n' * 2),
+    ],
+)
+def test_an_old_column_name_is_read_with_one_warning(
+    tmp_path: Path, name: str, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_rows = rows(tmp_path, data, name=name)
+    assert [row.cells["key"] for row in read_rows if isinstance(row, ManifestRow)] == ["sku-1"] * 2
+    assert caplog.messages == [f"{tmp_path}/{name}: {OLD_NAME}"]
+
+
+def test_the_new_column_name_gives_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert rows(tmp_path, "image,mask,key\na.png,b.png,1\n") == [cells(2, "a.png", key="1")]
+    assert caplog.messages == []
+
+
+def test_a_column_under_both_names_is_refused(tmp_path: Path) -> None:
+    both = "columns 'id' and 'key' are the same, 'id' is the old name; remove one of them"
+    assert refusal(tmp_path, "image,id,mask,key\n").endswith(f"line 1: {both}")
+    data = '{"image": "a.png", "mask": "b.png", "key": "x", "id": "x"}'
+    assert rows(tmp_path, data, name="m.jsonl") == [Problem(line=1, text=both)]

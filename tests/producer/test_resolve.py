@@ -218,7 +218,7 @@ def test_a_seed_that_is_given_makes_other_work_than_the_same_seed_derived() -> N
 @pytest.mark.parametrize(
     ("same", "cells"),
     [
-        (True, {"id": "sku-1"}),
+        (True, {"key": "sku-1"}),
         (True, {"priority": "9"}),
         (True, {"strength": "0.80"}),
         (True, {"image": "./a.png"}),
@@ -256,7 +256,7 @@ def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() ->
         {"engine": "opencv"},
         {"preset": "ecommerce", "product": "cup"},
         {"preset": "ecommerce", "product": "pot"},
-        {"id": "other"},
+        {"key": "other"},
         {},
     ):
         assert through(**cells) == json.loads(job(**cells).params)

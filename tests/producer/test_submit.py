@@ -348,11 +348,11 @@ def test_a_manifest_without_one_good_row_is_refused_all_the_same(workspace: Work
         ("m.csv", b"image,mask\n", "no rows under the header; nothing to do"),
         ("m.jsonl", b"\n\n", "no rows"),
         ("m.csv", b"image,msk\na,b\n", "column 'msk' is not known"),
-        ("m.csv", b'image,mask\n"a,b\n', "mend the quoting"),
+        ("m.csv", b'image,mask\n"a,b\n', "fix the quoting"),
         ("m.csv", "image,mask\na,b\n".encode("utf-16"), "save it as UTF-8"),
         ("m.csv.gz", gzip.compress(b"image,mask\na,b\n", mtime=0)[:-3], "the gzip data is damaged"),
         ("m.xlsx", b"PK", "is not a manifest"),
-        ("m.csv", b"image,mask,id\na,b,x\x00y\n", "line 2: id: "),
+        ("m.csv", b"image,mask,key\na,b,x\x00y\n", "line 2: key: "),
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused_in_a_line(
