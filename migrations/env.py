@@ -1,4 +1,4 @@
-"""Alembic's entry: runs inside the caller's transaction, one process at a time."""
+"""Alembic's entry point: runs in the caller's transaction, one process at a time."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from sqlalchemy import Connection, text
 
 from shared.db.models import Base
 
-_LOCK = 4_770_112_358  # any constant of our own, for the advisory lock
+_LOCK = 4_770_112_358  # an arbitrary constant: the key of the advisory lock
 
 
 def _run(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
+        # DDL waits for running transactions and blocks new ones behind it: not for long.
         connection.execute(text("SET LOCAL lock_timeout = '30s'"))
         connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
     context.configure(
@@ -25,7 +26,8 @@ def _run(connection: Connection) -> None:
 
 
 def _is_comparable(_item: object, name: str | None, kind: str, *_: object) -> bool:
-    # SQLite does not tell an index's direction, so this one always looks changed there.
+    # SQLite does not report the direction of an index's columns, so ``priority DESC`` always
+    # looks changed there.
     is_sqlite = context.get_context().dialect.name == "sqlite"
     return not (is_sqlite and kind == "index" and name == "ix_jobs_due")
 

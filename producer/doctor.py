@@ -54,14 +54,14 @@ def _database(settings: Settings) -> str:
     try:
         _reach(db)
         schema.ensure(db)
-        return f"{db}, revision {schema.revision(db)}"
+        return f"{db}, revision {schema.current_revision(db)}"
     finally:
         db.close()
 
 
 def _reach(db: Database) -> None:
     try:
-        schema.revision(db)
+        schema.current_revision(db)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"{error}; check INPAINT_DATABASE_URL and the server") from error
 

@@ -1,4 +1,4 @@
-"""Submissions, jobs and attempts."""
+"""The first tables: submissions, jobs and attempts."""
 
 from __future__ import annotations
 

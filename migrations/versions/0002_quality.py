@@ -1,4 +1,4 @@
-"""Scores, reviews, further inputs, and how the engine ran."""
+"""Columns for quality scores, reviews, further inputs, reseeds and memory mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs by their output, and those that wait because of an error."""
+"""Indexes for jobs by output, and for unfinished jobs that have an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TROUBLED = sa.text("error_code IS NOT NULL AND finished_at IS NULL")
 
 
 def upgrade() -> None:
-    # Paths may be longer than an entry of a btree; only equality is asked for.
+    # Hash: a path may be longer than a B-tree entry, and only equality is asked for.
     op.create_index("ix_jobs_output", "jobs", ["output"], postgresql_using="hash")
     op.create_index(
         "ix_jobs_troubled",

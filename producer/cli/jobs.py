@@ -281,7 +281,7 @@ def upgrade() -> None:
         db = Database(settings.load().database)
         try:
             schema.upgrade(db)
-            click.echo(f"{db} is at revision {schema.revision(db)}")
+            click.echo(f"{db} is at revision {schema.current_revision(db)}")
         finally:
             db.close()
 

@@ -1,4 +1,4 @@
-"""The SQL database: connections, tables, and the revision the tables are at."""
+"""The SQL database: connections, tables, and the revision of the tables."""
 
 from shared.db.database import Database, clock
 

@@ -1,4 +1,4 @@
-"""The database: connections, transactions, and its clock."""
+"""The database: connections, transactions, and its clock, on PostgreSQL and SQLite."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from shared.db.models import UtcDateTime
 from shared.errors import DatabaseUnavailable
 
 BUSY_TIMEOUT_SECONDS = 30
-_INSUFFICIENT_PRIVILEGE = "42501"
+_INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class clock(FunctionElement[datetime]):
-    """The database's time now plus a number of seconds: ``clock(60)``."""
+    """SQL: the database's current time plus a number of seconds, as in ``clock(60)``.
+
+    Leases and waits are compared with one clock only, so hosts' clocks may differ.
+    """
 
     type = UtcDateTime()
     inherit_cache = True
@@ -36,20 +39,21 @@ class clock(FunctionElement[datetime]):
 @compiles(clock, "postgresql")
 def _postgresql_clock(element: clock, compiler: Any, **kw: Any) -> str:
     seconds = compiler.process(element.clauses, **kw)
+    # Not now(): that is the start of the transaction, which may have waited for a lock.
     return f"(statement_timestamp() + {seconds} * interval '1 second')"
 
 
 @compiles(clock, "sqlite")
 def _sqlite_clock(element: clock, compiler: Any, **kw: Any) -> str:
     seconds = compiler.process(element.clauses, **kw)
-    # Six digits, as SQLAlchemy writes its own timestamps, so that text comparison is right.
+    # SQLite compares timestamps as text. SQLAlchemy writes six fractional digits, %f gives three.
     return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', {seconds} || ' seconds') || '000')"
 
 
 class Database:
-    """One engine; ``read()`` and ``write()`` are its transactions.
+    """A connection pool; ``read()`` and ``write()`` are context managers for transactions.
 
-    Both raise DatabaseUnavailable where the server does not answer or drops the connection.
+    Both raise DatabaseUnavailable if the server does not answer or drops the connection.
     """
 
     def __init__(self, url: URL, *, pool_size: int = 8) -> None:
@@ -61,13 +65,18 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        with _translated(), self.engine.begin() as connection:
+        """A transaction that only reads; on SQLite it does not wait for writers."""
+        with _translate_errors(), self.engine.begin() as connection:
             yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """On SQLite the write lock is taken at the start, so two writers queue, not deadlock."""
-        with _translated(), self.engine.connect() as connected:
+        """A transaction that commits at the end, or rolls back on an exception.
+
+        On SQLite it takes the write lock at once. A transaction that reads first and asks for
+        the lock later fails with SQLITE_BUSY if another has written in between.
+        """
+        with _translate_errors(), self.engine.connect() as connected:
             connection = connected.execution_options(write=True)
             with connection.begin():
                 yield connection
@@ -89,23 +98,23 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translate_errors() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        if _is_no_fault_of_ours(error):
+        if _is_unavailable(error):
             raise DatabaseUnavailable(f"database: {_first_line(error)}") from error
         raise
 
 
-def _is_no_fault_of_ours(error: DBAPIError) -> bool:
-    """The server, the file or its permissions, and not a statement or a value."""
-    # SQLite says plain DatabaseError of a file that is no database.
-    is_trouble = isinstance(error, OperationalError | InterfaceError) or (
-        type(error) is DatabaseError
-    )
+def _is_unavailable(error: DBAPIError) -> bool:
+    """True if the server, the file or its permissions are the cause, not the statement."""
+    is_operational = isinstance(error, OperationalError | InterfaceError)
+    # sqlite3 raises its base class, DatabaseError, for a file that is not a database.
+    is_damaged = type(error) is DatabaseError
+    # psycopg makes this one a ProgrammingError, as it does a wrong statement.
     is_denied = getattr(error.orig, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE
-    return is_trouble or is_denied or error.connection_invalidated
+    return is_operational or is_damaged or is_denied or error.connection_invalidated
 
 
 def _first_line(error: DBAPIError) -> str:
@@ -116,11 +125,11 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
     return create_engine(
         url,
         pool_size=pool_size,
-        pool_pre_ping=True,
+        pool_pre_ping=True,  # replaces connections that a restart of the server has closed
         connect_args={
             "connect_timeout": 10,
             "application_name": "inpaint",
-            # A server whose packets get lost is given up well before a lease ends.
+            # Give up on an unreachable server well before a lease of 60 s expires.
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
@@ -140,7 +149,7 @@ def _sqlite(url: URL, pool_size: int) -> Engine:
 
     @event.listens_for(engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
-        # The driver's own BEGIN is deferred and cannot be told to take the write lock.
+        # Turns off the driver's own BEGIN, which is deferred: it takes no write lock.
         connection.isolation_level = None
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")

@@ -1,13 +1,16 @@
-"""The tables. Job states and who moves a job between them:
+"""The tables: submissions, jobs, attempts.
 
-    pending    recorded, or waiting for ``run_after``        submit, retry, release, reap
-    queued     a message for it is in Redis                  dispatch
-    running    leased by a worker until ``lease_expires_at`` acquire, heartbeat
-    succeeded  its result is published                       finish
-    failed     not to be retried without a person            finish, reap
-    cancelled  by a person                                   cancel, finish
+A job's state is one of
 
-``attempt`` counts leases and is the fencing token: each write by a worker names it.
+    pending    waiting for dispatch, not before ``run_after``
+    queued     dispatched: a message for it was published, or is about to be
+    running    leased to ``worker`` until ``lease_expires_at``
+    succeeded  its result is published
+    failed     not retried unless a user asks for it
+    cancelled  by a user, or because another submission took its output over
+
+``shared.jobs`` lists the transitions and is the only code that makes them. The CHECK
+constraints below hold the same invariants against everything else that writes here.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ OUTCOMES = ("succeeded", "failed", "retried", "released", "lost", "cancelled")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment, in UTC; SQLite keeps it as text that sorts."""
+    """A timezone-aware datetime in UTC.
+
+    SQLite stores it as text without a zone, so the zone is added on the way out.
+    """
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -52,10 +58,12 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value and value.tzinfo is None else value
 
 
+# SQLite generates ids only for a column of type INTEGER PRIMARY KEY, which is 64-bit there.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
 
 
 class Base(DeclarativeBase):
+    # Alembic can only drop constraints by name, so each gets a predictable one.
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -73,7 +81,12 @@ def _one_of(column: str, values: tuple[str, ...]) -> str:
 
 
 class Submission(Base):
-    """One manifest run. ``digest`` is of the manifest's rows and the options."""
+    """One run of a manifest.
+
+    digest: SHA-256 of the manifest's location and the rows as resolved; the same manifest
+    submitted again is the same submission. recorded_at: when the last row got its job; None
+    until then.
+    """
 
     __tablename__ = "submissions"
 
@@ -88,9 +101,14 @@ class Submission(Base):
 
 
 class Job(Base):
-    """One row of a manifest: one image. ``params`` is JSON, everything but the seed.
+    """One row of a manifest: one image.
 
-    score: of the last result, 0 to 1. review: the code of the gate that asks a person to look.
+    key: the user's own id of the row. content_key: equal for rows that ask for the same work.
+    params: canonical JSON of all parameters but the seed. attempt: how many leases there were;
+    part of the fencing token. failures: attempts that ended in an error. losses: attempts
+    whose worker was lost. *_version: the storage's version of the object, when last read or
+    written. score: of the last result, 0 to 1. review: code of the quality gate that asks a
+    person to look at it.
     """
 
     __tablename__ = "jobs"
@@ -131,19 +149,23 @@ class Job(Base):
     __table_args__ = (
         UniqueConstraint("submission_id", "line"),
         CheckConstraint(_one_of("state", STATES), name="state"),
+        # No lease without a running job, and no running job that cannot expire.
         CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="lease"),
         CheckConstraint(
             f"({_one_of('state', FINAL_STATES)}) = (finished_at IS NOT NULL)", name="finished"
         ),
         CheckConstraint("attempt >= 0 AND failures >= 0 AND losses >= 0", name="counts"),
         Index("ix_jobs_submission_id_state", "submission_id", "state"),
+        # Hash: a path may be longer than a B-tree entry, and only equality is asked for.
         Index("ix_jobs_output", "output", postgresql_using="hash"),
+        # Partial indexes, here and below: they list few rows compared with the finished ones.
         Index(
             "ix_jobs_troubled",
             "submission_id",
             postgresql_where=text("error_code IS NOT NULL AND finished_at IS NULL"),
             sqlite_where=text("error_code IS NOT NULL AND finished_at IS NULL"),
         ),
+        # In the order of dispatch, so that it reads only as many rows as it queues.
         Index(
             "ix_jobs_due",
             "engine",
@@ -175,11 +197,12 @@ class Job(Base):
 
 
 class Attempt(Base):
-    """One lease of a job by a worker, and what came of it.
+    """One lease of a job by a worker, and its outcome (None while it runs).
 
-    inputs: JSON, location to SHA-256 of what was read besides image and mask. scores: JSON,
-    the gates' figures. reseeds: how often a gate asked for another seed; ``seed`` is the last.
-    memory_mode: how the engine ran, where memory made it change.
+    inputs: JSON, location to SHA-256 of the files read besides image and mask. scores: JSON,
+    the quality gates' metrics. reseeds: how often a gate asked for another seed; ``seed`` is
+    the last one. memory_mode: how the engine adapted to too little memory, if it did. The
+    other columns are as in ``shared.jobs.AttemptRecord``.
     """
 
     __tablename__ = "attempts"

@@ -125,7 +125,7 @@ def supersede(connection: Connection, ids: Sequence[int], *, submission: int) ->
     where = (Job.id.in_(ids), owns_output(Job))
     replaced = {
         "error_code": OutputReplaced.code,
-        "error_message": f"submission {submission} writes this output since",
+        "error_message": f"submission {submission} now writes this output",
     }
     waiting = _update_locked(*where, Job.state.in_(WAITING_STATES))
     running = _update_locked(*where, Job.state == "running")

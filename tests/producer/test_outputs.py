@@ -60,7 +60,7 @@ def test_force_takes_the_output_and_says_so_at_the_job_that_had_it(
     )
     old = table.job(1)
     assert (old.state, old.error_code) == ("succeeded", "output_replaced")
-    assert old.error_message == "submission 2 writes this output since"
+    assert old.error_message == "submission 2 now writes this output"
     assert table.state(2) == "queued"
 
 

@@ -52,14 +52,14 @@ def test_the_programs_revision_is_the_newest_migration() -> None:
 
 
 def test_tables_go_up_equal_the_models_and_go_down(empty: Database) -> None:
-    assert schema.revision(empty) is None
+    assert schema.current_revision(empty) is None
     schema.upgrade(empty)
     assert tables(empty) == TABLES
-    assert schema.revision(empty) == schema.HEAD
+    assert schema.current_revision(empty) == schema.HEAD
     schema.check(empty)
     schema.downgrade(empty, "base")
     assert tables(empty) == {"alembic_version"}
-    assert schema.revision(empty) is None
+    assert schema.current_revision(empty) is None
     schema.upgrade(empty)
     assert tables(empty) == TABLES
 
@@ -78,7 +78,7 @@ def test_an_upgrade_of_what_is_up_to_date_changes_nothing(empty: Database) -> No
     schema.upgrade(empty)
     schema.upgrade(empty)
     schema.ensure(empty)
-    assert schema.revision(empty) == schema.HEAD
+    assert schema.current_revision(empty) == schema.HEAD
 
 
 def test_two_upgrades_at_once_queue_up(database_url: str) -> None:
@@ -88,7 +88,7 @@ def test_two_upgrades_at_once_queue_up(database_url: str) -> None:
         "from shared.db import schema\n"
         "from shared.db import Database\n"
         "schema.upgrade(db := Database(make_url(sys.argv[1])))\n"
-        "print(schema.revision(db))\n"
+        "print(schema.current_revision(db))\n"
         "db.close()\n"
     )
     command = [sys.executable, "-c", script, database_url]
@@ -105,7 +105,7 @@ def test_sqlite_upgrades_itself(tmp_path: Path) -> None:
 
 
 def test_postgresql_without_tables_is_refused_with_the_remedy(postgres: Database) -> None:
-    with pytest.raises(DatabaseUnavailable, match="without our tables; run: inpaint-jobs upgrade"):
+    with pytest.raises(DatabaseUnavailable, match="has no tables; run: inpaint-jobs upgrade"):
         schema.ensure(postgres)
     assert tables(postgres) == set()
 
@@ -121,7 +121,9 @@ def test_postgresql_at_another_revision_is_refused_with_the_remedy(postgres: Dat
 def test_tables_of_a_newer_program_are_left_alone(empty: Database) -> None:
     schema.upgrade(empty)
     pretend(empty, "9999")
-    with pytest.raises(DatabaseUnavailable, match="at revision 9999, which this program does not"):
+    with pytest.raises(
+        DatabaseUnavailable, match="at revision 9999, which this program does not know"
+    ):
         schema.upgrade(empty)
     assert tables(empty) == TABLES
 
@@ -132,7 +134,7 @@ def test_tables_of_a_newer_program_are_left_alone(empty: Database) -> None:
 def test_a_server_that_is_not_there_is_one_line() -> None:
     db = Database(make_url("postgresql+psycopg://u:hush@127.0.0.1:1/name?connect_timeout=2"))
     with pytest.raises(DatabaseUnavailable) as caught:
-        schema.revision(db)
+        schema.current_revision(db)
     assert caught.value.retryable
     assert "\n" not in str(caught.value)
     assert "hush" not in f"{caught.value} {db}"
@@ -150,7 +152,7 @@ def test_a_connection_that_the_server_drops_is_unavailable_and_comes_back(
 
     with pytest.raises(DatabaseUnavailable):
         lose_the_connection()
-    assert schema.revision(postgres) is None
+    assert schema.current_revision(postgres) is None
 
 
 def test_a_file_that_is_no_database_is_unavailable(tmp_path: Path) -> None:
