@@ -1,8 +1,8 @@
-"""Is a result fit to be published? Figures that tell, and what they must not exceed.
+"""Quality gates: metrics of a result and their limits.
 
-Nothing here knows what ought to be under the mask. What is measured is what only broken work
-has: no numbers, black, the mark still there, an edge along the mask, a cast of colour. A mask
-that follows an object's outline has such an edge by right: there ``gate=review`` is for.
+Nothing here knows what the right content under the mask is. The metrics measure what only a
+failed result has: NaN or infinite values, black, the mark unchanged, a seam along the mask, a
+colour cast. A mask that follows an object's outline has a seam by nature: use ``gate=review``.
 """
 
 from __future__ import annotations
@@ -15,45 +15,57 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import GateError
+from shared.errors import (
+    GateBlack,
+    GateColour,
+    GateError,
+    GateNotFinite,
+    GateSeam,
+    GateUnchanged,
+)
 from shared.geometry.box import Box
 from shared.geometry.regions import Region
 from shared.images import DecodedImage, as_rgb
-from shared.masks import Mask, slices
+from shared.masks import Mask, bounding_box, slices
 
 Rgb = NDArray[np.uint8]  # (h, w, 3)
 Samples = NDArray[np.float32]  # (n, 3) RGB, 0 to 255
-Places = tuple[NDArray[np.intp], NDArray[np.intp]]  # rows and columns, (n,) each
+Indices = tuple[NDArray[np.intp], NDArray[np.intp]]  # rows and columns, (n,) each
 
-# Chosen by tests/benchmarks/gates.py, which shows what each finds and how often it is wrong.
+# Limits were chosen with tests/benchmarks/gates.py, which reports hits and false alarms.
 SEAM_LIMIT = 2.0
 COLOUR_LIMIT = 10.0
-CHANGE_LIMIT = 0.05  # far below what a VAE alone changes, whatever the strength
+CHANGE_LIMIT = 0.05  # a VAE round trip alone changes far more, whatever the strength
 BLACK_SHARE = 0.98
 BLACK_LEVEL = 26  # the colour fit lifts black by up to 24
-BLACK_SPREAD = 4.0
-MIN_BLACK = 36  # fewer pixels may well lie in a black letter
-PLAIN = 6.0
+BLACK_SPREAD = 4.0  # a higher standard deviation is texture, not a black rectangle
+MIN_BLACK_PIXELS = 36  # fewer may be part of a black letter
+MIN_CONTRAST = 6.0  # RMS levels; below it there was no mark to remove
 
-SAMPLES = 100_000
-MIN_PAIRS = 8
-LONGEST_STEP_PX = 16
-STEP_FLOOR, STEP_CAP = 4.0, 48.0
-NEIGHBOURS = 4  # pixels along an edge that tell no more than one does
-SEAM_ERRORS, COLOUR_ERRORS = 1.25, 2.0
-OPAQUE = 128
-HOPELESS = 100.0
+MAX_SAMPLES = 100_000
+MIN_EDGE_PIXELS = 8
+MAX_STEP_PX = 16
+# Added to a gradient before its logarithm, so that noise on plain ground has ratios near 1.
+GRADIENT_FLOOR = 4.0
+JUMP_CAP = 48.0  # levels; one pixel on an object's edge must not decide the mean
+CORRELATED_PIXELS = 4  # neighbours along an edge are about as informative as one sample
+SEAM_Z, COLOUR_Z = 1.25, 2.0  # standard errors below the mean
+MIN_ALPHA = 128
+FAILED_EXCESS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The figures of the worst region. None: there was nothing to compare with.
+    """Metrics of the worst region; None if there was nothing to compare with.
 
-    finite: whether every value of the engine's was a number.
-    black: share of the repainted pixels that are black where their surroundings are not.
-    change: how far the repainted pixels moved, in parts of what stood out under the mask.
-    seam: how much steeper the picture is across the mask's edge than beside it; 1 is no seam.
-    colour_jump: how far the mean colour moves across the mask's edge, in levels of 0 to 255.
+    finite: whether all values of the engine's results are finite.
+    black: share of the repainted pixels that are black although their surroundings are not.
+    change: RMS change under the mask / RMS contrast of the original content against a plane
+    fitted to its surroundings.
+    seam: gradient across the mask's edge / gradient just outside it, as the geometric mean of
+    the ratios; 1 is no seam.
+    colour_jump: difference of the mean colours on the two sides of the mask's edge, in levels
+    of 0 to 255. Seam and colour jump are lower confidence bounds.
     """
 
     finite: bool = True
@@ -64,7 +76,7 @@ class Scores:
 
     @property
     def score(self) -> float:
-        """1 is the best, 0 the worst; a gate fails at 0.5 and below."""
+        """1 / (1 + max(excess)^2): 1 is the best, 0 the worst; a gate fails at 0.5 and below."""
         return 1 / (1 + max(gate.excess(self) for gate in _GATES) ** 2)
 
     def to_json(self) -> dict[str, Any]:
@@ -80,80 +92,85 @@ def examine(
     *,
     feather_px: int = 0,
 ) -> Scores:
-    """Compares the composited picture with what it came from, region by region.
+    """Measure the composited image against its source, region by region.
 
-    mask: (H, W) True = repaint, as it was planned. results: what the engine returned, one for
-    each region. Only the marks' boxes are looked at: a small mark costs little in any picture.
+    mask: (H, W) True = repaint, as it was planned. results: the engine's, one per region.
+    Only the mask's bounding box in each region is read, so a small mark is cheap in any image.
     """
     if not all(_is_finite(result) for result in results):
         return Scores(finite=False)
-    found = [_examine_box(before, after, mask, box, feather_px) for box in _marks(mask, plan)]
+    boxes = _mask_boxes(mask, plan)
+    scores = [_examine_box(before, after, mask, box, feather_px) for box in boxes]
     return Scores(
-        black=_worst(max, (one.black for one in found)) or 0.0,
-        change=_worst(min, (one.change for one in found)),
-        seam=_worst(max, (one.seam for one in found)),
-        colour_jump=_worst(max, (one.colour_jump for one in found)),
+        black=_worst(max, (score.black for score in scores)) or 0.0,
+        change=_worst(min, (score.change for score in scores)),
+        seam=_worst(max, (score.seam for score in scores)),
+        colour_jump=_worst(max, (score.colour_jump for score in scores)),
     )
 
 
 def verdict(scores: Scores, *, remedy: str) -> GateError | None:
-    """The first gate that fails, with its figures; None: publish. remedy: said with the error."""
+    """The error of the first gate that fails, with its metric and the remedy; None if all pass."""
     for gate in _GATES:
         if gate.excess(scores) >= 1:
-            message = f"{gate.message(scores)}; {remedy}, or gate=review to look at it"
-            return GateError(message, code=gate.code)
+            return gate.error(f"{gate.message(scores)}; {remedy}, or gate=review to inspect it")
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Gate:
-    """excess: the gate's figure in parts of its limit."""
+    """excess: the gate's metric / its limit; the gate fails from 1."""
 
-    code: str
+    error: type[GateError]
     excess: Callable[[Scores], float]
     message: Callable[[Scores], str]
 
 
+# In this order: a result that is not finite or black has a meaningless seam.
 _GATES = (
     _Gate(
-        code="gate_not_finite",
-        excess=lambda s: 0.0 if s.finite else HOPELESS,
-        message=lambda _: "the engine returned values that are no numbers",
+        error=GateNotFinite,
+        excess=lambda scores: 0.0 if scores.finite else FAILED_EXCESS,
+        message=lambda _: "the engine returned NaN or infinite values",
     ),
     _Gate(
-        code="gate_black",
-        excess=lambda s: HOPELESS if s.black >= BLACK_SHARE else 0.0,
-        message=lambda s: f"{s.black:.0%} of a region is black and its surroundings are not",
-    ),
-    _Gate(
-        code="gate_unchanged",
-        excess=lambda s: 0.0 if s.change is None else CHANGE_LIMIT / max(s.change, 1e-3),
-        message=lambda s: (
-            f"a region came back as it was: it moved by {s.change:.1%} of what stands out under "
-            f"the mask (at least {CHANGE_LIMIT:.0%})"
+        error=GateBlack,
+        excess=lambda scores: FAILED_EXCESS if scores.black >= BLACK_SHARE else 0.0,
+        message=lambda scores: (
+            f"{scores.black:.0%} of a region is black, and its surroundings are not"
         ),
     ),
     _Gate(
-        code="gate_seam",
-        excess=lambda s: (s.seam or 0.0) / SEAM_LIMIT,
-        message=lambda s: (
-            f"a seam: the picture is {s.seam:.1f} times as steep across the mask's edge as beside "
-            f"it (below {SEAM_LIMIT:g})"
+        error=GateUnchanged,
+        excess=lambda scores: (
+            0.0 if scores.change is None else CHANGE_LIMIT / max(scores.change, 1e-3)
+        ),
+        message=lambda scores: (
+            f"a region is unchanged: it differs by {scores.change:.1%} of the contrast under the "
+            f"mask (at least {CHANGE_LIMIT:.0%})"
         ),
     ),
     _Gate(
-        code="gate_colour",
-        excess=lambda s: (s.colour_jump or 0.0) / COLOUR_LIMIT,
-        message=lambda s: (
-            f"the colour jumps by {s.colour_jump:.0f} levels at the mask's edge "
+        error=GateSeam,
+        excess=lambda scores: (scores.seam or 0.0) / SEAM_LIMIT,
+        message=lambda scores: (
+            f"a seam: the gradient across the mask's edge is {scores.seam:.1f} times the gradient "
+            f"just outside (below {SEAM_LIMIT:g})"
+        ),
+    ),
+    _Gate(
+        error=GateColour,
+        excess=lambda scores: (scores.colour_jump or 0.0) / COLOUR_LIMIT,
+        message=lambda scores: (
+            f"the colour jumps by {scores.colour_jump:.0f} levels at the mask's edge "
             f"(below {COLOUR_LIMIT:g})"
         ),
     ),
 )
 
 
-def _worst(choose: Callable[..., float], figures: Iterable[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
+def _worst(choose: Callable[..., float], metrics: Iterable[float | None]) -> float | None:
+    known = [metric for metric in metrics if metric is not None]
     return choose(known) if known else None
 
 
@@ -161,93 +178,94 @@ def _is_finite(result: NDArray[Any]) -> bool:
     return result.dtype.kind in "biu" or bool(np.isfinite(result).all())
 
 
-def _marks(mask: Mask, plan: Sequence[Region]) -> Iterator[Box]:
-    """The box of the repainted pixels in each region."""
+def _mask_boxes(mask: Mask, plan: Sequence[Region]) -> Iterator[Box]:
+    """The mask's bounding box in each region, in image pixels."""
     for region in plan:
         box = region.box.clipped((mask.shape[1], mask.shape[0]))
-        marked = mask[slices(box)]
-        rows, columns = np.flatnonzero(marked.any(axis=1)), np.flatnonzero(marked.any(axis=0))
-        if len(rows):
-            tight = Box(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        tight = bounding_box(mask[slices(box)])
+        if tight is not None:
             yield tight.moved(box.left, box.top)
 
 
 def _examine_box(
     before: DecodedImage, after: DecodedImage, mask: Mask, box: Box, feather_px: int
 ) -> Scores:
-    step = min(feather_px + 1, LONGEST_STEP_PX)
+    # Known pixels lie past the feather; those inside it are mixtures.
+    step = min(feather_px + 1, MAX_STEP_PX)
     reach = 2 * step
     around = Box(box.left - reach, box.top - reach, box.right + reach, box.bottom + reach)
-    where = slices(around.clipped(before.size))
-    marked, old, new = mask[where], _rgb(before, where), _rgb(after, where)
-    visible = _visible(after, where)
-    near = _pairs(marked, visible, 1)
-    known = (near if step == 1 else _pairs(marked, visible, step)).known
-    edges = [_edge(*edge) for edge in _edges(old, new, near, feather_px)]
+    index = slices(around.clipped(before.size))
+    masked, old, new = mask[index], _read_rgb(before, index), _read_rgb(after, index)
+    visible = _find_visible(after, index)
+    edge = _find_edge(masked, visible, 1)
+    known = (edge if step == 1 else _find_edge(masked, visible, step)).known
+    bounds = [_seam_and_jump(*colours) for colours in _edge_colours(old, new, edge, feather_px)]
     return Scores(
-        black=_black(old, new, _thinned(marked), known),
-        change=_change(old, new, _thinned(marked & _visible(before, where)), known),
-        seam=max((seam for seam, _ in edges), default=None),
-        colour_jump=max((jump for _, jump in edges), default=None),
+        black=_black_share(old, new, _sample(masked), known),
+        change=_relative_change(old, new, _sample(masked & _find_visible(before, index)), known),
+        seam=max((seam for seam, _ in bounds), default=None),
+        colour_jump=max((jump for _, jump in bounds), default=None),
     )
 
 
-def _rgb(picture: DecodedImage, where: tuple[slice, slice]) -> Rgb:
-    return as_rgb(picture.pixels[where], picture.mode)
+def _read_rgb(image: DecodedImage, index: tuple[slice, slice]) -> Rgb:
+    return as_rgb(image.pixels[index], image.mode)
 
 
-def _visible(picture: DecodedImage, where: tuple[slice, slice]) -> Mask:
-    """(h, w) what alpha does not hide: hidden pixels may hold any colour."""
-    alpha = picture.alpha()
+def _find_visible(image: DecodedImage, index: tuple[slice, slice]) -> Mask:
+    """(h, w) True where alpha is at least half: transparent pixels may have any colour."""
+    alpha = image.alpha()
     if alpha is None:
-        return np.ones(picture.pixels[where].shape[:2], np.bool_)
-    visible: Mask = alpha[where] >= OPAQUE
+        return np.ones(image.pixels[index].shape[:2], np.bool_)
+    visible: Mask = alpha[index] >= MIN_ALPHA
     return visible
 
 
-def _thinned(mask: Mask) -> Places:
-    """The mask's pixels, on a coarser grid where they are many."""
-    step = ceil(sqrt(np.count_nonzero(mask) / SAMPLES)) or 1
+def _sample(mask: Mask) -> Indices:
+    """The mask's pixels, on a coarser grid if there are more than MAX_SAMPLES."""
+    step = ceil(sqrt(np.count_nonzero(mask) / MAX_SAMPLES)) or 1
     rows, columns = np.nonzero(mask[::step, ::step])
     return rows * step, columns * step
 
 
-# --- inside ----------------------------------------------------------------------------------
+# --- under the mask --------------------------------------------------------------------------
 
 
-def _black(old: Rgb, new: Rgb, inside: Places, known: Places) -> float:
-    """The share of black inside where it is even and not what surrounds it."""
-    brightest = new[inside].max(axis=1)
-    if len(brightest) < MIN_BLACK or brightest.std() > BLACK_SPREAD:
+def _black_share(old: Rgb, new: Rgb, inside: Indices, known: Indices) -> float:
+    """The share of black pixels inside; 0 if they have texture or lie in black surroundings."""
+    brightness = new[inside].max(axis=1)
+    if len(brightness) < MIN_BLACK_PIXELS or brightness.std() > BLACK_SPREAD:
         return 0.0
-    around = new[known] if len(known[0]) >= MIN_PAIRS else old[inside]
-    if (around.max(axis=1) <= BLACK_LEVEL).mean() > 0.5:
+    surroundings = new[known] if len(known[0]) >= MIN_EDGE_PIXELS else old[inside]
+    if (surroundings.max(axis=1) <= BLACK_LEVEL).mean() > 0.5:
         return 0.0
-    return float((brightest <= BLACK_LEVEL).mean())
+    return float((brightness <= BLACK_LEVEL).mean())
 
 
-def _change(old: Rgb, new: Rgb, inside: Places, known: Places) -> float | None:
-    """How much of what stood out from its surroundings has moved.
+def _relative_change(old: Rgb, new: Rgb, inside: Indices, known: Indices) -> float | None:
+    """RMS(new - old) / RMS(old - plane), the plane fitted to the surroundings.
 
-    None where nothing stood out: a plain ground may come back as it was.
+    None if the old content hardly differs from the plane: plain ground may come back unchanged.
     """
     if not len(inside[0]):
         return None
-    around = known if len(known[0]) >= MIN_PAIRS else inside
+    surroundings = known if len(known[0]) >= MIN_EDGE_PIXELS else inside
     content = old[inside].astype(np.float32)
-    stood_out = _rms(content - _plane(old[around].astype(np.float32), around, inside))
-    return _rms(new[inside] - content) / stood_out if stood_out >= PLAIN else None
+    plane = _fit_plane(old[surroundings].astype(np.float32), surroundings, inside)
+    contrast = _rms(content - plane)
+    return _rms(new[inside] - content) / contrast if contrast >= MIN_CONTRAST else None
 
 
-def _plane(colours: Samples, known: Places, wanted: Places) -> Samples:
-    """(n, 3) at the wanted places, on the plane through the known colours by least squares."""
-    factors = np.linalg.lstsq(_coordinates(known), colours, rcond=None)[0]
-    plane: Samples = _coordinates(wanted) @ factors
+def _fit_plane(colours: Samples, known: Indices, wanted: Indices) -> Samples:
+    """(n, 3) values at ``wanted`` of the least-squares plane through the known colours."""
+    coefficients = np.linalg.lstsq(_design_matrix(known), colours, rcond=None)[0]
+    plane: Samples = _design_matrix(wanted) @ coefficients
     return plane
 
 
-def _coordinates(places: Places) -> NDArray[np.float32]:
-    rows, columns = (place.astype(np.float32) / 100 for place in places)
+def _design_matrix(indices: Indices) -> NDArray[np.float32]:
+    """(n, 3) rows of [1, y, x], in hundreds of pixels for float32's sake."""
+    rows, columns = (index.astype(np.float32) / 100 for index in indices)
     return np.stack([np.ones_like(rows), rows, columns], axis=1)
 
 
@@ -255,112 +273,121 @@ def _rms(values: Samples) -> float:
     return sqrt(float(np.mean(np.square(values))))
 
 
-# --- the edge --------------------------------------------------------------------------------
+# --- at the mask's edge ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Pairs:
-    """Repainted pixels at the mask's edge, known ones a step outside, and a step beyond those."""
+class _EdgePixels:
+    """Triples of pixels in a line across the mask's edge, (n,) each.
 
-    inside: Places
-    outside: Places
-    beyond: Places
+    inside: masked, at the edge. outside: known, one step away. beyond: known, two steps away.
+    """
+
+    inside: Indices
+    outside: Indices
+    beyond: Indices
 
     def __len__(self) -> int:
         return len(self.inside[0])
 
     @property
-    def known(self) -> Places:
+    def known(self) -> Indices:
         rows, columns = (
-            np.concatenate(both) for both in zip(self.outside, self.beyond, strict=True)
+            np.concatenate(pair) for pair in zip(self.outside, self.beyond, strict=True)
         )
         return rows, columns
 
 
-def _pairs(mask: Mask, visible: Mask, step: int) -> _Pairs:
-    """In each of four directions where all pixels outside are known and visible."""
-    found = [_towards(mask, visible, step, *way) for way in ((0, 1), (0, -1), (1, 0), (-1, 0))]
+def _find_edge(mask: Mask, visible: Mask, step: int) -> _EdgePixels:
+    """The edge pixels in four directions whose outer pixels are all unmasked and visible."""
+    directions = ((0, 1), (0, -1), (1, 0), (-1, 0))
+    triples = [_find_edge_towards(mask, visible, step, *direction) for direction in directions]
     inside, outside, beyond = (
-        (np.concatenate([one[n][0] for one in found]), np.concatenate([one[n][1] for one in found]))
+        (
+            np.concatenate([triple[n][0] for triple in triples]),
+            np.concatenate([triple[n][1] for triple in triples]),
+        )
         for n in range(3)
     )
-    return _Pairs(inside=inside, outside=outside, beyond=beyond)
+    return _EdgePixels(inside=inside, outside=outside, beyond=beyond)
 
 
-def _towards(
+def _find_edge_towards(
     mask: Mask, visible: Mask, step: int, down: int, right: int
-) -> tuple[Places, Places, Places]:
-    rows, columns = _leaving(mask, down, right)
+) -> tuple[Indices, Indices, Indices]:
+    rows, columns = _find_boundary(mask, down, right)
     last = rows + 2 * step * down, columns + 2 * step * right
-    kept = (last[0] >= 0) & (last[0] < mask.shape[0])
-    kept &= (last[1] >= 0) & (last[1] < mask.shape[1])
-    rows, columns = rows[kept], columns[kept]
-    clear = visible[rows, columns]
-    for away in range(1, 2 * step + 1):
-        at = rows + away * down, columns + away * right
-        clear &= visible[at] & ~mask[at]
-    rows, columns = rows[clear], columns[clear]
+    within = (last[0] >= 0) & (last[0] < mask.shape[0])
+    within &= (last[1] >= 0) & (last[1] < mask.shape[1])
+    rows, columns = rows[within], columns[within]
+    usable = visible[rows, columns]
+    for distance in range(1, 2 * step + 1):
+        index = rows + distance * down, columns + distance * right
+        usable &= visible[index] & ~mask[index]
+    rows, columns = rows[usable], columns[usable]
     inside, outside, beyond = (
-        (rows + away * down, columns + away * right) for away in (0, step, 2 * step)
+        (rows + distance * down, columns + distance * right) for distance in (0, step, 2 * step)
     )
     return inside, outside, beyond
 
 
-def _leaving(mask: Mask, down: int, right: int) -> Places:
-    """Masked pixels whose neighbour in that direction is not, evenly thinned."""
+def _find_boundary(mask: Mask, down: int, right: int) -> Indices:
+    """Masked pixels whose neighbour in that direction is unmasked; every n-th if there are many."""
     along = mask if right else mask.T
     forward = right + down > 0
     edge = along[:, :-1] & ~along[:, 1:] if forward else along[:, 1:] & ~along[:, :-1]
     first, second = np.nonzero(edge)
     second = second if forward else second + 1
-    thin = ceil(4 * len(first) / SAMPLES) or 1
-    first, second = first[::thin], second[::thin]
+    # Four directions share the samples.
+    stride = ceil(4 * len(first) / MAX_SAMPLES) or 1
+    first, second = first[::stride], second[::stride]
     return (first, second) if right else (second, first)
 
 
-def _edges(
-    old: Rgb, new: Rgb, pairs: _Pairs, feather_px: int
+def _edge_colours(
+    old: Rgb, new: Rgb, edge: _EdgePixels, feather_px: int
 ) -> Iterator[tuple[Samples, Samples, Samples]]:
-    """What to compare as (inside, outside, beyond): at the mask's edge, and in the feather.
+    """The colours (inside, outside, beyond) to compare: at the mask's edge and in the feather.
 
-    There the engine's own pixels can be had back from the mixture, and compared with the known
-    ones in the same places.
+    One pixel outside, a feather of f pixels has mixed new = old + f / (f + 1) * (painted - old).
+    Solved for ``painted``, the engine's pixel is compared with the original in the same place.
     """
-    if len(pairs) < MIN_PAIRS:
+    if len(edge) < MIN_EDGE_PIXELS:
         return
-    outside = _at(new, pairs.outside)
-    yield _at(new, pairs.inside), outside, _at(new, pairs.beyond)
+    outside = _colours(new, edge.outside)
+    yield _colours(new, edge.inside), outside, _colours(new, edge.beyond)
     if feather_px:
-        known = _at(old, pairs.outside)
+        known = _colours(old, edge.outside)
         painted = known + (outside - known) * np.float32((feather_px + 1) / feather_px)
-        yield painted, known, _at(old, pairs.beyond)
+        yield painted, known, _colours(old, edge.beyond)
 
 
-def _at(rgb: Rgb, places: Places) -> Samples:
-    return rgb[places].astype(np.float32)
+def _colours(rgb: Rgb, indices: Indices) -> Samples:
+    return rgb[indices].astype(np.float32)
 
 
-def _edge(inside: Samples, outside: Samples, beyond: Samples) -> tuple[float, float]:
-    """The seam and the colour jump, each as little as chance leaves of it.
+def _seam_and_jump(inside: Samples, outside: Samples, beyond: Samples) -> tuple[float, float]:
+    """Lower confidence bounds of seam and colour jump.
 
-    The seam is the geometric mean of step sizes across the edge over those just outside, so
-    that lines of the picture that cross the mask weigh little.
+    seam = exp(mean(log g(inside, outside) - log g(outside, beyond)) - z * standard error);
+    the geometric mean gives little weight to edges of the image that cross the mask.
+    colour jump = max over channels of |mean(inside - outside)| - z * standard error.
     """
-    steeper = _log_step(inside - outside) - _log_step(outside - beyond)
-    seam = exp(float(steeper.mean()) - SEAM_ERRORS * float(_error(steeper)))
-    drift = np.clip(inside - outside, -STEP_CAP, STEP_CAP)
-    jump = np.abs(drift.mean(axis=0)) - COLOUR_ERRORS * _error(drift)
+    log_ratio = _log_gradient(inside - outside) - _log_gradient(outside - beyond)
+    seam = exp(float(log_ratio.mean()) - SEAM_Z * float(_standard_error(log_ratio)))
+    difference = np.clip(inside - outside, -JUMP_CAP, JUMP_CAP)
+    jump = np.abs(difference.mean(axis=0)) - COLOUR_Z * _standard_error(difference)
     return seam, max(float(jump.max()), 0.0)
 
 
-def _log_step(difference: Samples) -> NDArray[np.float32]:
-    """(n,) of the channel that differs most; the floor keeps a plain ground's noise small."""
-    steps: NDArray[np.float32] = np.log(np.abs(difference).max(axis=1) + np.float32(STEP_FLOOR))
-    return steps
+def _log_gradient(difference: Samples) -> NDArray[np.float32]:
+    """(n,) log(g), where g is the difference in the channel that differs most, plus a floor."""
+    logs: NDArray[np.float32] = np.log(np.abs(difference).max(axis=1) + np.float32(GRADIENT_FLOOR))
+    return logs
 
 
-def _error(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The standard error of the mean along the first axis; large where the samples are few."""
-    count = max(len(values) / NEIGHBOURS - 1, 0.5)
+def _standard_error(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The standard error of the mean along the first axis, for correlated neighbours."""
+    count = max(len(values) / CORRELATED_PIXELS - 1, 0.5)
     error: NDArray[np.float32] = values.std(axis=0) / np.float32(sqrt(count))
     return error
