@@ -1,4 +1,4 @@
-"""The Redis that the product starts itself where ``INPAINT_BROKER_URL`` is not set."""
+"""The Redis server that the product starts itself if ``INPAINT_BROKER_URL`` is not set."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ START_SECONDS = 10.0
 
 
 def broker_url(settings: Settings) -> str:
-    """The configured broker's URL, or the embedded one's."""
+    """The URL of the configured broker, else of the embedded one."""
     if settings.broker_url is not None:
         return settings.broker_url.get_secret_value()
     return f"redis+socket://{_socket_path(settings.home)}"
 
 
 class EmbeddedRedis:
-    """Keeps a Redis running for one ``INPAINT_HOME`` while this process wants it.
+    """Keeps one Redis running per ``INPAINT_HOME``, shared by all processes that use that home.
 
-    Several processes may hold one at a time: whoever finds none starts it. With a
-    configured broker it does nothing.
+    The first process to need it starts it and owns it. If the owner ends, the next ``ensure`` of
+    another process starts a new one on the same data. Does nothing if a broker is configured.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -44,7 +44,7 @@ class EmbeddedRedis:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
-        """Starts it unless it answers. Raises BrokerUnavailable with the remedy."""
+        """Starts the server unless one is running. Raises BrokerUnavailable with the remedy."""
         home = self._settings.home
         if self._settings.broker_url is not None or _is_running(home):
             return
@@ -70,7 +70,7 @@ class EmbeddedRedis:
 
 
 def _socket_path(home: Path) -> Path:
-    # A Unix socket's path holds about 100 characters; a deep home would not fit.
+    # A Unix socket's path is limited to about 100 bytes, too short for a deep INPAINT_HOME.
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"inpaint-{os.getuid()}-{digest}" / "redis.sock"
 
@@ -82,7 +82,7 @@ def _is_running(home: Path) -> bool:
     try:
         return bool(client.ping())
     except (redis.BusyLoadingError, redis.TimeoutError):
-        return True  # it is there; a second one would take its socket and its file
+        return True  # busy, but running: a second server would take over its socket and file
     except redis.ConnectionError:
         return False
     finally:
@@ -91,7 +91,7 @@ def _is_running(home: Path) -> bool:
 
 @contextmanager
 def _start_lock(home: Path) -> Iterator[None]:
-    """One process at a time: two servers would take each other's socket and file."""
+    """Serialises starts: two servers would take over each other's socket and append-only file."""
     with (home / "redis.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -119,7 +119,7 @@ def _start(home: Path) -> subprocess.Popen[bytes]:
 
 
 def _make_private_folder(folder: Path) -> None:
-    """The temporary folder is shared: nobody else may have made ours."""
+    """Raises BrokerUnavailable if another user created the folder: /tmp is writable for all."""
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():

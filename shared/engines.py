@@ -1,4 +1,4 @@
-"""The engines there are: one EngineSpec each, all that is known of an engine without loading it.
+"""The engines: one EngineSpec each, with everything that is known before an engine is loaded.
 
 A new engine is a module with a ``load`` function and one entry in ``ENGINES``.
 """
@@ -16,21 +16,21 @@ from shared.errors import ParameterError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """What producer and workers need to know of an engine before it is loaded.
+    """What producer and workers need to know about an engine before it is loaded.
 
-    kind: its name up to the first colon. usage: how a user writes it.
+    kind: the engine's name up to the first colon. usage: the name as a user writes it.
     loader: ``module:function``; the function takes the engine's name and EngineOptions and
-    returns an Engine. library: the module whose absence means that ``extra`` is not installed.
-    takes_model: the name goes on with ``:MODEL``.
+    returns an Engine. library: the module that is missing if ``extra`` is not installed.
+    takes_model: the name continues with ``:MODEL``.
     device: what one worker process runs on.
-    any_size: takes a region of any size as it is; otherwise regions consist of windows of
+    any_size: accepts regions of any size; otherwise a region consists of windows of
     ``width`` x ``height`` pixels.
-    has_seeds: another seed gives another result. is_trained: results are those of a trained
-    model, which their provenance says.
-    mask_defaults: mask parameters where neither preset nor row gives them, in pixels.
-    jobs_per_batch_row: concurrent jobs of a worker process for each row of the engine's
-    largest batch; 0: one for each CPU core.
-    gate_remedy: what helps where a result fails a quality gate.
+    has_seeds: the result depends on the seed. is_trained: the result comes from a trained model;
+    its provenance metadata says so.
+    mask_defaults: defaults of mask parameters for this engine, in pixels.
+    jobs_per_batch_row: concurrent jobs of a worker process per row of the engine's largest batch;
+    0: one per CPU core.
+    gate_remedy: the advice in the message of a failed quality gate.
     """
 
     kind: str
@@ -59,7 +59,7 @@ _OPENCV = EngineSpec(
     has_seeds=False,
     is_trained=False,
     jobs_per_batch_row=0,
-    gate_remedy=("try another opencv_method or opencv_radius, a mask that covers all of the mark"),
+    gate_remedy="try another opencv_method or opencv_radius, a mask that covers all of the mark",
 )
 
 
@@ -77,7 +77,7 @@ def _diffusion(*, kind: str, usage: str, loader: str, takes_model: bool) -> Engi
         is_trained=True,
         # Measured: the table of mask margins in docs/benchmarks.md.
         mask_defaults={"mask_dilation": 1, "mask_feather": 2},
-        # While one batch is on the device, a second one is fetched, decoded and encoded.
+        # While one batch is on the device, the jobs of a second one are fetched and encoded.
         jobs_per_batch_row=2,
         gate_remedy="try another seed",
     )
@@ -107,7 +107,7 @@ USAGE = f"{', '.join(_FIRST)} or {_LAST}"
 
 
 def engine_spec(name: str) -> EngineSpec:
-    """The spec of an engine by its full name; raises ParameterError where there is none."""
+    """The spec of an engine by its full name; raises ParameterError for an unknown one."""
     kind, colon, _ = name.partition(":")
     spec = ENGINES.get(kind)
     if spec is None or bool(colon) != spec.takes_model:
@@ -116,7 +116,10 @@ def engine_spec(name: str) -> EngineSpec:
 
 
 def engine_name(text: str) -> str:
-    """One name per engine and queue: a model's folder becomes absolute. Raises ParameterError."""
+    """The canonical name of an engine and its queue: a model's folder becomes absolute.
+
+    Raises ParameterError.
+    """
     spec = engine_spec(text)
     model = text.partition(":")[2]
     if spec.takes_model and not model:

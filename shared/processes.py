@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes that do not outlive their parent, and the exit statuses of a worker process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
-# Exit statuses of a worker process, after sysexits. 69: starting it again would not help.
+# Exit statuses of a worker process, numbered after sysexits.h.
+# The engine cannot be loaded: a restart would not help.
 EX_UNAVAILABLE = 69
-# Its engine hangs.
+# The engine hangs.
 EX_STALLED = 70
-# Its device was lost, and no job had succeeded on it since the process started.
+# The device was lost before any job had succeeded on it since the process started.
 EX_DEVICE_LOST = 74
-# Its device was lost, after jobs had succeeded.
+# The device was lost after jobs had succeeded on it.
 EX_DEVICE_LOST_LATER = 75
-# A launcher and a terminal may both pass one signal on: what comes this soon is no second one.
+# Ctrl-C can arrive twice, from the terminal and from the parent: a signal that follows within this
+# time is the same one, not the user's second.
 SAME_SIGNAL_SECONDS = 1.0
 
 _PR_SET_PDEATHSIG = 1
@@ -30,10 +32,11 @@ def spawn(
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a command that gets SIGTERM when this process dies, kill -9 included (Linux).
+    """Starts a command that gets SIGTERM when this process dies, even by SIGKILL (Linux only).
 
-    Call it from a thread that lives as long as the process: the kernel watches the thread.
-    It gets a process group of its own, so that Ctrl-C reaches only its parent.
+    Call it from a thread that lives as long as the process: the kernel sends the signal when the
+    thread that spawned the child ends. The child has its own process group, so that Ctrl-C in the
+    terminal reaches only the parent.
     """
     return subprocess.Popen(
         list(command),
@@ -49,23 +52,24 @@ def spawn(
 def _die_with_parent() -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
+    # Load libc before the fork: after it, another thread may hold the loader's lock for ever.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
-    def ask() -> None:
+    def set_parent_death_signal() -> None:
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
-    return ask
+    return set_parent_death_signal
 
 
 def stop(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
-    """SIGTERM, then SIGKILL after the grace; returns the exit status."""
+    """Sends SIGTERM, and SIGKILL after ``grace_seconds``; returns the exit status."""
     if process.poll() is None:
         process.terminate()
     return wait_or_kill(process, grace_seconds=grace_seconds)
 
 
 def wait_or_kill(process: subprocess.Popen[bytes], *, grace_seconds: float) -> int:
-    """Waits for a process that was asked to end; SIGKILL after the grace."""
+    """Waits for a process to end; sends SIGKILL after ``grace_seconds``. Returns the status."""
     try:
         return process.wait(grace_seconds)
     except subprocess.TimeoutExpired:

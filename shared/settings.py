@@ -1,4 +1,4 @@
-"""The environment, read once into one frozen Settings."""
+"""Settings: the ``INPAINT_*`` variables, read once at the start of a command."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ RENAMED = {
 
 log = logging.getLogger(__name__)
 
-# Host and port, then the number of a database and options; or a socket's path.
+# The query options of a Redis URL that kombu understands.
 _BROKER_OPTIONS = frozenset(
     {"virtual_host", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 )
+# Host, port, database number and options; or the path of a Unix socket.
 _BROKER = re.compile(
     r"rediss?://([^/?#]*@)?[^/?#@:]+(:\d{1,5})?(/\d*)?(\?.*)?|redis\+socket:///.+", re.DOTALL
 )
@@ -54,6 +55,7 @@ def _not_empty(value: Any) -> Any:
 
 
 def _absolute(path: Path) -> Path:
+    """Resolves symlinks too: Storage compares resolved paths with resolved roots."""
     return Path(os.path.realpath(path.expanduser()))
 
 
@@ -75,7 +77,7 @@ def _database(value: SecretStr | None) -> SecretStr | None:
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
         raise ValueError(f"{url.drivername!r} is not supported; use postgresql+psycopg or sqlite")
     if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):
-        raise ValueError("a database in memory is not shared; use sqlite:///file")
+        raise ValueError("a database in memory cannot be shared by processes; use sqlite:///file")
     return SecretStr(url.render_as_string(hide_password=False))
 
 
@@ -88,7 +90,7 @@ def _broker(value: SecretStr | None) -> SecretStr | None:
 
 
 def _check_broker(url: str) -> None:
-    """Raises ValueError without the URL, which may hold a password."""
+    """Raises ValueError. The message leaves the URL out: it may hold a password."""
     try:
         port = urlsplit(url).port
     except ValueError:
@@ -97,7 +99,7 @@ def _check_broker(url: str) -> None:
         raise ValueError("the port must be a number from 1 to 65535")
     unknown = set(parse_qs(urlsplit(url).query)) - _BROKER_OPTIONS
     if unknown:
-        raise ValueError(f"{min(unknown)!r} is no option of a Redis URL")
+        raise ValueError(f"{min(unknown)!r} is not an option of a Redis URL")
 
 
 Attention = Literal["auto", "flash", "cudnn", "efficient", "math", "xformers", "sliced"]
@@ -114,7 +116,10 @@ Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split), AfterVa
 
 
 class Settings(BaseSettings):
-    """Every ``INPAINT_*`` variable; ``.env`` in the current folder is read as well."""
+    """One field per ``INPAINT_*`` variable, read from the environment and ``./.env``.
+
+    The environment wins over ``.env``. Frozen: a command passes its options to ``load``.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -136,104 +141,115 @@ class Settings(BaseSettings):
     )
     broker_url: Annotated[SecretStr | None, AfterValidator(_broker)] = Field(
         default=None,
-        description="Redis for Celery: `redis://...`. Unset: one that the product starts itself.",
+        description="Redis for Celery: `redis://...`. Unset: the product starts its own.",
     )
     engine: str = Field(
         default="sd2", description="`sd2`, `opencv` or `diffusers:FOLDER_OR_HUB_ID[@REVISION]`."
     )
     buckets: Names = Field(
         default=(),
-        description="S3 buckets that may be used, comma separated. "
-        "Unset: all that the credentials reach.",
+        description="Allowed S3 buckets, comma separated. "
+        "Unset: every bucket that the credentials can reach.",
     )
     roots: Folders = Field(
         default=(Path(),),
-        description="Folders that local files must lie under, comma separated. "
-        "Unset: the current folder.",
+        description="Allowed folders for local files, comma separated. Unset: the current folder.",
     )
     lease_seconds: float = Field(
         default=60,
         gt=0,
         le=3600,
-        description="A running job without a heartbeat is lost after this.",
+        description="A lease expires after this time without a heartbeat; "
+        "the job then counts as lost and runs again.",
     )
     heartbeat_seconds: float = Field(
         default=15, gt=0, description="How often a worker renews its leases."
     )
     maintenance_seconds: float = Field(
-        default=2, gt=0, le=60, description="How often a worker dispatches and reaps."
+        default=2,
+        gt=0,
+        le=60,
+        description="How often a worker dispatches due jobs and reclaims expired leases.",
     )
     stall_seconds: float = Field(
         default=900,
         gt=0,
-        description="A worker process whose engine makes no step for so long is started again.",
+        description="A worker process is restarted if its engine makes no progress for this long.",
     )
     write_retry_seconds: float = Field(
         default=600,
         ge=0,
-        description="How long a worker waits with a result for an output that refuses it "
-        "(full disk, no permission) before that counts as a failure.",
+        description="How long a worker retries a write that fails (disk full, permission denied) "
+        "before the attempt fails.",
     )
     queue_bound: int = Field(
         default=1000,
         ge=1,
         le=100_000,
-        description="Most messages per engine and priority in Redis.",
+        description="Maximum number of messages in Redis per engine and priority.",
     )
     concurrency: int = Field(
-        default=0, ge=0, le=256, description="Job threads per worker process; 0 chooses by engine."
+        default=0,
+        ge=0,
+        le=256,
+        description="Concurrent jobs per worker process; 0: a default by engine.",
     )
     megapixel_budget: int = Field(
         default=0,
         ge=0,
-        description="Decoded pixels that a worker process holds at a time, in millions, whatever "
-        "its threads; 0: what half of the machine's memory holds, shared by its processes.",
+        description="Decoded megapixels that a worker process holds in memory at a time; further "
+        "jobs wait. 0: as many as fit half of the machine's memory, divided among its processes.",
     )
     max_batch: BatchSize = Field(
         default="auto",
-        description="Most rows of one forward pass; a window takes two with guidance. "
-        "`auto`: the largest that fits.",
+        description="Maximum rows in one forward pass; a window takes two rows with guidance, else "
+        "one. `auto`: the largest batch that fits.",
     )
     deterministic: bool = Field(
         default=False,
-        description="Every forward pass has `INPAINT_MAX_BATCH` rows (8 if `auto`): "
-        "a job's bits are the same alone and beside any others.",
+        description="Pad every forward pass to `INPAINT_MAX_BATCH` rows (8 if `auto`): "
+        "a job's result is bit-identical whatever else is in the batch.",
     )
     compile: Compile = Field(
         default="off",
         description="`default` or `max-autotune`: run the UNet through `torch.compile`; `auto`: "
-        "only where a worker measures at its start that this is faster. Needs a C compiler and "
-        "Python's headers, and minutes at the first start, kept under `INPAINT_HOME`.",
+        "only if a worker measures at its start that this is faster. Needs a C compiler and "
+        "Python's headers; the first start takes minutes, later ones use the cache in "
+        "`INPAINT_HOME`.",
     )
     attention: Attention = Field(
         default="auto",
         description="`flash`, `cudnn`, `efficient`, `math`, `xformers` or `sliced`. `auto`: on a "
-        "GPU the fastest of the first three for each window size, by measurement.",
+        "GPU the fastest of the first three, measured for each window size.",
     )
     quantization: Quantization = Field(
         default="off",
-        description="8 bits for the weights of the UNet's attention blocks, with the extra "
-        "`quantization`: `int8_weights` (less memory), `int8` (activations too: on CUDA with "
-        "`INPAINT_COMPILE` and a named `INPAINT_ATTENTION`) or `fp8` (compute capability 8.9). "
-        "Recorded in `engine_revision`; pixels change a little.",
+        description="8-bit weights in the UNet's attention blocks: `int8_weights` (less memory), "
+        "`int8` (activations too; needs CUDA, `INPAINT_COMPILE` and an `INPAINT_ATTENTION` other "
+        "than `auto`) or `fp8` (needs compute capability 8.9). Needs the extra `quantization`. "
+        "Recorded in `engine_revision`; pixels change slightly.",
     )
     memory: MemoryModes = Field(
         default=(),
-        description="Modes that need less GPU memory, comma separated: `attention_slicing`, "
+        description="Modes that use less GPU memory, comma separated: `attention_slicing`, "
         "`vae_slicing`, `vae_tiling`, `model_offload`, `sequential_offload`. "
-        "Unset: each only once memory runs out.",
+        "Unset: switched on one by one when memory runs out.",
     )
     max_object_bytes: int = Field(
-        default=512 * 2**20, ge=1024, description="Largest image or mask that is read, in bytes."
+        default=512 * 2**20,
+        ge=1024,
+        description="Largest image or mask file that is read, in bytes.",
     )
     max_pixels: int = Field(
         default=250_000_000, ge=1, description="Largest image or mask that is decoded, in pixels."
     )
     max_failures: int = Field(
-        default=5, ge=1, le=100, description="A job that failed this often is not retried again."
+        default=5, ge=1, le=100, description="A job fails for good after this many failed attempts."
     )
     retry_base_seconds: float = Field(
-        default=30, ge=0, description="Longest wait before the first retry; it doubles each time."
+        default=30,
+        ge=0,
+        description="Longest wait before the first retry; doubles with each further retry.",
     )
     retry_cap_seconds: float = Field(
         default=900, ge=0, description="Longest wait before any retry."
@@ -245,7 +261,7 @@ class Settings(BaseSettings):
     )
 
     @validates(mode="after")
-    def _heartbeats_fit_into_a_lease(self) -> Self:
+    def _check_two_heartbeats_per_lease(self) -> Self:
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS")
         return self
@@ -307,18 +323,16 @@ def _variable(name: str) -> str:
 
 
 def _describe(error: ValidationError) -> list[str]:
-    """Names each variable and the rule, never the value: it may hold a password.
-
-    A variable of several types is refused once for each of them.
-    """
-    found: dict[str, list[str]] = {}
+    """One message per variable: its name and the rule, never the value (it may be a password)."""
+    messages: dict[str, list[str]] = {}
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
         name = f"{_variable(str(problem['loc'][0]))}: " if problem["loc"] else ""
-        found.setdefault(name, []).append(message)
-    return [name + _join_alternatives(messages) for name, messages in found.items()]
+        messages.setdefault(name, []).append(message)
+    return [name + _join_alternatives(alternatives) for name, alternatives in messages.items()]
 
 
 def _join_alternatives(messages: list[str]) -> str:
+    """Pydantic reports a field of several types once per type."""
     first, *others = messages
-    return " or ".join([first, *(one.removeprefix("Input should be ") for one in others)])
+    return " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])

@@ -1,6 +1,6 @@
-"""Objects by URI: ``s3://bucket/key`` and absolute local paths.
+"""Object storage: ``s3://bucket/key`` and absolute local paths behind one interface.
 
-Local folders and buckets are allow-lists. A written object appears whole or not at all.
+Folders and buckets are allow-lists. Writes are atomic: readers see an object whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["Object", "Stat", "Storage"]
 
 
 class Storage:
-    """Reads and writes objects under the allowed roots and buckets; safe for many threads.
+    """Reads and writes objects under the allowed roots and buckets. Thread-safe.
 
-    roots: folders, already resolved. buckets: empty allows every bucket the credentials
-    reach. Every method raises LocationError for a refused place, ObjectMissing,
-    ObjectDenied, or StorageUnavailable.
+    roots: folders, symlinks resolved. buckets: empty allows every bucket that the credentials
+    can reach. Every method raises LocationError for a location that is not allowed,
+    ObjectMissing, ObjectDenied or StorageUnavailable.
     """
 
     def __init__(self, *, roots: Sequence[Path], buckets: Sequence[str]) -> None:
@@ -35,11 +35,11 @@ class Storage:
         self._s3 = S3()
 
     def check(self, uri: str) -> str:
-        """The place itself, without symlinks; raises LocationError where it is not allowed.
+        """Returns the location with symlinks resolved; raises LocationError if it is not allowed.
 
-        Quick, for the rows of a manifest: a folder's symlinks are looked at once. Reading
-        and writing look again.
+        Fast enough for every row of a manifest: each folder is resolved once and cached.
         """
+        # The cache can be stale (a folder replaced by a symlink): get and put resolve again.
         self._check_allowed(uri, files.cached_realpath)
         return uri if is_s3(uri) else files.cached_realpath(uri)
 
@@ -57,7 +57,7 @@ class Storage:
             )
 
     def stat(self, uri: str) -> Stat | None:
-        """None where nothing is there."""
+        """Version and size; None if the object does not exist."""
         self._check_allowed(uri, os.path.realpath)
         try:
             with mapped_errors(uri):
@@ -66,7 +66,7 @@ class Storage:
             return None
 
     def get(self, uri: str, *, max_bytes: int) -> Object:
-        """Raises ObjectTooLarge over ``max_bytes``, before the body is read."""
+        """Reads an object. Raises ObjectTooLarge above ``max_bytes`` before it reads the body."""
         self._check_allowed(uri, os.path.realpath)
         with mapped_errors(uri):
             if is_s3(uri):
@@ -74,7 +74,7 @@ class Storage:
             return files.get(uri, max_bytes)
 
     def head(self, uri: str, *, max_bytes: int) -> bytes:
-        """The first ``max_bytes`` of an object, or all of a smaller one."""
+        """The first ``max_bytes`` of an object; all of a smaller one."""
         self._check_allowed(uri, os.path.realpath)
         with mapped_errors(uri):
             if not is_s3(uri):
@@ -84,18 +84,18 @@ class Storage:
 
     @contextmanager
     def open(self, uri: str) -> Iterator[IO[bytes]]:
-        """A stream over the whole object, for reading once."""
+        """A stream over the whole object that can be read once."""
         self._check_allowed(uri, os.path.realpath)
         source = self._s3.open if is_s3(uri) else files.open_regular
         with mapped_errors(uri), source(uri) as stream:
             yield stream
 
     def put(self, uri: str, data: bytes, *, if_version: str | None, token: str) -> str:
-        """Writes the object only over the version named (None: only where nothing is).
+        """Writes the object if its current version is ``if_version`` (None: if it does not exist).
 
-        token: unique to this attempt; names the temporary file. Returns the new version.
-        Raises OutputConflict where another version is there, and OutputRefused where the disk
-        is full or the place may not be written to.
+        token: unique to this attempt; part of the temporary file's name. Returns the new version.
+        Raises OutputConflict if the current version is another one, OutputRefused if the disk is
+        full or the location is not writable.
         """
         self._check_allowed(uri, os.path.realpath)
         with mapped_write_errors(), mapped_errors(uri):
@@ -104,11 +104,12 @@ class Storage:
             return files.put(uri, data, if_version, token)
 
     def check_bucket(self, bucket: str) -> None:
-        """Asks for one key of a bucket, to see that it answers."""
+        """Lists one key; raises if the bucket does not exist, does not answer or denies access."""
         with mapped_errors(f"s3://{bucket}"):
             self._s3.check_bucket(bucket)
 
     def remove_temporary_files(self, uri: str, tokens: Sequence[str]) -> None:
-        """Deletes what earlier attempts of a job left when they were killed; S3 keeps nothing."""
+        """Deletes the temporary files of a job's killed attempts, named by their tokens."""
+        # An S3 PUT that was cut off leaves nothing behind.
         if not is_s3(uri):
             files.remove_temporary_files(uri, tokens)

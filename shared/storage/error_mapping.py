@@ -1,4 +1,4 @@
-"""Libraries' errors become ours once, here."""
+"""Maps the errors of the operating system, botocore and urllib3 to those of shared.errors."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from shared.errors import (
 
 @contextmanager
 def mapped_errors(uri: str) -> Iterator[None]:
+    """Raises the InpaintError for an error inside the block; its message begins with the URI."""
     try:
         yield
     except InpaintError:
@@ -31,14 +32,14 @@ def mapped_errors(uri: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EROFS:
             raise ObjectDenied(f"{uri!r}: {error.strerror}") from error
-        hopeless = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-        found = LocationError if hopeless else StorageUnavailable
-        raise found(f"{uri!r}: {error.strerror or error}") from error
+        is_permanent = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        kind = LocationError if is_permanent else StorageUnavailable
+        raise kind(f"{uri!r}: {error.strerror or error}") from error
     except Exception as error:
-        ours = _map_botocore(uri, error)
-        if ours is None:
+        mapped = _map_botocore(uri, error)
+        if mapped is None:
             raise
-        raise ours from error
+        raise mapped from error
 
 
 _NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
@@ -46,19 +47,22 @@ _NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
 
 @contextmanager
 def mapped_write_errors() -> Iterator[None]:
-    """What a person has to mend before anything more can be written."""
+    """Raises OutputRefused for a full disk or a missing permission; nests ``mapped_errors``.
+
+    A person has to fix those, so the caller keeps the result and retries the write.
+    """
     try:
         yield
     except (ObjectDenied, StorageUnavailable) as error:
         cause = error.__cause__
-        refused = isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE
-        if refused or _is_refused_by_s3(cause):
+        is_refused = isinstance(cause, OSError) and cause.errno in _NOT_WRITABLE
+        if is_refused or _is_refused_by_s3(cause):
             raise OutputRefused(str(error)) from cause
         raise
 
 
 def _is_refused_by_s3(cause: BaseException | None) -> bool:
-    # An S3 on somebody's own disks says 507 where those are full.
+    # Self-hosted S3 servers (MinIO) answer 507 when their disks are full.
     response = getattr(cause, "response", None)
     return response is not None and http_status(cause) in (401, 403, 507)
 
@@ -90,7 +94,7 @@ def _map_response(uri: str, error: Any) -> InpaintError:
     if status in (401, 403):
         return ObjectDenied(f"{uri!r}: access denied ({code}); check the credentials' permissions")
     if status in (409, 412):
-        return OutputConflict(f"{uri!r} was written by somebody else meanwhile")
+        return OutputConflict(f"{uri!r} was written by another process meanwhile")
     return StorageUnavailable(f"{uri!r}: S3 answered {status} {code}")
 
 

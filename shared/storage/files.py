@@ -1,4 +1,4 @@
-"""Local files: read whole, written beside their place and renamed, so that none is half there."""
+"""Local files. Writes are atomic: a temporary file in the same folder, fsync, rename."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _folder_realpath(folder: str) -> str:
 
 
 def cached_realpath(path: str) -> str:
-    """The path without symlinks; the folder's answer is kept, as a manifest names few folders."""
+    """``os.path.realpath``, cached by folder: a manifest's many files lie in few folders."""
     if os.path.islink(path):  # noqa: PTH114 - hot
         return os.path.realpath(path)
     folder, _, leaf = path.rpartition("/")
@@ -31,7 +31,7 @@ def is_under(path: str, roots: Sequence[str]) -> bool:
 
 
 def open_regular(path: str) -> IO[bytes]:
-    # A pipe or a device would block the worker for ever.
+    # Opening a pipe or a device would block the worker forever.
     if Path(path).exists() and not Path(path).is_file():
         raise ObjectDenied(f"{path!r} is not a regular file")
     return Path(path).open("rb")
@@ -47,8 +47,9 @@ def get(path: str, max_bytes: int) -> Object:
         status = os.fstat(file.fileno())
         check_size(path, status.st_size, max_bytes)
         data, after = file.read(max_bytes + 1), os.fstat(file.fileno())
+    # Another program may be writing the file in place: half of it old, half new.
     if (len(data), after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-        raise StorageUnavailable(f"{path!r} changed while it was read; it is read again")
+        raise StorageUnavailable(f"{path!r} changed while it was read; a retry reads it again")
     return Object(data=data, version=f"{status.st_size}-{status.st_mtime_ns}")
 
 
@@ -61,9 +62,11 @@ def put(path: str, data: bytes, if_version: str | None, token: str) -> str:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        found = stat(path).version if target.exists() else None
-        if found != if_version:
-            raise OutputConflict(f"{path!r} was written by somebody else meanwhile")
+        # Check and rename are two steps: two attempts of one job can both pass the check. Their
+        # results are identical, and only the one that holds the lease can finish the job.
+        current = stat(path).version if target.exists() else None
+        if current != if_version:
+            raise OutputConflict(f"{path!r} was written by another process meanwhile")
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -72,12 +75,13 @@ def put(path: str, data: bytes, if_version: str | None, token: str) -> str:
 
 
 def temporary_path(target: Path, token: str) -> Path:
-    """Beside the target; a name holds 255 bytes, and a character up to four."""
-    kept = os.fsencode(target.name)[:200].decode(errors="ignore")
-    return target.with_name(f".{kept}.{token}.tmp")
+    """A hidden file in the target's folder, its name at most 255 bytes long."""
+    shortened = os.fsencode(target.name)[:200].decode(errors="ignore")
+    return target.with_name(f".{shortened}.{token}.tmp")
 
 
 def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,7 +90,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_temporary_files(path: str, tokens: Sequence[str]) -> None:
-    """Deletes temporary files that earlier attempts of a job left when they were killed."""
+    """Deletes the temporary files of a job's killed attempts."""
     target = Path(path)
     for token in tokens:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Where things are: ``s3://bucket/key`` and absolute local paths. No I/O."""
+"""Parse and resolve locations: ``s3://bucket/key`` and absolute local paths. No I/O."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shared.errors import LocationError
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
-# A secret may hold a slash; a key may hold "@". Before the first slash, ":" tells the two apart.
+# A secret may contain "/", an S3 key may contain "@". A ":" before the first "/" means credentials.
 _CREDENTIALS = re.compile(r"^([a-zA-Z0-9+.-]+://)([^/@:]*:[^@]*|[^/@]*)@")
 
 
@@ -18,16 +18,16 @@ def is_s3(uri: str) -> bool:
 
 
 def split_s3(uri: str) -> tuple[str, str]:
-    """Bucket and key; the key is taken byte for byte, ``+`` and ``%2F`` included."""
+    """Bucket and key. The key is not URL-decoded: ``+`` and ``%2F`` stay as they are."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return bucket, key
 
 
 def absolute(reference: str, *, base: str) -> str:
-    """The URI a reference means, seen from a folder or an S3 prefix ``base``.
+    """Resolves a reference against ``base``, a folder or an S3 prefix.
 
-    Raises LocationError for other schemes, credentials in a URI, ``..``, a bucket without
-    a key, and NUL.
+    Raises LocationError for other schemes, credentials in the URI, ``..``, an S3 URI without a
+    key, and NUL.
     """
     scheme = _SCHEME.match(reference)
     if scheme and scheme[1] not in ("s3", "file"):
@@ -37,7 +37,7 @@ def absolute(reference: str, *, base: str) -> str:
     if scheme and _CREDENTIALS.search(reference):
         raise LocationError(f"{redacted(reference)!r}: credentials do not belong in a URI")
     if "\x00" in reference:
-        raise LocationError(f"{reference!r}: a name cannot hold NUL")
+        raise LocationError(f"{reference!r}: a name cannot contain NUL")
     if ".." in reference.split("/"):
         raise LocationError(f"{reference!r}: '..' is refused; name the folder itself")
     if scheme and scheme[1] == "s3":
@@ -59,11 +59,12 @@ def _checked_s3(uri: str) -> str:
 
 
 def redacted(uri: str) -> str:
+    """The URI with its credentials replaced by ``***``."""
     return _CREDENTIALS.sub(r"\1***@", uri)
 
 
 def parent(uri: str) -> str:
-    """The folder or prefix that relative references beside ``uri`` resolve against."""
+    """The folder or S3 prefix that contains ``uri``."""
     return uri.rpartition("/")[0] or "/"
 
 

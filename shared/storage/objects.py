@@ -1,4 +1,4 @@
-"""What is said of an object, wherever it lies."""
+"""The types that local and S3 storage share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Object:
 
 
 def check_size(uri: str, size: int, max_bytes: int) -> None:
-    """Raises ObjectTooLarge."""
+    """Raises ObjectTooLarge above ``max_bytes``."""
     if size > max_bytes:
         raise ObjectTooLarge(
             f"{uri!r} is {size:,} bytes; the cap is {max_bytes:,} (INPAINT_MAX_OBJECT_BYTES)"

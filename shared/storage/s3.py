@@ -1,4 +1,4 @@
-"""S3: one client for all threads; conditional writes, so that no version is overwritten unseen."""
+"""S3: one client for all threads; conditional writes (If-Match, If-None-Match)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ READ_SECONDS = 60.0
 
 
 class S3:
-    """The buckets that the credentials reach; the client is made when it is first needed."""
+    """Objects in S3. The client is created at the first request: importing boto3 takes a while."""
 
     def __init__(self) -> None:
         self._cached_client: Any = None
@@ -52,7 +52,7 @@ class S3:
             )
         except self._client.exceptions.ClientError as error:
             if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return b""  # an empty object has no first byte
+                return b""  # an empty object has no first byte to request
             raise
         with closing(answer["Body"]) as body:
             return bytes(body.read())
@@ -60,7 +60,8 @@ class S3:
     def get(self, uri: str, max_bytes: int) -> Object:
         bucket, key = split_s3(uri)
         answer = self._client.get_object(Bucket=bucket, Key=key)
-        # Not "with answer[...]": that gives urllib3's own body, whose length nobody verifies.
+        # Not `with answer["Body"]`: that enters urllib3's raw response, and the length of a
+        # truncated body is not verified.
         with closing(answer["Body"]) as body:
             check_size(uri, answer["ContentLength"], max_bytes)
             return Object(data=body.read(), version=answer["ETag"])
@@ -73,8 +74,8 @@ class S3:
                 Bucket=bucket, Key=key, Body=data, ContentType=_content_type(uri), **condition
             )
         except self._client.exceptions.NoSuchKey as error:
-            # What If-Match names is gone altogether.
-            raise OutputConflict(f"{uri!r} was removed by somebody else meanwhile") from error
+            # If-Match on a key that no longer exists.
+            raise OutputConflict(f"{uri!r} was deleted by another process meanwhile") from error
         return str(answer["ETag"])
 
 
@@ -82,7 +83,7 @@ def _new_client() -> Any:
     import boto3
     from botocore.config import Config
 
-    # Botocore's own retries cover short hiccups; longer ones are the job's retry.
+    # Botocore retries short outages; longer ones fail the attempt, and the job is retried.
     config = Config(
         connect_timeout=CONNECT_SECONDS,
         read_timeout=READ_SECONDS,
@@ -112,7 +113,7 @@ def _content_type(uri: str) -> str:
 
 
 class _Readable(io.RawIOBase):
-    """Makes botocore's body readable by the io stack."""
+    """Wraps botocore's body as a raw stream that io.BufferedReader accepts."""
 
     def __init__(self, body: Any) -> None:
         self._body = body

@@ -1,4 +1,4 @@
-"""The Redis that the product starts itself: one per home, private, gone with its owner."""
+"""The embedded Redis: one per home, private to the user, stopped with its owner."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def configured(tmp_path: Path) -> Iterator[Settings]:
     shutil.rmtree(embedded_redis._socket_path(home).parent, ignore_errors=True)
 
 
-def test_it_answers_while_it_is_held_and_keeps_what_it_was_told(configured: Settings) -> None:
+def test_it_runs_while_it_is_in_use_and_keeps_its_data(configured: Settings) -> None:
     for _ in range(2):
         with EmbeddedRedis(configured):
             queue = Queue(embedded_redis.broker_url(configured))
@@ -42,22 +42,22 @@ def test_it_answers_while_it_is_held_and_keeps_what_it_was_told(configured: Sett
         queue.close()
 
 
-def test_holders_at_once_share_one_server(configured: Settings) -> None:
-    holders = [EmbeddedRedis(configured) for _ in range(4)]
-    together = Barrier(4)
+def test_concurrent_users_share_one_server(configured: Settings) -> None:
+    users = [EmbeddedRedis(configured) for _ in range(4)]
+    barrier = Barrier(4)
 
-    def hold(holder: EmbeddedRedis) -> None:
-        together.wait()
-        holder.ensure()
+    def start(user: EmbeddedRedis) -> None:
+        barrier.wait()
+        user.ensure()
 
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(hold, holders))
-    assert sum(holder._process is not None for holder in holders) == 1
-    for holder in holders:
-        holder.close()
+        list(pool.map(start, users))
+    assert sum(user._process is not None for user in users) == 1
+    for user in users:
+        user.close()
 
 
-def test_another_holder_starts_it_again_when_its_owner_has_gone(configured: Settings) -> None:
+def test_another_user_restarts_it_after_its_owner_ended(configured: Settings) -> None:
     owner, other = EmbeddedRedis(configured), EmbeddedRedis(configured)
     owner.ensure()
     other.ensure()
@@ -67,7 +67,7 @@ def test_another_holder_starts_it_again_when_its_owner_has_gone(configured: Sett
     other.close()
 
 
-def test_a_configured_broker_is_left_alone(tmp_path: Path) -> None:
+def test_it_starts_nothing_if_a_broker_is_configured(tmp_path: Path) -> None:
     settings = Settings(_env_file=None, home=tmp_path, broker_url="redis://elsewhere/0")  # type: ignore[call-arg,arg-type]
     with EmbeddedRedis(settings):
         assert embedded_redis.broker_url(settings) == "redis://elsewhere/0"
@@ -84,7 +84,7 @@ def test_it_listens_on_a_private_socket_and_on_no_port(configured: Settings) -> 
         queue.close()
 
 
-def test_a_socket_folder_that_others_may_enter_is_refused(configured: Settings) -> None:
+def test_a_socket_folder_that_other_users_can_enter_is_refused(configured: Settings) -> None:
     folder = embedded_redis._socket_path(configured.home).parent
     folder.mkdir(mode=0o700)
     folder.chmod(0o755)
@@ -92,7 +92,7 @@ def test_a_socket_folder_that_others_may_enter_is_refused(configured: Settings) 
         EmbeddedRedis(configured).ensure()
 
 
-def test_a_home_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     settings = Settings(_env_file=None, home=tmp_path / "file" / "home")  # type: ignore[call-arg]
     with pytest.raises(BrokerUnavailable, match=r"Not a directory.*; see INPAINT_HOME"):
@@ -107,7 +107,7 @@ def test_a_server_that_does_not_start_names_its_log(configured: Settings) -> Non
         EmbeddedRedis(configured).ensure()
 
 
-def test_no_server_anywhere_names_every_remedy(
+def test_if_no_server_is_installed_the_error_names_every_remedy(
     configured: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -116,8 +116,8 @@ def test_no_server_anywhere_names_every_remedy(
         EmbeddedRedis(configured).ensure()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
-def test_it_dies_with_an_owner_that_was_killed(configured: Settings) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal exists only on Linux")
+def test_it_stops_when_its_owner_is_killed(configured: Settings) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"

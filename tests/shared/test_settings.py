@@ -284,7 +284,7 @@ def test_every_setting_is_described() -> None:
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_a_database_in_memory_is_refused(url: str) -> None:
-    with pytest.raises(SettingsError, match="a database in memory is not shared"):
+    with pytest.raises(SettingsError, match="a database in memory cannot be shared"):
         settings.load(database_url=url)
 
 
@@ -292,7 +292,7 @@ def test_a_database_in_memory_is_refused(url: str) -> None:
     ("url", "words"),
     [
         ("redis://:secret@127.0.0.1:99999/0", "the port must be a number"),
-        ("redis://:secret@127.0.0.1:6379/0?foo=bar", "'foo' is no option"),
+        ("redis://:secret@127.0.0.1:6379/0?foo=bar", "'foo' is not an option"),
     ],
 )
 def test_a_broker_that_no_client_could_reach_is_refused(url: str, words: str) -> None:

@@ -150,7 +150,7 @@ def test_the_content_type_follows_the_name(s3: Bucket) -> None:
 
 def test_a_put_over_nothing_loses_to_whoever_was_first(place: Place) -> None:
     place.put("a.png", b"first")
-    with pytest.raises(OutputConflict, match="written by somebody else meanwhile"):
+    with pytest.raises(OutputConflict, match="written by another process meanwhile"):
         place.put("a.png", b"second")
     assert place.read("a.png") == b"first"
 
@@ -245,7 +245,7 @@ def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
         ("/root/../etc/passwd", "'..' is refused"),
         ("s3://bucket/../a.png", "'..' is refused"),
         ("file:///a/../b", "'..' is refused"),
-        ("a\x00b.png", "a name cannot hold NUL"),
+        ("a\x00b.png", "a name cannot contain NUL"),
         ("s3://bucket", "the key is missing; use s3://bucket/key"),
         ("s3://bucket/", "the key is missing"),
         ("s3:///a.png", "'' is not a bucket name"),
