@@ -1,6 +1,6 @@
-"""Jobs stay right whatever workers, messages, time and people do, on both databases.
+"""The job state machine under random events, on both databases.
 
-``make soak`` tries for many minutes, by ``pytest --hypothesis-profile=soak``.
+``make soak`` runs it for many minutes, by ``pytest --hypothesis-profile=soak``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.shared.job_machine.machine import JobMachine
 
 
 @pytest.mark.timeout(0)
-def test_no_order_of_events_loses_or_doubles_a_job(
+def test_no_order_of_events_loses_or_duplicates_a_job(
     db: Database, request: pytest.FixtureRequest
 ) -> None:
     is_soak = request.config.getoption("--hypothesis-profile") == "soak"

@@ -1,5 +1,6 @@
-"""Jobs driven at random by several workers over lost, doubled and reordered messages.
+"""A Hypothesis state machine: random events, compared with a model after every step.
 
-A model in plain Python says what each call does. Time passes where the machine says so: a
-lease or a wait is moved into the past in the table.
+Workers, producers and users act in any order, over lost, duplicated and reordered messages.
+A model in plain Python predicts each call. Time does not pass by itself: a rule moves leases
+and delays into the past in the tables.
 """

@@ -1,4 +1,4 @@
-"""What a job is, in plain Python, and a Redis that forgets on request."""
+"""The model of a job in plain Python, and a queue in memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 from shared.db.models import FINAL_STATES
 from shared.errors import BrokerUnavailable
-from shared.jobs.queue import Message
+from shared.jobs.queue import Message, MessageId
 from shared.jobs.submissions import NewJob
 
 
 @dataclass(kw_only=True)
-class Expected:
-    """What the model says of one job. outcomes: of its attempts, None while one runs."""
+class ModelJob:
+    """The expected state of one job. outcomes: of its attempts; None while one runs."""
 
     id: int
     row: NewJob
@@ -24,7 +24,7 @@ class Expected:
     state: str = "pending"
     failures: int = 0
     losses: int = 0
-    cancelling: bool = False
+    cancel_requested: bool = False
     due: bool = True
     expired: bool = False
     worker: str | None = None
@@ -45,20 +45,20 @@ class Expected:
         return self.submission, self.line
 
     def owns(self, output: str) -> bool:
-        """Whether what lies at the output is this job's, or will be."""
-        lasts = self.state == "succeeded" and self.error != "output_replaced"
-        return self.row.output == output and (not self.is_final or lasts)
+        """True if the object at ``output`` is this job's result, or will be."""
+        keeps_output = self.state == "succeeded" and self.error != "output_replaced"
+        return self.row.output == output and (not self.is_final or keeps_output)
 
     def supersede(self) -> None:
         self.error = "output_replaced"
         if self.state in ("pending", "queued"):
             self.state = "cancelled"
         if self.state == "running":
-            self.cancelling = True
+            self.cancel_requested = True
 
     def end(self, outcome: str, state: str, *, due: bool = True) -> None:
-        """The running attempt ends; a cancelled job does not wait again nor count as failed."""
-        if self.cancelling and state in ("pending", "failed"):
+        """Ends the running attempt; a job with a cancellation pending becomes cancelled."""
+        if self.cancel_requested and state in ("pending", "failed"):
             state = "cancelled"
         if outcome == "retried" and state == "cancelled":
             outcome = "failed"
@@ -66,21 +66,21 @@ class Expected:
         self.state, self.worker, self.expired, self.due = state, None, False, due
 
     def reopen(self) -> None:
-        self.state, self.error, self.cancelling, self.due = "pending", None, False, True
+        self.state, self.error, self.cancel_requested, self.due = "pending", None, False, True
         self.failures = self.losses = 0
 
 
 @dataclass
-class Wire:
-    """A Redis that keeps what is published, unless it does not answer, and forgets on request."""
+class FakeQueue:
+    """Keeps published messages in a list; raises BrokerUnavailable if ``answers`` is false."""
 
     messages: list[Message] = field(default_factory=list)
     answers: bool = True
 
     def publish(self, messages: Sequence[Message]) -> None:
         if messages and not self.answers:
-            raise BrokerUnavailable("nobody answers")
+            raise BrokerUnavailable("no answer")
         self.messages.extend(messages)
 
-    def ready_messages(self, engine: str) -> set[tuple[int, int]]:
-        return {(one.job, one.attempt) for one in self.messages if one.engine == engine}
+    def ready_messages(self, engine: str) -> set[MessageId]:
+        return {message.id for message in self.messages if message.engine == engine}

@@ -1,4 +1,4 @@
-"""Where the machine keeps what it knows: the model, the messages, the leases."""
+"""The state of the machine: the model, the messages, the leases."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from shared.jobs import LeasedJob
 from shared.jobs.retry import RetryPolicy
 from shared.jobs.submissions import NewJob
 from tests.job_table import Longest
-from tests.shared.job_machine.model import Expected, Wire
+from tests.shared.job_machine.model import FakeQueue, ModelJob
 
 ENGINES = ("opencv", "sd2")
 WORKERS = ("w1", "w2", "w3")
-PICTURES = 4
+IMAGES = 4
 LEASE_SECONDS = 3600.0
 AT_ONCE = RetryPolicy(max_failures=3, base_seconds=0, cap_seconds=0)
 LATER = RetryPolicy(max_failures=3, base_seconds=3600, cap_seconds=3600, random=Longest())
-ENDS = st.sampled_from(["succeed", "fail", "retry", "release", "cancel", "confirm"])
+ENDS = st.sampled_from(["succeed", "fail", "retry", "release", "cancel", "renew"])
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
 
 
-class Table(RuleBasedStateMachine):
-    """The tables of jobs, empty at the start."""
+class MachineState(RuleBasedStateMachine):
+    """Empty tables, and what the rules remember of earlier steps."""
 
     def __init__(self, db: Database) -> None:
         super().__init__()
         self.db = db
-        self.wire = Wire()
-        self.model: dict[int, Expected] = {}
+        self.queue = FakeQueue()
+        self.model: dict[int, ModelJob] = {}
         self.leases: list[LeasedJob] = []
         self.submissions: dict[int, list[NewJob]] = {}
         self.digests: dict[int, str] = {}

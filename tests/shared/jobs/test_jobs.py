@@ -1,4 +1,4 @@
-"""Every row of the table of job states, on both databases, and what may not happen."""
+"""Every transition of the job state machine, and those that must not happen, on both databases."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from shared.jobs.queue import Message, Queue
 from shared.params import Params
 from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, Sent, new_job
 
-BROKEN = OutOfMemory("the device is full")
-HOPELESS = ImageError("not a picture")
+RETRYABLE = OutOfMemory("the device is full")
+NOT_RETRYABLE = ImageError("not an image")
 
-# Every way an attempt ends; each names the fencing token and loses to a newer one.
+# Every write of a worker; each is conditional on the fencing token.
 ENDS: dict[str, Callable[[Database, LeasedJob], Any]] = {
     "succeed": lambda db, job: jobs.succeed(db, job, AttemptRecord()),
-    "fail": lambda db, job: jobs.fail(db, job, AttemptRecord(), HOPELESS, AT_ONCE),
-    "retry": lambda db, job: jobs.fail(db, job, AttemptRecord(), BROKEN, AT_ONCE),
+    "fail": lambda db, job: jobs.fail(db, job, AttemptRecord(), NOT_RETRYABLE, AT_ONCE),
+    "retry": lambda db, job: jobs.fail(db, job, AttemptRecord(), RETRYABLE, AT_ONCE),
     "release": lambda db, job: jobs.release(db, job, AttemptRecord()),
     "cancel": lambda db, job: jobs.finish_cancelled(db, job, AttemptRecord()),
-    "confirm": lambda db, job: jobs.renew_lease(db, job, lease_seconds=60),
+    "renew": lambda db, job: jobs.renew_lease(db, job, lease_seconds=60),
 }
 
 
@@ -59,43 +59,43 @@ def test_a_new_row_is_pending_and_due_at_once(table: JobTable) -> None:
     assert job.finished_at is job.lease_expires_at is job.worker is None
 
 
-def test_dispatch_queues_what_is_due_and_names_the_attempt_in_the_message(table: JobTable) -> None:
+def test_dispatch_queues_a_due_job_and_puts_its_attempt_into_the_message(table: JobTable) -> None:
     job = table.one(priority=3)
     assert table.dispatch() == [Message(job=job, attempt=0, engine=ENGINE, priority=3)]
     assert table.state(job) == "queued"
     assert table.dispatch() == []
 
 
-def test_dispatch_leaves_alone_what_is_not_due_and_what_is_for_another_engine(
+def test_dispatch_skips_jobs_that_are_not_due_or_for_another_engine(
     table: JobTable,
 ) -> None:
     waiting, foreign = table.one(), table.one(engine="sd2")
-    jobs.fail(table.db, table.run(waiting), AttemptRecord(), BROKEN, LATER)
+    jobs.fail(table.db, table.run(waiting), AttemptRecord(), RETRYABLE, LATER)
     assert table.dispatch() == []
     assert (table.state(waiting), table.state(foreign)) == ("pending", "pending")
 
 
-def test_dispatch_goes_by_priority_then_by_age(table: JobTable) -> None:
+def test_dispatch_orders_by_priority_then_by_age(table: JobTable) -> None:
     low, first, high, second, higher = (
         table.one(priority=priority) for priority in (-5, 0, 7, 0, 8)
     )
     assert [message.job for message in table.dispatch()] == [higher, high, first, second, low]
 
 
-def test_each_priority_class_has_a_bound_of_its_own(table: JobTable) -> None:
+def test_the_bound_applies_to_each_priority_class(table: JobTable) -> None:
     urgent, normal, low = (table.add(4, priority=priority) for priority in (9, 0, -9))
     assert [m.job for m in table.dispatch(bound=3)] == [*urgent[:3], *normal[:3], *low[:3]]
     assert table.dispatch(bound=3) == []
 
 
-def test_a_taken_message_makes_room_for_one_more(table: JobTable) -> None:
+def test_an_acquired_job_makes_room_for_one_more_message(table: JobTable) -> None:
     ids = table.add(4)
     table.dispatch(bound=2)
     assert table.acquire(ids[0])
     assert [message.job for message in table.dispatch(bound=2)] == [ids[2]]
 
 
-def test_an_urgent_job_passes_a_full_queue_of_ordinary_ones(table: JobTable) -> None:
+def test_an_urgent_job_is_dispatched_although_the_normal_class_is_full(table: JobTable) -> None:
     table.add(5)
     table.dispatch(bound=2)
     urgent = table.one(priority=1)
@@ -115,11 +115,11 @@ def test_jobs_stay_queued_when_the_broker_does_not_answer(table: JobTable) -> No
 
 def test_two_dispatchers_at_once_do_not_overfill_the_queue(table: JobTable, redis_url: str) -> None:
     table.add(60)
-    together = Barrier(4)
+    barrier = Barrier(4)
 
     def top_up(_: int) -> int:
         queue = Queue(redis_url)
-        together.wait()
+        barrier.wait()
         try:
             return sum(jobs.dispatch(table.db, queue, ENGINE, bound=10) for _ in range(5))
         finally:
@@ -136,7 +136,9 @@ def test_two_dispatchers_at_once_do_not_overfill_the_queue(table: JobTable, redi
 # --- lost messages --------------------------------------------------------------------------
 
 
-def test_what_redis_lost_is_published_again_and_only_that(table: JobTable, redis_url: str) -> None:
+def test_redeliver_publishes_only_the_messages_that_redis_lost(
+    table: JobTable, redis_url: str
+) -> None:
     queue = Queue(redis_url)
     ids = table.add(5)
     jobs.dispatch(table.db, queue, ENGINE, bound=10)
@@ -150,9 +152,7 @@ def test_what_redis_lost_is_published_again_and_only_that(table: JobTable, redis
     queue.close()
 
 
-def test_a_message_that_may_be_on_its_way_is_not_sent_again(
-    table: JobTable, redis_url: str
-) -> None:
+def test_redeliver_skips_jobs_within_the_grace_period(table: JobTable, redis_url: str) -> None:
     queue = Queue(redis_url)
     table.one()
     table.dispatch()
@@ -162,22 +162,22 @@ def test_a_message_that_may_be_on_its_way_is_not_sent_again(
     queue.close()
 
 
-def test_a_job_that_is_taken_while_redis_is_asked_is_not_published_again(table: JobTable) -> None:
+def test_a_job_acquired_while_redeliver_runs_is_not_published_again(table: JobTable) -> None:
     job = table.one()
     table.dispatch()
 
-    class TakenMeanwhile(Sent):
+    class AcquiredMeanwhile(Sent):
         def ready_messages(self, _engine: str) -> set[tuple[int, int]]:
             assert table.acquire(job)
             return set()
 
-    queue = TakenMeanwhile()
+    queue = AcquiredMeanwhile()
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 0  # type: ignore[arg-type]
     assert queue.messages == []
     assert table.state(job) == "running"
 
 
-def test_more_lost_messages_than_a_statement_may_name_come_back(
+def test_redeliver_splits_more_ids_than_one_statement_can_hold(
     table: JobTable, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert dispatcher._IDS_PER_STATEMENT < 32_766, "SQLite's limit, the lower one"
@@ -216,7 +216,7 @@ def test_acquire_leases_the_job_and_opens_its_attempt(table: JobTable) -> None:
     assert (attempt.engine_revision, attempt.outcome, attempt.finished_at) == ("r1", None, None)
 
 
-def test_a_doubled_message_is_not_run_twice(table: JobTable) -> None:
+def test_a_duplicate_message_does_not_run_the_job_twice(table: JobTable) -> None:
     job = table.one()
     table.dispatch()
     assert table.acquire(job, seen=0)
@@ -249,18 +249,18 @@ def test_a_message_for_a_job_that_does_not_exist_is_stale(table: JobTable) -> No
     assert table.acquire(12345) is None
 
 
-def test_of_many_workers_that_reach_for_a_job_exactly_one_gets_it(table: JobTable) -> None:
+def test_of_many_workers_exactly_one_acquires_a_job(table: JobTable) -> None:
     ids, workers = table.add(5), 6
     table.dispatch()
-    together = Barrier(workers)
+    barrier = Barrier(workers)
 
-    def reach(number: int) -> list[int]:
-        together.wait()
+    def acquire_all(number: int) -> list[int]:
+        barrier.wait()
         return [job for job in ids if table.acquire(job, worker=f"w{number}")]
 
     with ThreadPoolExecutor(workers) as pool:
-        taken = [job for found in pool.map(reach, range(workers)) for job in found]
-    assert sorted(taken) == ids
+        acquired = [job for part in pool.map(acquire_all, range(workers)) for job in part]
+    assert sorted(acquired) == ids
     assert [len(table.attempts(job)) for job in ids] == [1] * 5
 
 
@@ -272,8 +272,8 @@ def test_a_heartbeat_renews_all_of_one_workers_leases(table: JobTable) -> None:
     table.run(mine, lease=5)
     table.run(also_mine, lease=5)
     table.run(other, worker="w2", lease=5)
-    beats = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
-    assert {(beat.job, beat.attempt, beat.cancel_requested) for beat in beats} == {
+    renewed = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    assert {(lease.job, lease.attempt, lease.cancel_requested) for lease in renewed} == {
         (mine, 1, False),
         (also_mine, 1, False),
     }
@@ -281,17 +281,17 @@ def test_a_heartbeat_renews_all_of_one_workers_leases(table: JobTable) -> None:
     assert seconds_until(table.job(other).lease_expires_at) < 6
 
 
-def test_a_heartbeat_reports_a_cancellation_and_leaves_out_what_was_lost(table: JobTable) -> None:
+def test_a_heartbeat_reports_a_cancellation_and_omits_lost_leases(table: JobTable) -> None:
     cancelled, lost = table.add(2)
     table.run(cancelled)
     table.run(lost, lease=-1)
     table.cancel(cancelled)
     jobs.reap(table.db)
-    (beat,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
-    assert (beat.job, beat.cancel_requested) == (cancelled, True)
+    (renewed,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    assert (renewed.job, renewed.cancel_requested) == (cancelled, True)
 
 
-def test_confirm_renews_one_lease(table: JobTable) -> None:
+def test_renew_lease_renews_one_lease(table: JobTable) -> None:
     leased = table.run(table.one(), lease=5)
     jobs.renew_lease(table.db, leased, lease_seconds=60)
     assert seconds_until(table.job(leased.id).lease_expires_at) > 50
@@ -302,7 +302,7 @@ def test_confirm_renews_one_lease(table: JobTable) -> None:
 
 def test_success_is_recorded_with_the_job_and_its_attempt(table: JobTable) -> None:
     leased = table.run(table.one())
-    found = AttemptRecord(
+    record = AttemptRecord(
         image_sha256="1" * 64,
         mask_sha256="2" * 64,
         result_sha256="3" * 64,
@@ -314,7 +314,7 @@ def test_success_is_recorded_with_the_job_and_its_attempt(table: JobTable) -> No
         windows=2,
         timings={"fetch": 0.25, "inpaint": 1.0000004},
     )
-    jobs.succeed(table.db, leased, found)
+    jobs.succeed(table.db, leased, record)
     row, (attempt,) = table.job(leased.id), table.attempts(leased.id)
     assert (row.state, row.worker, row.lease_expires_at) == ("succeeded", None, None)
     assert (row.image_version, row.mask_version, row.result_sha256) == ("v1", "v2", "3" * 64)
@@ -326,33 +326,33 @@ def test_success_is_recorded_with_the_job_and_its_attempt(table: JobTable) -> No
     assert attempt.timings == '{"fetch": 0.25, "inpaint": 1.0}'
 
 
-def test_an_error_that_a_retry_cannot_help_fails_the_job(table: JobTable) -> None:
+def test_an_error_that_is_not_retryable_fails_the_job(table: JobTable) -> None:
     leased = table.run(table.one())
-    assert jobs.fail(table.db, leased, AttemptRecord(), HOPELESS, LATER) is None
+    assert jobs.fail(table.db, leased, AttemptRecord(), NOT_RETRYABLE, LATER) is None
     row, (attempt,) = table.job(leased.id), table.attempts(leased.id)
     assert (row.state, row.failures) == ("failed", 1)
-    assert (row.error_code, row.error_message) == ("bad_image", "not a picture")
+    assert (row.error_code, row.error_message) == ("bad_image", "not an image")
     assert (attempt.outcome, attempt.error_code) == ("failed", "bad_image")
 
 
-def test_an_error_that_a_retry_can_help_waits_longer_each_time(table: JobTable) -> None:
+def test_a_retryable_error_waits_longer_each_time(table: JobTable) -> None:
     job = table.one()
     for failures, expected in ((1, 30), (2, 60), (3, 120), (4, 240)):
-        wait = jobs.fail(table.db, table.run(job), AttemptRecord(), BROKEN, LATER)
+        wait = jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, LATER)
         row = table.job(job)
         assert wait == expected
         assert expected - 5 < seconds_until(row.run_after) <= expected + 0.1
         assert (row.state, row.failures, row.error_code) == ("pending", failures, "out_of_memory")
         assert table.attempts(job)[-1].outcome == "retried"
         table.set(job, run_after=datetime.now(UTC) - timedelta(seconds=1))
-    assert jobs.fail(table.db, table.run(job), AttemptRecord(), BROKEN, LATER) is None
+    assert jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, LATER) is None
     assert (table.state(job), table.job(job).failures) == ("failed", 5)
     assert [attempt.outcome for attempt in table.attempts(job)] == ["retried"] * 4 + ["failed"]
 
 
 def test_a_success_after_a_failure_clears_the_error(table: JobTable) -> None:
     job = table.one()
-    jobs.fail(table.db, table.run(job), AttemptRecord(), BROKEN, AT_ONCE)
+    jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, AT_ONCE)
     table.succeed(job)
     row = table.job(job)
     assert (row.error_code, row.error_message, row.failures) == (None, None, 1)
@@ -368,7 +368,7 @@ def test_a_released_job_is_due_at_once_and_no_failure_is_counted(table: JobTable
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_an_attempt_that_lost_its_lease_ends_nothing(table: JobTable, end: str) -> None:
+def test_an_attempt_that_lost_its_lease_changes_nothing(table: JobTable, end: str) -> None:
     job = table.one()
     stale = table.run(job, lease=-1)
     jobs.reap(table.db)
@@ -390,7 +390,7 @@ def test_an_attempt_ends_only_once(table: JobTable, end: str) -> None:
     assert table.state(leased.id) == "succeeded"
 
 
-def test_a_lease_that_ran_out_but_was_not_reaped_still_ends_well(table: JobTable) -> None:
+def test_a_job_whose_lease_expired_but_was_not_reaped_can_succeed(table: JobTable) -> None:
     leased = table.run(table.one(), lease=-1)
     jobs.succeed(table.db, leased, AttemptRecord())
     assert jobs.reap(table.db) == []
@@ -400,7 +400,7 @@ def test_a_lease_that_ran_out_but_was_not_reaped_still_ends_well(table: JobTable
 # --- reap -----------------------------------------------------------------------------------
 
 
-def test_a_lease_that_ran_out_is_taken_back(table: JobTable) -> None:
+def test_reap_ends_an_expired_lease_and_the_job_is_pending_again(table: JobTable) -> None:
     lost, held = table.add(2)
     table.run(lost, lease=-1)
     table.run(held)
@@ -412,7 +412,7 @@ def test_a_lease_that_ran_out_is_taken_back(table: JobTable) -> None:
     assert [message.job for message in table.dispatch()] == [lost]
 
 
-def test_a_heartbeat_in_time_keeps_the_job_from_the_reaper(table: JobTable) -> None:
+def test_a_heartbeat_before_the_reaper_keeps_the_lease(table: JobTable) -> None:
     leased = table.run(table.one(), lease=-1)
     jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
     assert jobs.reap(table.db) == []
@@ -441,17 +441,17 @@ def test_a_retry_lifts_the_quarantine(table: JobTable) -> None:
     assert [reaped.state for reaped in jobs.reap(table.db)] == ["pending"]
 
 
-def test_many_reapers_take_a_job_back_once(table: JobTable) -> None:
+def test_concurrent_reapers_reap_each_job_once(table: JobTable) -> None:
     for job in table.add(6):
         table.run(job, lease=-1)
-    together = Barrier(4)
+    barrier = Barrier(4)
 
     def reap(_: int) -> list[jobs.ReapedLease]:
-        together.wait()
+        barrier.wait()
         return jobs.reap(table.db)
 
     with ThreadPoolExecutor(4) as pool:
-        reaped = [one for found in pool.map(reap, range(4)) for one in found]
+        reaped = [lease for part in pool.map(reap, range(4)) for lease in part]
     assert len(reaped) == 6
     assert table.states() == ["pending"] * 6
 
@@ -459,7 +459,7 @@ def test_many_reapers_take_a_job_back_once(table: JobTable) -> None:
 # --- cancel ---------------------------------------------------------------------------------
 
 
-def test_waiting_jobs_are_cancelled_at_once_and_running_ones_asked(table: JobTable) -> None:
+def test_waiting_jobs_are_cancelled_at_once_and_running_ones_are_flagged(table: JobTable) -> None:
     running, queued, pending, done = table.add(4)
     table.run(running)
     table.succeed(done)
@@ -501,7 +501,7 @@ def test_a_cancelled_job_whose_worker_is_lost_ends_cancelled(table: JobTable) ->
     assert table.job(leased.id).finished_at is not None
 
 
-def test_a_job_that_succeeds_before_it_sees_its_cancellation_has_succeeded(
+def test_a_job_that_succeeds_before_its_worker_sees_the_cancellation_stays_succeeded(
     table: JobTable,
 ) -> None:
     leased = table.run(table.one())
@@ -518,7 +518,7 @@ def ended(table: JobTable, state: str) -> int:
     if state == "cancelled":
         table.cancel(job)
     elif state == "failed":
-        jobs.fail(table.db, table.run(job), AttemptRecord(), HOPELESS, LATER)
+        jobs.fail(table.db, table.run(job), AttemptRecord(), NOT_RETRYABLE, LATER)
     else:
         table.succeed(job)
     assert table.state(job) == state
@@ -535,14 +535,14 @@ def test_a_retry_reopens_a_final_job(table: JobTable, state: str) -> None:
     table.succeed(job)
 
 
-def test_a_retry_leaves_alone_what_is_not_final(table: JobTable) -> None:
+def test_a_retry_skips_jobs_that_are_not_final(table: JobTable) -> None:
     running, queued = table.add(2)
     table.run(running)
     assert table.retry(running, queued).count == 0
     assert table.states() == ["running", "queued"]
 
 
-def test_a_retry_forgets_a_cancellation(table: JobTable) -> None:
+def test_a_retry_clears_the_cancellation_flag(table: JobTable) -> None:
     leased = table.run(table.one())
     table.cancel(leased.id)
     jobs.finish_cancelled(table.db, leased, AttemptRecord())
@@ -552,7 +552,7 @@ def test_a_retry_forgets_a_cancellation(table: JobTable) -> None:
     assert table.state(leased.id) == "pending"
 
 
-def test_a_retry_with_changes_keeps_the_attempt_as_it_was(table: JobTable) -> None:
+def test_a_retry_with_changes_keeps_the_record_of_the_first_attempt(table: JobTable) -> None:
     job = ended(table, "failed")
     before = table.job(job)
     table.retry(job, strength=0.6, seed=99)
@@ -565,14 +565,14 @@ def test_a_retry_with_changes_keeps_the_attempt_as_it_was(table: JobTable) -> No
     assert (second.params, second.seed) == (table.job(job).params, 99)
 
 
-def test_a_retry_whose_changes_do_not_go_together_changes_nothing(table: JobTable) -> None:
+def test_a_retry_with_contradictory_changes_changes_nothing(table: JobTable) -> None:
     job = ended(table, "failed")
     with pytest.raises(ParameterError, match=r"eta: 0\.3 has no meaning for scheduler 'euler'"):
         table.retry(job, scheduler="euler", eta=0.3)
     assert table.state(job) == "failed"
 
 
-def test_a_retry_that_would_repeat_another_job_is_refused_and_changes_nothing(
+def test_a_retry_that_would_equal_another_job_is_refused_and_changes_nothing(
     table: JobTable,
 ) -> None:
     same = {"image": "/a.png", "mask": "/b.png", "output": "/c.png"}
@@ -585,28 +585,32 @@ def test_a_retry_that_would_repeat_another_job_is_refused_and_changes_nothing(
     assert table.states() == ["cancelled", "cancelled"]
 
 
-def test_a_selection_restricts_by_everything_it_names(table: JobTable) -> None:
-    one, two = table.add(2)
+def test_a_selection_applies_all_its_conditions(table: JobTable) -> None:
+    first, second = table.add(2)
     other = table.add(submission=table.submission("other"))[0]
-    for job in (one, two, other):
+    for job in (first, second, other):
         table.run(job)
-    for job, error in ((one, HOPELESS), (two, InpaintError("odd")), (other, HOPELESS)):
+    for job, error in (
+        (first, NOT_RETRYABLE),
+        (second, InpaintError("odd")),
+        (other, NOT_RETRYABLE),
+    ):
         leased = jobs.LeasedJob(
             id=job, attempt=1, engine=ENGINE, image="", mask="", output="", params=Params(),
             priority=0, failures=0,
         )  # fmt: skip
         jobs.fail(table.db, leased, AttemptRecord(), error, LATER)
     chosen = Selection(
-        submission=table.job(one).submission_id, states=("failed",), error_code="bad_image"
+        submission=table.job(first).submission_id, states=("failed",), error_code="bad_image"
     )
     assert jobs.retry(table.db, chosen).count == 1
     assert table.states() == ["pending", "failed", "failed"]
 
 
-# --- rerun ----------------------------------------------------------------------------------
+# --- reopen by content key -------------------------------------------------------------------
 
 
-def test_a_rerun_reopens_final_jobs_and_moves_them_to_who_asks(table: JobTable) -> None:
+def test_reopening_by_content_key_moves_final_jobs_to_the_new_submission(table: JobTable) -> None:
     done, waiting = table.add(2)
     table.succeed(done)
     table.set(waiting, state="pending")
@@ -618,8 +622,10 @@ def test_a_rerun_reopens_final_jobs_and_moves_them_to_who_asks(table: JobTable) 
     assert table.job(waiting).submission_id != newer
 
 
-def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobTable) -> None:
-    """The line's own job had its parameters changed; another has become what the row asks."""
+def test_a_reopened_job_keeps_its_line_if_the_new_one_belongs_to_another_job(
+    table: JobTable,
+) -> None:
+    """The line's own job had its parameters changed; another job has the row's content key."""
     first = table.submission("first")
     changed = table.add(submission=first)[0]
     asked_key = table.job(changed).content_key
@@ -634,7 +640,7 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
     assert (row.state, row.submission_id, row.line) == ("pending", same, twins_line)
 
 
-# --- the database holds the invariants too ---------------------------------------------------
+# --- the database enforces the invariants too ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -653,20 +659,18 @@ def test_a_rerun_leaves_a_job_where_it_is_when_its_new_line_is_taken(table: JobT
     ],
     ids="-".join,
 )
-def test_the_tables_refuse_a_job_that_contradicts_itself(
-    table: JobTable, values: dict[str, Any]
-) -> None:
+def test_the_database_rejects_an_inconsistent_job(table: JobTable, values: dict[str, Any]) -> None:
     job = table.one()
     with pytest.raises(IntegrityError):
         table.set(job, **values)
 
 
-def test_the_tables_refuse_a_second_job_for_a_line_or_for_the_same_work(table: JobTable) -> None:
-    one, two = table.add(2)
+def test_the_database_rejects_a_second_job_for_a_line_or_a_content_key(table: JobTable) -> None:
+    first, second = table.add(2)
     with pytest.raises(IntegrityError):
-        table.set(two, line=table.job(one).line)
+        table.set(second, line=table.job(first).line)
     with pytest.raises(IntegrityError):
-        table.set(two, content_key=table.job(one).content_key)
+        table.set(second, content_key=table.job(first).content_key)
 
 
 @pytest.mark.parametrize(
@@ -674,7 +678,7 @@ def test_the_tables_refuse_a_second_job_for_a_line_or_for_the_same_work(table: J
     [{"outcome": "fine", "finished_at": clock()}, {"outcome": "lost"}, {"finished_at": clock()}],
     ids="-".join,
 )
-def test_the_tables_refuse_an_attempt_that_contradicts_itself(
+def test_the_database_rejects_an_inconsistent_attempt(
     table: JobTable, values: dict[str, Any]
 ) -> None:
     leased = table.run(table.one())
@@ -682,7 +686,7 @@ def test_the_tables_refuse_an_attempt_that_contradicts_itself(
         connection.execute(update(Attempt).where(Attempt.job_id == leased.id).values(**values))
 
 
-def test_the_tables_refuse_an_attempt_without_a_job(table: JobTable) -> None:
+def test_the_database_rejects_an_attempt_without_a_job(table: JobTable) -> None:
     values = {"worker": "w", "device": "d", "engine": "e", "engine_revision": "r"}
     row = {"job_id": 999, "attempt": 1, "params": "{}", "seed": 0, **values}
     with pytest.raises(IntegrityError), table.db.write() as connection:
@@ -692,7 +696,7 @@ def test_the_tables_refuse_an_attempt_without_a_job(table: JobTable) -> None:
 # --- keys and seeds --------------------------------------------------------------------------
 
 
-def test_a_content_key_depends_on_every_part_and_on_where_the_parts_end() -> None:
+def test_a_content_key_depends_on_every_part_and_on_their_boundaries() -> None:
     parts = {"image": "i", "mask": "m", "output": "o", "engine": "e", "params": "p"}
     keys = {
         jobs.content_key(**{**parts, **change}, seed=seed)
@@ -708,7 +712,7 @@ def test_a_content_key_depends_on_every_part_and_on_where_the_parts_end() -> Non
     assert {len(key) for key in keys} == {16}
 
 
-def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -> None:
+def test_a_derived_seed_is_the_same_for_the_same_work_and_below_2_to_the_32() -> None:
     key = jobs.content_key(image="i", mask="m", output="o", engine="e", params="p", seed=None)
     assert jobs.derive_seed(key) == jobs.derive_seed(key) < 2**32
 
@@ -716,15 +720,15 @@ def test_a_derived_seed_is_the_same_for_the_same_work_and_fits_any_generator() -
 # --- outputs --------------------------------------------------------------------------------
 
 
-def test_a_job_that_lost_its_output_while_it_ran_does_not_own_it_again(table: JobTable) -> None:
+def test_a_job_superseded_while_it_runs_does_not_regain_its_output(table: JobTable) -> None:
     first = table.one(output="/results/a.png")
-    held = table.run(first)
-    jobs.record_blocked_reason(table.db, held, StorageUnavailable("S3 does not answer"))
-    taker = new_job(77, output="/results/a.png")
+    leased = table.run(first)
+    jobs.record_blocked_reason(table.db, leased, StorageUnavailable("S3 does not answer"))
+    replacement = new_job(77, output="/results/a.png")
     second = table.submission("second")
-    assert submissions.record(table.db, second, [taker], replace=True) == []
-    jobs.record_blocked_reason(table.db, held, StorageUnavailable("S3 still does not answer"))
-    jobs.succeed(table.db, held, AttemptRecord())
+    assert submissions.record(table.db, second, [replacement], replace=True) == []
+    jobs.record_blocked_reason(table.db, leased, StorageUnavailable("S3 still does not answer"))
+    jobs.succeed(table.db, leased, AttemptRecord())
     assert (table.state(first), table.job(first).error_code) == ("succeeded", "output_replaced")
     other = first + 1
     table.succeed(other)
@@ -746,10 +750,10 @@ def test_of_several_jobs_for_one_output_only_the_newest_is_retried(table: JobTab
     ]
 
 
-def test_forced_a_row_takes_its_output_from_the_changed_job_at_its_own_line(
+def test_with_replace_a_row_takes_its_output_from_the_changed_job_on_its_own_line(
     table: JobTable,
 ) -> None:
-    """Where another submission's job does what the row asks for, that one runs, and it alone."""
+    """Only the job of another submission that has the row's content key runs."""
     first, second = table.submission("first"), table.submission("second")
     changed = table.one(submission=first)
     row = new_job(table.job(changed).line)

@@ -1,4 +1,4 @@
-"""Finished submissions are forgotten, on both databases, and nothing else is."""
+"""Old finished submissions are deleted, and nothing else is, on both databases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.job_table import JobTable, new_job
 
 
 def finished(table: JobTable, digest: str, *, days: float, count: int = 1) -> tuple[int, list[int]]:
-    """A submission whose jobs succeeded so many days ago, and their ids."""
+    """A submission whose jobs succeeded ``days`` ago, and their ids."""
     submission = table.submission(digest)
     ids = table.add(count, submission=submission)
     for job in ids:
@@ -25,15 +25,15 @@ def finished(table: JobTable, digest: str, *, days: float, count: int = 1) -> tu
 
 
 def age(table: JobTable, submission: int, *, days: float) -> None:
-    then = datetime.now(UTC) - timedelta(days=days)
+    past = datetime.now(UTC) - timedelta(days=days)
     with table.db.write() as connection:
         connection.execute(
-            update(Submission).where(Submission.id == submission).values(created_at=then)
+            update(Submission).where(Submission.id == submission).values(created_at=past)
         )
         connection.execute(
             update(Job)
             .where(Job.submission_id == submission, Job.finished_at.is_not(None))
-            .values(finished_at=then)
+            .values(finished_at=past)
         )
 
 
@@ -43,7 +43,7 @@ def prune(table: JobTable, *, days: float = 90, submission: int | None = None) -
     return jobs.prune(table.db, chosen, older_than_seconds=seconds)
 
 
-def test_what_was_finished_long_ago_is_forgotten_with_its_attempts(table: JobTable) -> None:
+def test_jobs_that_finished_long_ago_are_deleted_with_their_attempts(table: JobTable) -> None:
     _, old = finished(table, "old", days=100, count=3)
     _, new = finished(table, "new", days=80, count=2)
     assert prune(table) == 3
@@ -54,16 +54,16 @@ def test_what_was_finished_long_ago_is_forgotten_with_its_attempts(table: JobTab
 
 
 def test_one_job_that_is_not_final_or_not_old_keeps_its_submission(table: JobTable) -> None:
-    open_one, ids = finished(table, "open", days=100, count=3)
+    unfinished, ids = finished(table, "open", days=100, count=3)
     table.retry(ids[0])
     late, ids = finished(table, "late", days=100, count=3)
     table.set(ids[0], finished_at=datetime.now(UTC))
     finished(table, "newest", days=0)
     assert prune(table) == 0
-    assert {row.id for row in table.submissions()} >= {open_one, late}
+    assert {row.id for row in table.submissions()} >= {unfinished, late}
 
 
-def test_forgetting_goes_in_batches_and_may_mean_one_submission(
+def test_pruning_deletes_in_batches_and_can_be_limited_to_one_submission(
     table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning, "_JOBS_PER_TRANSACTION", 2)
@@ -73,13 +73,13 @@ def test_forgetting_goes_in_batches_and_may_mean_one_submission(
     batches: list[int] = []
     seconds = timedelta(days=90).total_seconds()
     chosen = jobs.find_prunable(table.db, older_than_seconds=seconds, submission=two)
-    assert [(one.submission, one.jobs) for one in chosen] == [(two, 5)]
+    assert [(prunable.submission, prunable.jobs) for prunable in chosen] == [(two, 5)]
     jobs.prune(table.db, chosen, older_than_seconds=seconds, progress=batches.append)
     assert batches == [2, 2, 1]
     assert [row.digest for row in table.submissions()] == ["one", "newest"]
 
 
-def test_a_job_reopened_while_its_submission_is_pruned_stays(table: JobTable) -> None:
+def test_a_job_reopened_while_its_submission_is_pruned_is_kept(table: JobTable) -> None:
     submission, ids = finished(table, "old", days=100, count=3)
     finished(table, "newest", days=0)
     seconds = timedelta(days=90).total_seconds()
@@ -90,7 +90,9 @@ def test_a_job_reopened_while_its_submission_is_pruned_stays(table: JobTable) ->
     assert submission in {row.id for row in table.submissions()}
 
 
-def test_an_id_is_never_given_twice_so_that_a_lost_worker_holds_nothing(table: JobTable) -> None:
+def test_an_id_is_never_reused_so_a_lost_worker_holds_no_lease_of_the_new_job(
+    table: JobTable,
+) -> None:
     job = table.one()
     lost = table.run(job)
     jobs.succeed(table.db, lost, AttemptRecord())
@@ -104,7 +106,7 @@ def test_an_id_is_never_given_twice_so_that_a_lost_worker_holds_nothing(table: J
     jobs.succeed(table.db, held, AttemptRecord())
 
 
-def test_a_forgotten_manifest_is_new_and_a_cut_off_one_says_so(table: JobTable) -> None:
+def test_a_pruned_manifest_can_be_submitted_again_but_not_continued(table: JobTable) -> None:
     old, (job,) = finished(table, "old", days=100)
     row = new_job(table.job(job).line)
     finished(table, "newest", days=0)

@@ -1,4 +1,4 @@
-"""Messages in a real Redis: Celery can read them, and nothing is lost on the way."""
+"""Messages in a real Redis: Celery can read them, and none is lost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def message(job: int, *, attempt: int = 0, priority: int = 0) -> Message:
     return Message(job=job, attempt=attempt, engine=ENGINE, priority=priority)
 
 
-def test_what_was_published_waits(queue: Queue) -> None:
+def test_published_messages_are_ready(queue: Queue) -> None:
     queue.publish([message(1), message(2, attempt=3), message(4, priority=9)])
     assert queue.length(ENGINE) == 3
     assert queue.ready_messages(ENGINE) == {(1, 0), (2, 3), (4, 0)}
@@ -34,21 +34,21 @@ def test_what_was_published_waits(queue: Queue) -> None:
     assert queue.ready_messages("sd2") == set()
 
 
-def test_publishing_nothing_asks_nothing_of_redis() -> None:
+def test_publishing_no_messages_does_not_connect_to_redis() -> None:
     Queue("redis://127.0.0.1:1/0").publish([])
 
 
 def test_priority_classes_cover_every_priority_once() -> None:
-    covered = [priority for of_class in PRIORITY_CLASSES for priority in of_class]
+    covered = [priority for priorities in PRIORITY_CLASSES for priority in priorities]
     assert sorted(covered) == list(range(-1000, 1001))
 
 
-def test_each_priority_class_has_a_list_of_its_own(queue: Queue, redis_url: str) -> None:
+def test_each_priority_class_has_its_own_redis_list(queue: Queue, redis_url: str) -> None:
     queue.publish([message(n, priority=p) for n, p in enumerate((1000, 1, 0, -1, -1000))])
     with redis.Redis.from_url(redis_url) as client:
         lists = {key.decode(): client.llen(key) for key in client.keys("inpaint.*")}
     assert sorted(lists.values()) == [1, 2, 2]
-    assert lists[queue_name(ENGINE)] == 2  # the highest class has the plain name
+    assert lists[queue_name(ENGINE)] == 2  # the highest class has the name without a suffix
 
 
 def test_a_message_is_about_a_kilobyte(queue: Queue, redis_url: str) -> None:
@@ -68,19 +68,19 @@ def test_celery_reads_our_messages_in_order_of_priority_and_publication(
     with app.connection_for_read() as connection:
         consumed = connection.SimpleQueue(app.amqp.queues[queue_name(ENGINE)])
         for _ in range(4):
-            taken = consumed.get(timeout=5)
-            bodies.append(taken.payload)
-            assert taken.headers["task"] == TASK
-            assert taken.headers["id"] == f"{taken.payload[0][0]}-0"
-            taken.ack()
+            delivered = consumed.get(timeout=5)
+            bodies.append(delivered.payload)
+            assert delivered.headers["task"] == TASK
+            assert delivered.headers["id"] == f"{delivered.payload[0][0]}-0"
+            delivered.ack()
         consumed.close()
     assert [body[0] for body in bodies] == [[n, 0, False] for n in (3, 1, 2, 4)]
     assert queue.length(ENGINE) == 0
 
 
-def test_foreign_messages_are_passed_over(queue: Queue, redis_url: str) -> None:
+def test_messages_of_other_tasks_are_ignored(queue: Queue, redis_url: str) -> None:
     app = celery_app(redis_url)
-    app.send_task("somebody.elses", queue=queue_name(ENGINE))
+    app.send_task("another.task", queue=queue_name(ENGINE))
     queue.publish([message(1)])
     assert queue.ready_messages(ENGINE) == {(1, 0)}
     app.close()
@@ -99,7 +99,7 @@ def test_celery_is_configured_for_leases_and_json() -> None:
     assert [queue.name for queue in conf.task_queues] == ["inpaint.sd2", "inpaint.opencv"]
 
 
-def test_a_redis_that_is_gone_is_one_line_without_its_password_and_may_come_back(
+def test_an_unreachable_redis_is_a_one_line_error_without_its_password(
     own_redis: servers.Redis,
 ) -> None:
     queue = Queue(own_redis.url.replace("//", "//:hush@"))
@@ -117,11 +117,11 @@ def test_a_redis_that_is_gone_is_one_line_without_its_password_and_may_come_back
     plain.publish([message(2)])
     assert plain.ready_messages(ENGINE) == {(1, 0), (2, 0)}
     assert plain.ping()
-    for one in (queue, plain):
-        one.close()
+    for connected in (queue, plain):
+        connected.close()
 
 
-def test_a_queue_recovers_after_redis_was_away(own_redis: servers.Redis) -> None:
+def test_a_queue_reconnects_after_redis_was_restarted(own_redis: servers.Redis) -> None:
     queue = Queue(own_redis.url)
     queue.publish([message(1)])
     own_redis.kill()
@@ -133,7 +133,7 @@ def test_a_queue_recovers_after_redis_was_away(own_redis: servers.Redis) -> None
     queue.close()
 
 
-def test_a_queue_is_called_by_its_url_without_the_password() -> None:
+def test_a_queue_is_printed_as_its_url_without_the_password() -> None:
     assert str(Queue("redis://host:6379/0")) == "redis://host:6379/0"
     assert str(Queue("redis://user:hush@host:6379/0")) == "redis://user:**@host:6379/0"
     assert str(Queue("redis+socket:///run/redis.sock")) == "redis+socket:///run/redis.sock"

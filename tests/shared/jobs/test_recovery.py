@@ -1,4 +1,4 @@
-"""What brings a job back whose worker, message or lease was lost."""
+"""Recovery of jobs whose worker, message or lease was lost."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def queue(redis_url: str) -> Iterator[Queue]:
     queue.close()
 
 
-def test_a_dead_process_s_jobs_are_taken_back_at_once_and_nobody_else_s(table: JobTable) -> None:
-    lost, kept = table.one(), table.one()
+def test_only_the_dead_workers_jobs_are_reaped(table: JobTable) -> None:
+    lost, other = table.one(), table.one()
     table.run(lost, worker="dead")
-    table.run(kept, worker="alive")
+    table.run(other, worker="alive")
     reaped = jobs.reap_worker(table.db, worker="dead", reason="ended with signal 9")
     assert reaped == [jobs.ReapedLease(job=lost, attempt=1, state="pending")]
-    assert (table.job(lost).losses, table.state(kept)) == (1, "running")
+    assert (table.job(lost).losses, table.state(other)) == (1, "running")
     (attempt,) = table.attempts(lost)
     assert (attempt.outcome, attempt.error_message) == ("lost", "ended with signal 9")
 
 
-def test_a_job_that_a_worker_was_lost_with_is_to_run_alone(table: JobTable) -> None:
+def test_a_job_whose_worker_was_lost_runs_alone_next(table: JobTable) -> None:
     suspect, other = table.one(), table.one()
     table.run(suspect, lease=-1)
     jobs.reap(table.db)
@@ -41,29 +41,29 @@ def test_a_job_that_a_worker_was_lost_with_is_to_run_alone(table: JobTable) -> N
     assert alone == {suspect: True} | ({other: False} if other in alone else {})
 
 
-def test_a_lease_nobody_knows_of_is_given_back_without_a_failure(table: JobTable) -> None:
+def test_an_orphaned_lease_is_released_without_a_failure(table: JobTable) -> None:
     job = table.one()
     table.run(job, worker="w1")
-    (beat,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
-    jobs.release_orphan(table.db, beat)
+    (lease,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    jobs.release_orphan(table.db, lease)
     row = table.job(job)
     assert (row.state, row.failures, row.losses) == ("pending", 0, 0)
     assert [attempt.outcome for attempt in table.attempts(job)] == ["released"]
-    jobs.release_orphan(table.db, beat)
+    jobs.release_orphan(table.db, lease)
     assert table.state(job) == "pending"
 
 
-def test_a_cancelled_job_nobody_knows_of_is_cancelled(table: JobTable) -> None:
+def test_an_orphaned_lease_of_a_cancelled_job_ends_cancelled(table: JobTable) -> None:
     job = table.one()
     table.run(job, worker="w1")
-    (beat,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
+    (lease,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
     table.cancel(job)
-    jobs.release_orphan(table.db, beat)
+    jobs.release_orphan(table.db, lease)
     assert table.state(job) == "cancelled"
     assert [attempt.outcome for attempt in table.attempts(job)] == ["cancelled"]
 
 
-def test_a_note_says_what_a_running_job_waits_for(table: JobTable) -> None:
+def test_a_running_job_shows_the_reason_it_is_blocked(table: JobTable) -> None:
     job = table.one()
     leased = table.run(job)
     jobs.record_blocked_reason(table.db, leased, OutputRefused("'/a.png': No space left on device"))
@@ -73,7 +73,7 @@ def test_a_note_says_what_a_running_job_waits_for(table: JobTable) -> None:
     assert table.job(job).error_code is None
 
 
-def test_what_dead_workers_took_is_swept_and_what_may_still_run_stays(
+def test_unacknowledged_messages_are_discarded_only_if_their_job_is_final(
     table: JobTable, queue: Queue
 ) -> None:
     done, running, waiting = table.add(3)
@@ -96,14 +96,14 @@ def test_what_dead_workers_took_is_swept_and_what_may_still_run_stays(
         consumed.close()
 
 
-def test_statements_over_many_rows_never_wait_for_each_other_in_a_circle(table: JobTable) -> None:
-    """PostgreSQL would end one of them with a deadlock."""
+def test_concurrent_statements_over_many_rows_do_not_deadlock(table: JobTable) -> None:
+    """PostgreSQL ends one of two deadlocked transactions with an error."""
     ids = table.add(200)
     for job in reversed(ids):
         table.run(job, worker="w1", lease=60)
     stop = threading.Event()
 
-    def often(action: object) -> None:
+    def repeat(action: object) -> None:
         while not stop.is_set():
             action()  # type: ignore[operator]
 
@@ -114,8 +114,8 @@ def test_statements_over_many_rows_never_wait_for_each_other_in_a_circle(table: 
         lambda: jobs.heartbeat(table.db, worker="w1", lease_seconds=-1),
     ]
     with ThreadPoolExecutor(len(actions)) as pool:
-        running = [pool.submit(often, action) for action in actions]
+        running = [pool.submit(repeat, action) for action in actions]
         stop.wait(1.0)
         stop.set()
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()

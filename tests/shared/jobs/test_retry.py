@@ -1,4 +1,4 @@
-"""Waits grow, are spread, have a cap, and end."""
+"""Delays grow, are spread, are capped, and end."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from shared.jobs.retry import RetryPolicy
 from tests.job_table import Longest
 
 
-def test_the_longest_wait_doubles_up_to_the_cap() -> None:
+def test_the_longest_delay_doubles_up_to_the_cap() -> None:
     policy = RetryPolicy(max_failures=9, base_seconds=30, cap_seconds=900, random=Longest())
-    waits = [policy.delay_seconds(failures) for failures in range(1, 9)]
-    assert waits == [30, 60, 120, 240, 480, 900, 900, 900]
+    delays = [policy.delay_seconds(failures) for failures in range(1, 9)]
+    assert delays == [30, 60, 120, 240, 480, 900, 900, 900]
 
 
-def test_waits_are_spread_from_nothing_to_the_longest() -> None:
+def test_delays_are_spread_from_zero_to_the_longest() -> None:
     policy = RetryPolicy(random=random.Random(1))
-    waits = [policy.delay_seconds(2) or 0 for _ in range(1000)]
-    assert 0 <= min(waits) < 3
-    assert 57 < max(waits) <= 60
-    assert 27 < sum(waits) / len(waits) < 33
+    delays = [policy.delay_seconds(2) or 0 for _ in range(1000)]
+    assert 0 <= min(delays) < 3
+    assert 57 < max(delays) <= 60
+    assert 27 < sum(delays) / len(delays) < 33
 
 
-def test_the_last_failure_gives_up() -> None:
+def test_the_last_failure_is_not_retried() -> None:
     policy = RetryPolicy(max_failures=3)
     assert policy.delay_seconds(2) is not None
     assert policy.delay_seconds(3) is policy.delay_seconds(4) is None

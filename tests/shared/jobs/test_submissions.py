@@ -1,4 +1,4 @@
-"""Recording: one submission per digest, one job per content key, whoever comes first."""
+"""Recording: one submission per digest, one job per content key, also for concurrent producers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_the_same_digest_opens_the_same_submission(table: JobTable) -> None:
     assert table.submissions()[0].recorded_at == recorded
 
 
-def test_many_producers_open_one_submission_and_record_each_row_once(table: JobTable) -> None:
+def test_concurrent_producers_open_one_submission_and_record_each_row_once(table: JobTable) -> None:
     rows = [new_job(line) for line in range(2, 202)]
-    together = Barrier(4)
+    barrier = Barrier(4)
 
     def submit(_: int) -> int:
-        together.wait()
+        barrier.wait()
         submission = table.submission("same")
         return sum(
             len(chunk) - len(record(table.db, submission, chunk))
@@ -45,7 +45,7 @@ def test_many_producers_open_one_submission_and_record_each_row_once(table: JobT
     assert len(table.submissions()) == 1
 
 
-def test_record_returns_the_rows_that_existed_already(table: JobTable) -> None:
+def test_record_returns_the_rows_that_have_a_job_already(table: JobTable) -> None:
     submission = table.submission()
     rows = [new_job(line) for line in range(2, 6)]
     assert record(table.db, submission, rows[:2]) == []
@@ -56,7 +56,7 @@ def test_record_returns_the_rows_that_existed_already(table: JobTable) -> None:
     assert record(table.db, submission, []) == []
 
 
-def test_a_job_is_recorded_as_it_was_handed_over(table: JobTable) -> None:
+def test_a_job_has_the_values_of_its_row(table: JobTable) -> None:
     row = new_job(
         7,
         key='a "quoted"\tsku,\n画 \\N \\.',
@@ -67,10 +67,10 @@ def test_a_job_is_recorded_as_it_was_handed_over(table: JobTable) -> None:
     )
     submission = table.submission()
     assert record(table.db, submission, [row, new_job(8, key=None)]) == []
-    found = table.job(1)
+    job = table.job(1)
     for name in row.__dataclass_fields__:
-        assert getattr(found, name) == getattr(row, name)
-    assert found.submission_id == submission
+        assert getattr(job, name) == getattr(row, name)
+    assert job.submission_id == submission
     assert table.job(2).key is None
 
 
