@@ -1,4 +1,4 @@
-# inpaint-submit, inpaint-jobs and inpaint-worker without an engine: about submitting, not painting.
+# The commands without an engine: to submit manifests and inspect jobs.
 #   docker build -f docker/producer.Dockerfile -t inpaint-producer .
 FROM python:3.13-slim AS build
 WORKDIR /source

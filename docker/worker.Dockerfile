@@ -2,14 +2,14 @@
 #   docker build -f docker/worker.Dockerfile -t inpaint-worker .
 #
 # torch's wheel brings cuDNN and its own CUDA libraries, so the base is NVIDIA's smallest: it
-# adds the forward-compatible driver libraries and refuses a driver that is too old. Change
-# CUDA and TORCH together, for instance for a driver older than 580:
+# adds the forward-compatible driver libraries and rejects a driver that is too old. Change
+# CUDA and TORCH together, for example for a driver older than 580:
 #   --build-arg CUDA=12.8.1 --build-arg TORCH=2.10.0 \
 #   --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
-# INPAINT_COMPILE, which is off by default, needs a C compiler and Python's headers where it runs,
-# some 200 MB that nothing else uses:
+# INPAINT_COMPILE, off by default, needs a C compiler and Python's headers at run time, about
+# 200 MB that nothing else uses:
 #   --build-arg COMPILER="gcc libc6-dev python3.12-dev"
-# INPAINT_QUANTIZATION, also off, needs torchao, which wants the TORCH named below or a newer one:
+# INPAINT_QUANTIZATION, also off, needs torchao, which requires the TORCH below or a newer one:
 #   --build-arg EXTRAS=worker,xformers,quantization
 ARG CUDA=13.0.3
 
@@ -44,7 +44,7 @@ ENV PATH=/opt/inpaint/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER inpaint
 WORKDIR /data
-# Weights are 5 GB: without a volume every new container would fetch them again.
+# Weights are 5 GB: without a volume every new container would download them again.
 VOLUME /var/cache/huggingface
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=60s --timeout=20s --start-period=300s --retries=3 \

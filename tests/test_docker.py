@@ -1,4 +1,4 @@
-"""The images, the compose file and the service agree with the product and with each other."""
+"""The Dockerfiles, the compose file and the units agree with the code and with each other."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OTHERS = {
     "buckets": "python",
     "flower": "celery",
 }
-"""The first word of each service's command that is not one of our scripts."""
+"""The first word of the command, for each service that runs none of our scripts."""
 
 REFERENCE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
 SECRET = re.compile("PASSWORD|SECRET|ACCESS_KEY|AUTH$")
@@ -48,8 +48,8 @@ def instructions(path: Path) -> Iterator[tuple[str, str]]:
     """Instruction and arguments, continued lines joined."""
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.M).replace("\\\n", " ")
     for line in filter(None, map(str.strip, text.splitlines())):
-        word, _, rest = line.partition(" ")
-        yield word, rest
+        instruction, _, arguments = line.partition(" ")
+        yield instruction, arguments
 
 
 def references() -> Iterator[tuple[str, str, str]]:
@@ -57,16 +57,16 @@ def references() -> Iterator[tuple[str, str, str]]:
     yield from REFERENCE.findall(COMPOSE_TEXT)
 
 
-def substituted(value: object, known: dict[str, str]) -> str:
-    def one(match: re.Match[str]) -> str:
+def substitute(value: object, known: dict[str, str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         name, kind, rest = match.groups()
         return known.get(name) or (rest if kind == "-" else pytest.fail(f"{name} is not set"))
 
-    return REFERENCE.sub(one, str(value))
+    return REFERENCE.sub(replacement, str(value))
 
 
 def is_pinned(image: str) -> bool:
-    """By a tag that begins with a version."""
+    """True if the tag begins with a version."""
     tag = image.rpartition("/")[2].partition(":")[2]
     return bool(re.match(r"\d+\.\d+", tag))
 
@@ -82,9 +82,9 @@ def test_every_copied_path_exists_and_reaches_the_build(path: Path) -> None:
     }
     copied = [
         source
-        for word, rest in instructions(path)
-        if word == "COPY" and "--from" not in rest
-        for source in rest.split()[:-1]
+        for instruction, arguments in instructions(path)
+        if instruction == "COPY" and "--from" not in arguments
+        for source in arguments.split()[:-1]
     ]
     assert copied
     assert [source for source in copied if not (ROOT / source).exists()] == []
@@ -93,32 +93,41 @@ def test_every_copied_path_exists_and_reaches_the_build(path: Path) -> None:
 
 @dockerfiles
 def test_every_base_image_is_pinned(path: Path) -> None:
-    arguments = dict(
-        rest.split("=", 1) for word, rest in instructions(path) if word == "ARG" and "=" in rest
+    build_arguments = dict(
+        arguments.split("=", 1)
+        for instruction, arguments in instructions(path)
+        if instruction == "ARG" and "=" in arguments
     )
-    named = [rest.partition(" ")[0] for word, rest in instructions(path) if word == "FROM"]
-    bases = [substituted(base, arguments) for base in named]
+    bases = [
+        substitute(arguments.partition(" ")[0], build_arguments)
+        for instruction, arguments in instructions(path)
+        if instruction == "FROM"
+    ]
     assert bases
     assert [base for base in bases if not is_pinned(base)] == []
 
 
 @dockerfiles
 def test_the_container_does_not_run_as_root(path: Path) -> None:
-    users = [rest for word, rest in instructions(path) if word == "USER"]
+    users = [arguments for instruction, arguments in instructions(path) if instruction == "USER"]
     assert users[-1:] == ["inpaint"]
 
 
 @dockerfiles
 def test_an_image_runs_a_command_of_ours(path: Path) -> None:
-    commands = [rest for word, rest in instructions(path) if word in ("CMD", "HEALTHCHECK")]
-    named = [re.findall(r'\["([^"]+)"', command) for command in commands]
-    assert named
-    assert {name for names in named for name in names} <= SCRIPTS
+    commands = [
+        arguments
+        for instruction, arguments in instructions(path)
+        if instruction in ("CMD", "HEALTHCHECK")
+    ]
+    programs = [re.findall(r'\["([^"]+)"', command) for command in commands]
+    assert programs
+    assert {name for names in programs for name in names} <= SCRIPTS
 
 
 def test_the_worker_is_stopped_by_the_signal_it_handles() -> None:
-    words = dict(instructions(DOCKER / "worker.Dockerfile"))
-    assert words["STOPSIGNAL"] == "SIGTERM"
+    worker = dict(instructions(DOCKER / "worker.Dockerfile"))
+    assert worker["STOPSIGNAL"] == "SIGTERM"
     assert "KillMode=mixed" in (DOCKER / "inpaint-worker.service").read_text()
 
 
@@ -138,7 +147,7 @@ def test_every_command_is_known(name: str) -> None:
 
 
 @services
-def test_every_service_waits_for_what_can_be_waited_for(name: str) -> None:
+def test_every_service_depends_on_services_that_report_when_they_are_ready(name: str) -> None:
     for other, rule in SERVICES[name].get("depends_on", {}).items():
         assert other in SERVICES
         if rule["condition"] == "service_healthy":
@@ -152,7 +161,9 @@ def test_every_service_waits_for_what_can_be_waited_for(name: str) -> None:
 def test_every_named_volume_and_config_is_declared(name: str) -> None:
     sources = [volume.split(":")[0] for volume in SERVICES[name].get("volumes", [])]
     assert {source for source in sources if source.isalnum()} <= set(COMPOSE["volumes"])
-    assert {one["source"] for one in SERVICES[name].get("configs", [])} <= set(COMPOSE["configs"])
+    assert {config["source"] for config in SERVICES[name].get("configs", [])} <= set(
+        COMPOSE["configs"]
+    )
 
 
 def test_redis_keeps_messages_on_disk_and_drops_none() -> None:
@@ -163,10 +174,10 @@ def test_redis_keeps_messages_on_disk_and_drops_none() -> None:
 
 def test_every_variable_of_ours_is_a_setting() -> None:
     known = {settings.PREFIX + name.upper() for name in settings.Settings.model_fields}
-    named = {name for name, _, _ in references()} | set(EXAMPLE)
+    variables = {name for name, _, _ in references()} | set(EXAMPLE)
     for service in SERVICES.values():
-        named |= set(service.get("environment", {}))
-    ours = {name for name in named if name.startswith(settings.PREFIX)}
+        variables |= set(service.get("environment", {}))
+    ours = {name for name in variables if name.startswith(settings.PREFIX)}
     assert "INPAINT_DATABASE_URL" in ours
     assert ours <= known
 
@@ -192,13 +203,13 @@ def test_the_product_accepts_the_settings(monkeypatch: pytest.MonkeyPatch, tmp_p
     known = {name: value or "secret" for name, value in EXAMPLE.items()}
     monkeypatch.chdir(tmp_path)
     for name, value in SERVICES["worker"]["environment"].items():
-        monkeypatch.setenv(name, substituted(value, known))
+        monkeypatch.setenv(name, substitute(value, known))
     loaded = settings.load()
     assert loaded.database.host == "postgres"
     assert loaded.buckets == ("inpaint",)
 
 
-def test_numbers_are_the_product_s_own_defaults() -> None:
+def test_numbers_in_the_example_are_the_defaults_of_the_settings() -> None:
     for name, field in settings.Settings.model_fields.items():
         if isinstance(field.default, int | float):
             shown = EXAMPLE.get(settings.PREFIX + name.upper(), field.default)

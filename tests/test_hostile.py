@@ -1,4 +1,4 @@
-"""Bad and hostile input: each kind has a test that names its code and message."""
+"""Bad and hostile input: each kind has a test that asserts its error code and message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 
-# What may come from outside, by the file of the test that says what becomes of it.
+# Kinds of input, by the file with their test.
 COVERED = {
     "producer/test_manifest.py": {
         "empty manifest": "test_an_empty_file_is_refused",
@@ -76,5 +76,5 @@ COVERED = {
 @pytest.mark.parametrize("file", COVERED)
 def test_every_kind_of_bad_input_has_its_test(file: str) -> None:
     tree = ast.parse((TESTS / file).read_text())
-    there = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    assert set(COVERED[file].values()) <= there
+    tests = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert set(COVERED[file].values()) <= tests

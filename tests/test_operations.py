@@ -1,4 +1,4 @@
-"""docs/operations.md: its commands run, its queries answer, its units start our commands."""
+"""docs/operations.md: its commands and queries run, its units start our commands."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_every_command_and_query_is_run_by_a_test() -> None:
 def workspace(
     tmp_path: Path, postgres_url: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> Workspace:
-    """An operator's, with the fleet's database and Redis in the environment."""
+    """A folder of an operator, with the fleet's database and Redis in the environment."""
     plain = make_url(postgres_url).set(drivername="postgresql")
     tools = f"{servers.postgres_tools()}:{os.environ['PATH']}"
     for name, value in {
@@ -65,17 +65,17 @@ def workspace(
 
 
 def run(workspace: Workspace, command: list[str]) -> None:
-    """As a shell does, with variables expanded."""
-    program, *words = (os.path.expandvars(word) for word in command)
+    """Runs a command with its variables expanded, as a shell does."""
+    program, *arguments = (os.path.expandvars(word) for word in command)
     if program == "inpaint-jobs":
-        result = workspace.jobs(*words)
+        result = workspace.jobs(*arguments)
         assert result.status == 0, result.err
     else:
-        done = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
-def test_the_commands_work_as_written_and_a_backup_comes_back(
+def test_the_commands_run_as_written_and_a_backup_is_restored(
     workspace: Workspace, tmp_path: Path, postgres_url: str
 ) -> None:
     with closing(Database(make_url(postgres_url))) as database:
@@ -93,7 +93,7 @@ def test_the_commands_work_as_written_and_a_backup_comes_back(
         assert len(table.attempts(ids[0])) == 1
 
 
-def test_a_sqlite_file_is_copied_whole(tmp_path: Path, migrated_file: Path) -> None:
+def test_a_sqlite_file_is_copied_completely(tmp_path: Path, migrated_file: Path) -> None:
     (tmp_path / ".inpaint").mkdir()
     (tmp_path / ".inpaint" / "inpaint.db").write_bytes(migrated_file.read_bytes())
     ((_, *arguments),) = commands("sqlite")
@@ -103,7 +103,7 @@ def test_a_sqlite_file_is_copied_whole(tmp_path: Path, migrated_file: Path) -> N
     copy.close()
 
 
-def test_the_queries_answer_on_both_databases(db: Database) -> None:
+def test_the_queries_run_on_both_databases(db: Database) -> None:
     (block,) = blocks("queries")
     queries = [query for query in block.split(";") if query.strip()]
     assert len(queries) == 6
@@ -116,14 +116,14 @@ def test_the_queries_answer_on_both_databases(db: Database) -> None:
             assert len(rows) == 1
 
 
-def test_every_state_and_only_known_codes_and_lines_are_named() -> None:
+def test_every_state_is_explained_and_every_code_and_log_line_exists() -> None:
     states = TEXT.partition("## What each state means")[2].partition("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z]+)` \|", states, re.MULTILINE)) == set(STATES)
     codes = {error.code for error in vars(shared.errors).values() if isinstance(error, type)}
     assert set(re.findall(r"--error ([a-z_]+)", TEXT)) <= codes
     source = "".join((ROOT / path).read_text() for path in LOGGED)
-    said = TEXT.partition("need attention")[2].partition("\n## ")[0]
-    for line in re.findall(r"^\| `([^`]+)` \|", said, re.MULTILINE):
+    log_lines = TEXT.partition("need attention")[2].partition("\n## ")[0]
+    for line in re.findall(r"^\| `([^`]+)` \|", log_lines, re.MULTILINE):
         for part in re.split(r" N |; now \w+$", line):
             assert part.strip() in source, part
 
@@ -131,8 +131,10 @@ def test_every_state_and_only_known_codes_and_lines_are_named() -> None:
 @pytest.mark.parametrize(
     ("unit", "command"), [("inpaint-worker", worker), ("inpaint-submit", submit)]
 )
-def test_a_unit_starts_a_command_of_ours_with_options_it_has(unit: str, command: object) -> None:
-    service = parsed(f"{unit}.service")["Service"]
+def test_a_unit_starts_one_of_our_commands_with_options_that_exist(
+    unit: str, command: object
+) -> None:
+    service = parse_unit(f"{unit}.service")["Service"]
     program, *arguments = shlex.split(service["ExecStart"])
     assert Path(program).name == unit
     assert command.make_context(unit, list(arguments))  # type: ignore[attr-defined]
@@ -141,13 +143,13 @@ def test_a_unit_starts_a_command_of_ours_with_options_it_has(unit: str, command:
 
 
 def test_the_timer_starts_the_unit_of_its_name_every_night() -> None:
-    timer = parsed("inpaint-submit.timer")
+    timer = parse_unit("inpaint-submit.timer")
     assert timer["Timer"]["OnCalendar"] == "*-*-* 02:00:00"
     assert timer["Install"]["WantedBy"] == "timers.target"
     assert (ROOT / "docker" / "inpaint-submit.service").is_file()
 
 
-def parsed(name: str) -> RawConfigParser:
+def parse_unit(name: str) -> RawConfigParser:
     parser = RawConfigParser()
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read_string((ROOT / "docker" / name).read_text())
