@@ -1,5 +1,6 @@
-"""Pictures: bytes enter in ``decode`` and leave in ``encode``, with depth, alpha and metadata."""
+"""Images: bytes enter in ``decode`` and leave in ``encode``, with depth, alpha and metadata."""
 
+from shared.image_formats import format_of
 from shared.images.decoding import decode, probe
 from shared.images.encoding import check, encode
 from shared.images.image import (
@@ -9,7 +10,6 @@ from shared.images.image import (
     Pixels,
     SourceEncoding,
     as_rgb,
-    format_of,
     from_rgb,
     full_scale,
     has_alpha,

@@ -1,4 +1,4 @@
-"""Ink and light: CMYK to RGB and back, through the picture's colour profile if it has one."""
+"""CMYK to RGB and back, through the image's colour profile if it has one."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def from_rgb(rgb: NDArray[np.float32], profile: bytes) -> NDArray[np.float32]:
 
 
 def _separated(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Black takes over the square of the grey component, so that highlights stay free of it.
+    """Without a profile: black = (1 - max(r, g, b))^2, so that highlights have none.
 
-    The exact inverse of ``(1 - ink) * (1 - black)``, by which ``to_rgb`` mixes.
+    The exact inverse of Pillow's conversion in ``to_rgb``, light = (1 - ink) * (1 - black).
     """
     light = rgb / np.float32(255)
     black = (1 - light.max(axis=-1, keepdims=True)) ** 2
@@ -56,7 +56,7 @@ def _separated(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
 def _transforms(
     profile: bytes,
 ) -> tuple[ImageCms.ImageCmsTransform, ImageCms.ImageCmsTransform] | None:
-    """To sRGB and back; None where the profile is absent, damaged, or works one way only."""
+    """To sRGB and back; None where the profile is absent, damaged, or has one direction only."""
     if not profile:
         return None
     try:
@@ -67,5 +67,5 @@ def _transforms(
             ImageCms.ImageCmsTransform(srgb, inks, "RGB", "CMYK", _INTENT, flags=_FLAGS),
         )
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError) as error:
-        log.warning("the CMYK picture's colour profile cannot be used: %s", error)
+        log.warning("the CMYK image's colour profile cannot be used: %s", error)
         return None

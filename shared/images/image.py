@@ -1,9 +1,8 @@
-"""Pictures in memory: pixels in their own mode and depth, and what their file said besides."""
+"""Images in memory: pixels in their own mode and depth, and the metadata of their file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from shared.images import cmyk
 
-Array = NDArray[Any]  # uint8, uint16 or bool, as Picture.pixels says
+Array = NDArray[Any]  # uint8, uint16 or bool, see DecodedImage.pixels
 Pixels = NDArray[np.uint8]
 
 MODE_DESCRIPTIONS = {
@@ -27,21 +26,16 @@ MODE_DESCRIPTIONS = {
     "RGB;16": "16-bit colour",
     "RGBA;16": "16-bit colour with transparency",
 }
-DEEP_MODES = {1: "I;16", 2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}  # by channels
-_SUFFIXES = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".png": "PNG", ".webp": "WEBP", ".bmp": "BMP", ".dib": "BMP"},
-}
+DEEP_MODES = {1: "I;16", 2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}  # by number of channels
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceEncoding:
     """How the source stored its pixels, so that the result can be stored alike.
 
-    quantisation: JPEG tables, each 64 steps row by row. subsampling: Pillow's number, 0 is
-    4:4:4. rgb_jpeg: the JPEG holds RGB, not YCbCr. indexed: through a palette. key: PNG's
-    transparent colour.
+    quantisation: JPEG's tables, 64 steps each, row by row. subsampling: Pillow's number, 0 is
+    4:4:4. rgb_jpeg: the JPEG holds RGB, not YCbCr. indexed: the source has a palette.
+    transparent_colour: PNG's tRNS, in the range of the decoded pixels.
     """
 
     lossless: bool = True
@@ -50,14 +44,16 @@ class SourceEncoding:
     quantisation: tuple[tuple[int, ...], ...] = ()
     subsampling: int = -1
     indexed: bool = False
-    key: tuple[int, ...] = ()
+    transparent_colour: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """segments: in the source format's own framing; the others for writing other formats.
+    """A file's metadata, upright: EXIF has orientation 1 and no thumbnail.
 
-    dpi: (x, y) dots per inch, or None where the file does not say.
+    segments: in the source format's own framing, for writing that format again; the other
+    fields are for writing another format.
+    dpi: (x, y) dots per inch, None where the file does not say.
     """
 
     segments: tuple[bytes, ...] = ()
@@ -69,15 +65,17 @@ class Metadata:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImage:
-    """A decoded picture, upright.
+    """A decoded image, with its orientation applied.
 
-    pixels: (H, W) or (H, W, C), uint8, uint16 (modes on ``;16``) or bool (mode ``1``). Read only.
+    pixels: (H, W) or (H, W, C), read-only; bool in mode ``1``, uint16 in modes that end in
+    ``;16``, else uint8.
     mode: Pillow's, and by the same rule ``LA;16``, ``RGB;16`` and ``RGBA;16``. Palettes are
-    resolved to RGB or RGBA and transparent colours to an alpha channel; encoding finds the
-    source's own again.
-    touched: (H, W), the pixels that differ from the source; None: none does.
-    source: the bytes the picture came from. They are the result where nothing is touched, and
-    unchanged JPEG blocks can be copied out of them.
+    resolved to RGB or RGBA and transparent colours to an alpha channel; ``encode`` restores
+    the source's own.
+    format: a key of ``FORMATS``.
+    touched: (H, W), True where a pixel differs from the source; None: nowhere.
+    source: the file the image came from. ``encode`` returns it if nothing is touched, and
+    copies untouched JPEG blocks out of it.
     """
 
     pixels: Array
@@ -97,7 +95,7 @@ class DecodedImage:
         return has_alpha(self.mode)
 
     def rgb(self) -> Pixels:
-        """(H, W, 3) uint8, what an engine sees; a view wherever the mode allows one."""
+        """(H, W, 3) uint8, the engines' input; a view where the mode allows one."""
         return as_rgb(self.pixels, self.mode, profile=self.metadata.icc)
 
     def alpha(self) -> Pixels | None:
@@ -105,14 +103,21 @@ class DecodedImage:
         return _eight_bits(self.pixels[..., -1]) if self.has_alpha else None
 
     def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> DecodedImage:
-        """The picture with other pixels of the same shape and depth.
+        """The image with other pixels of the same shape and depth; makes them read-only.
 
-        touched: (H, W), those that differ from this picture's; earlier ones stay touched.
+        touched: (H, W), those that differ from this image's; earlier ones stay touched.
         """
         pixels.flags.writeable = False
         if self.touched is not None:
             touched = touched | self.touched
         return replace(self, pixels=pixels, touched=touched if touched.any() else None)
+
+    def to_pillow(self) -> Image.Image:
+        """The pixels as a Pillow image; not for modes with 16 bits and several channels."""
+        pixels = np.ascontiguousarray(self.pixels)
+        if self.mode == "CMYK":
+            return Image.frombytes(self.mode, self.size, pixels.tobytes())
+        return Image.fromarray(pixels)
 
 
 def has_alpha(mode: str) -> bool:
@@ -120,12 +125,12 @@ def has_alpha(mode: str) -> bool:
 
 
 def full_scale(mode: str) -> int:
-    """The mode's value for full light, full ink and opaque."""
+    """The mode's value for full light, full ink and full opacity."""
     return {"1": 1}.get(mode, 65535 if mode.endswith(";16") else 255)
 
 
 def as_rgb(pixels: Array, mode: str, *, profile: bytes = b"") -> Pixels:
-    """(h, w, 3) uint8 from pixels of the mode. profile: the ICC one, for CMYK."""
+    """(h, w, 3) uint8 from pixels of the mode. profile: the ICC profile, for CMYK."""
     if mode == "CMYK":
         return cmyk.to_rgb(pixels, profile)
     if mode == "1":
@@ -143,9 +148,9 @@ def _eight_bits(pixels: Array) -> Pixels:
 
 
 def from_rgb(rgb: NDArray[np.float32], mode: str, *, profile: bytes = b"") -> NDArray[np.float32]:
-    """The mode's own colour channels, without alpha, from (..., 3) RGB of 0 to 255.
+    """(..., C) colour channels of the mode, without alpha, from (..., 3) RGB of 0 to 255.
 
-    Returns (..., C) in the mode's own range, 0 to ``full_scale``. profile: as for ``as_rgb``.
+    The result has the mode's own range, 0 to ``full_scale``. profile: as for ``as_rgb``.
     """
     if mode == "CMYK":
         return cmyk.from_rgb(rgb, profile)
@@ -156,13 +161,8 @@ def from_rgb(rgb: NDArray[np.float32], mode: str, *, profile: bytes = b"") -> ND
     return grey * scale
 
 
-def format_of(location: str) -> str | None:
-    """The format that a file's name asks for, one of ``FORMATS``; None where it names none."""
-    return _SUFFIXES.get(PurePosixPath(location).suffix.lower())
-
-
 def apply_orientation(pixels: Array, orientation: int) -> Array:
-    """The pixels as EXIF orientation 1 to 8 says they are to be shown."""
+    """The pixels as EXIF orientation 1 to 8 displays them."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -170,11 +170,3 @@ def apply_orientation(pixels: Array, orientation: int) -> Array:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels)
-
-
-def pillow_image(pixels: Array, mode: str) -> Image.Image:
-    pixels = np.ascontiguousarray(pixels)
-    if mode == "CMYK":
-        size = (pixels.shape[1], pixels.shape[0])
-        return Image.frombytes(mode, size, pixels.tobytes())
-    return Image.fromarray(pixels)

@@ -1,4 +1,4 @@
-"""Libraries for 16 bits of colour, loaded only for pictures that have them."""
+"""Libraries of the extras, imported only for the files that need them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from shared.errors import EngineUnavailable
 
 def imagecodecs() -> Any:
     """Raises EngineUnavailable where it is not installed."""
-    return _library("imagecodecs")
+    return _library("imagecodecs", "images with 16 bits a colour channel need")
 
 
 def tifffile() -> Any:
     """Raises EngineUnavailable where it is not installed."""
-    return _library("tifffile")
+    return _library("tifffile", "images with 16 bits a colour channel need")
 
 
-def _library(name: str) -> Any:
+def jpeglib() -> Any:
+    """Raises EngineUnavailable where it is not installed."""
+    return _library("jpeglib", "writing JPEG needs")
+
+
+def _library(name: str, need: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
         raise EngineUnavailable(
-            f"pictures with 16 bits a colour channel need the package {name}; "
-            "install inpaint-batch[opencv] or [worker]"
+            f"{need} the package {name}; install inpaint-batch[opencv] or [worker]"
         ) from error

@@ -1,4 +1,4 @@
-"""PNG files: their chunks, 16 bits a channel and transparent colours."""
+"""PNG files: their chunks, 16 bits a channel, palettes and transparent colours."""
 
 from __future__ import annotations
 
@@ -6,67 +6,52 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from shared.errors import ImageError
-from shared.images import tiff_ifd as tags
-from shared.images import xmp as packets
-from shared.images.header import Header
-from shared.images.image import DEEP_MODES, Array, DecodedImage, Metadata, pillow_image
+from shared.images import pillow, tiff_ifd, xmp
+from shared.images.codec import Codec, DecodedPixels, Header
+from shared.images.image import DEEP_MODES, Array, DecodedImage, Metadata, SourceEncoding
 from shared.images.optional_libraries import imagecodecs
 
-LEVEL = 4
+LEVEL = 4  # of deflate; level 6 takes 6.5 s for 24 megapixels (measured)
 
 _KEPT = frozenset({b"cHRM", b"gAMA", b"iCCP", b"sRGB", b"cICP", b"mDCV", b"cLLI"})
 _NEEDED = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _MAX_PROFILE_BYTES = 16 << 20
 _GREY, _RGB, _PALETTE = 0, 2, 3  # colour types
 _HEAD = 33  # bytes of signature and IHDR
+_METRES_PER_INCH = 0.0254
+_Chunk = tuple[bytes, int, int]  # name, start and end of the whole chunk
 
 
-def read(data: bytes) -> Header:
-    """Raises ImageError where the first chunk is no header."""
-    width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
+def read_header(data: bytes) -> Header:
+    """Raises ImageError where the first chunk is not IHDR."""
+    width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR":
         raise ImageError("the PNG file does not start with its header; upload it again")
+    chunks = list(_chunks(data))
     bodies: dict[bytes, bytes] = {}
-    bare, segments = [data[:8]], []
-    packet = b""
-    for name, start, end in _chunks(data):
-        body = data[start + 8 : end - 4]
-        bodies.setdefault(name, body)
-        if name in _NEEDED:
-            if name != b"tRNS" or colour == _PALETTE:
-                bare.append(data[start:end])
-        elif name == b"eXIf":
-            segments.append(png_chunk(name, tags.reset_orientation(body)))
-        elif name in _KEPT or name[3:4].islower():
-            segments.append(data[start:end])
-        if name == b"iTXt" and body.startswith(packets.PNG_KEYWORD):
-            packet = packet or packets.read_png_text(body)
-    exif = bodies.get(b"eXIf", b"")
-    frames = int.from_bytes(bodies.get(b"acTL", b"")[:4])
+    for name, start, end in chunks:
+        bodies.setdefault(name, data[start + 8 : end - 4])
     return Header(
-        format="PNG",
         size=(width, height),
-        orientation=tags.orientation(exif),
-        frames=max(frames, 2) if b"acTL" in bodies else 1,
-        deep=depth == 16 and colour != _GREY,
-        key=_key(bodies.get(b"tRNS", b""), depth, colour),
-        dpi=_dpi(bodies.get(b"pHYs", b"")),
-        bare=b"".join(bare),
-        segments=tuple(segments),
-        exif=tags.reset_orientation(exif),
-        icc=_profile(bodies.get(b"iCCP", b"")),
-        xmp=packet,
+        orientation=tiff_ifd.read_orientation(bodies.get(b"eXIf", b"")),
+        refusal="is animated; save one image per file" if b"acTL" in bodies else "",
+        bare=_strip_metadata(data, chunks, colour_type),
+        is_deep=depth == 16 and colour_type != _GREY,
+        encoding=SourceEncoding(
+            transparent_colour=_transparent_colour(bodies.get(b"tRNS", b""), depth, colour_type)
+        ),
+        metadata=_read_metadata(data, chunks, bodies),
     )
 
 
-def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk; the last one may reach past the end of the data."""
+def _chunks(data: bytes) -> Iterator[_Chunk]:
+    """Each chunk that the pixels need or that is complete; the last may end past the data."""
     start = 8
     while start + 8 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4])
@@ -77,9 +62,40 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         start = end
 
 
-def _key(body: bytes, depth: int, colour: int) -> tuple[int, ...]:
-    """The transparent colour, in the range of the decoded pixels."""
-    count = {_GREY: 1, _RGB: 3}.get(colour, 0)
+def _strip_metadata(data: bytes, chunks: Sequence[_Chunk], colour_type: int) -> bytes:
+    """The file without metadata, and without a transparent colour, which ``decode`` applies."""
+    kept = [
+        data[start:end]
+        for name, start, end in chunks
+        if name in _NEEDED and (name != b"tRNS" or colour_type == _PALETTE)
+    ]
+    return data[:8] + b"".join(kept)
+
+
+def _read_metadata(data: bytes, chunks: Sequence[_Chunk], bodies: dict[bytes, bytes]) -> Metadata:
+    segments = []
+    packets = []
+    for name, start, end in chunks:
+        if name == b"eXIf":
+            exif = tiff_ifd.reset_orientation(data[start + 8 : end - 4])
+            segments.append(make_chunk(name, exif))
+        # A lower-case fourth letter marks a chunk that is safe to copy after an edit.
+        elif name in _KEPT or (name[3:4].islower() and name not in _NEEDED):
+            segments.append(data[start:end])
+        if name == b"iTXt" and data.startswith(xmp.PNG_KEYWORD, start + 8):
+            packets.append(xmp.read_png_text(data[start + 8 : end - 4]))
+    return Metadata(
+        segments=tuple(segments),
+        exif=tiff_ifd.reset_orientation(bodies.get(b"eXIf", b"")),
+        icc=_profile(bodies.get(b"iCCP", b"")),
+        xmp=next(filter(None, packets), b""),
+        dpi=_dpi(bodies.get(b"pHYs", b"")),
+    )
+
+
+def _transparent_colour(body: bytes, depth: int, colour_type: int) -> tuple[int, ...]:
+    """The colour in tRNS, in the range of the decoded pixels."""
+    count = {_GREY: 1, _RGB: 3}.get(colour_type, 0)
     if not count or depth == 0 or len(body) < 2 * count:
         return ()
     scale = 255 // (2**depth - 1) if depth < 8 else 1
@@ -87,98 +103,126 @@ def _key(body: bytes, depth: int, colour: int) -> tuple[int, ...]:
 
 
 def _dpi(body: bytes) -> tuple[float, float] | None:
-    if len(body) != 9 or body[8] != 1:
+    if len(body) != 9 or body[8] != 1:  # 1: pixels per metre
         return None
-    across, down = struct.unpack_from(">II", body)
-    return across * 0.0254, down * 0.0254
+    x, y = struct.unpack_from(">II", body)
+    return x * _METRES_PER_INCH, y * _METRES_PER_INCH
 
 
 def _profile(body: bytes) -> bytes:
-    return packets.inflate(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
+    return xmp.inflate(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
 
 
-def png_chunk(name: bytes, body: bytes) -> bytes:
+def make_chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def decode_deep(header: Header) -> tuple[Array, str]:
-    """Pixels with 16 bits a channel, and their mode. Raises ValueError for damage."""
+def decode(header: Header) -> DecodedPixels:
+    if header.is_deep:
+        decoded = _decode_deep(header)
+    else:
+        decoded = pillow.decode(PngImagePlugin.PngImageFile, header)
+    colour = header.encoding.transparent_colour
+    if not colour:
+        return decoded
+    pixels, mode = add_alpha(decoded.pixels, decoded.mode, colour)
+    return DecodedPixels(pixels=pixels, mode=mode, encoding=decoded.encoding)
+
+
+def _decode_deep(header: Header) -> DecodedPixels:
+    """16 bits a channel, by imagecodecs. Raises ValueError for damage."""
     pixels = np.asarray(imagecodecs().png_decode(header.bare))
     if pixels.dtype != np.uint16 or pixels.shape[1::-1] != header.size:
-        raise ValueError("it contradicts itself")
-    return pixels, DEEP_MODES[pixels.shape[2] if pixels.ndim == 3 else 1]
+        raise ValueError("the pixels contradict the header")
+    mode = DEEP_MODES[pixels.shape[2] if pixels.ndim == 3 else 1]
+    return DecodedPixels(pixels=pixels, mode=mode, encoding=header.encoding)
 
 
-def keyed(pixels: Array, mode: str, key: tuple[int, ...]) -> tuple[Array, str]:
+def add_alpha(pixels: Array, mode: str, colour: tuple[int, ...]) -> tuple[Array, str]:
     """The pixels with an alpha channel that is 0 where they have the transparent colour."""
     if mode == "1":
         pixels = pixels.astype(np.uint8) * np.uint8(255)
     colours = pixels.reshape(*pixels.shape[:2], -1)
-    full = np.iinfo(colours.dtype).max
-    alpha = np.where((colours == key).all(axis=-1), 0, full).astype(colours.dtype)
-    named = {"1": "LA", "L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}[mode]
-    return np.concatenate([colours, alpha[..., None]], axis=-1), named
+    opaque = np.iinfo(colours.dtype).max
+    alpha = np.where((colours == colour).all(axis=-1), 0, opaque).astype(colours.dtype)
+    with_alpha = {"1": "LA", "L": "LA", "I;16": "LA;16", "RGB": "RGBA", "RGB;16": "RGBA;16"}
+    return np.concatenate([colours, alpha[..., None]], axis=-1), with_alpha[mode]
 
 
-def without_alpha(pixels: Array, mode: str, key: tuple[int, ...]) -> tuple[Array, str] | None:
-    """What ``keyed`` would make these pixels of; None where alpha has values between.
+def remove_alpha(pixels: Array, mode: str, colour: tuple[int, ...]) -> tuple[Array, str] | None:
+    """The inverse of ``add_alpha``; None where alpha has values in between.
 
-    An opaque pixel that would have the transparent colour moves by one step of its last channel.
+    An opaque pixel of the transparent colour changes by one level in its last channel.
     """
-    full = np.iinfo(pixels.dtype).max
-    clear, colours = pixels[..., -1] == 0, pixels[..., :-1].copy()
-    if not (clear | (pixels[..., -1] == full)).all():
+    opaque = np.iinfo(pixels.dtype).max
+    is_clear, colours = pixels[..., -1] == 0, pixels[..., :-1].copy()
+    if not (is_clear | (pixels[..., -1] == opaque)).all():
         return None
-    clash = ~clear & (colours == key).all(axis=-1)
+    clash = ~is_clear & (colours == colour).all(axis=-1)
     colours[clash, -1] ^= 1
-    colours[clear] = key
-    named = {"LA": "L", "LA;16": "I;16", "RGBA": "RGB", "RGBA;16": "RGB;16"}[mode]
-    return colours[..., 0] if colours.shape[-1] == 1 else colours, named
+    colours[is_clear] = colour
+    without_alpha = {"LA": "L", "LA;16": "I;16", "RGBA": "RGB", "RGBA;16": "RGB;16"}
+    return colours[..., 0] if colours.shape[-1] == 1 else colours, without_alpha[mode]
 
 
-def write(pixels: Array, mode: str, picture: DecodedImage) -> bytes:
-    """The source's transparent colour is kept, if it had one and it still says everything."""
-    same, key = picture.format == "PNG", picture.encoding.key
-    segments = list(picture.metadata.segments) if same else _framed(picture.metadata)
-    plain = without_alpha(pixels, mode, key) if same and key and picture.has_alpha else None
-    if plain is not None:
-        pixels, mode = plain
-        segments.append(png_chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)))
-    if mode.endswith(";16"):
-        written = bytes(imagecodecs().png_encode(np.ascontiguousarray(pixels), level=LEVEL))
-    else:
-        written = _by_pillow(pillow_image(pixels, mode))
-    return written[:_HEAD] + b"".join(segments) + written[_HEAD:]
+def encode(image: DecodedImage, _quality: int | None) -> bytes:
+    """Keeps the source's transparent colour if it still expresses the alpha channel."""
+    was_png, colour = image.format == "PNG", image.encoding.transparent_colour
+    segments = list(image.metadata.segments) if was_png else _make_chunks(image.metadata)
+    if was_png and colour and image.has_alpha:
+        keyed = remove_alpha(image.pixels, image.mode, colour)
+        if keyed is not None:
+            image = replace(image, pixels=keyed[0], mode=keyed[1])
+            segments.append(make_chunk(b"tRNS", struct.pack(f">{len(colour)}H", *colour)))
+    return _insert_chunks(_encode_pixels(image), segments)
 
 
-def write_indexed(image: Image.Image, alphas: bytes, metadata: Metadata) -> bytes:
-    """A palette image; alphas: of the palette's entries, b"" where all are opaque."""
-    written = _by_pillow(image, **({"transparency": alphas} if alphas else {}))
-    return written[:_HEAD] + b"".join(metadata.segments) + written[_HEAD:]
+def _encode_pixels(image: DecodedImage) -> bytes:
+    if image.mode.endswith(";16"):
+        return bytes(imagecodecs().png_encode(np.ascontiguousarray(image.pixels), level=LEVEL))
+    return _encode_by_pillow(image.to_pillow())
 
 
-def _by_pillow(image: Image.Image, **options: Any) -> bytes:
+def encode_indexed(indexed: Image.Image, image: DecodedImage) -> bytes:
+    return _insert_chunks(_encode_by_pillow(indexed), image.metadata.segments)
+
+
+def _encode_by_pillow(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=LEVEL, **options)
+    image.save(buffer, "PNG", compress_level=LEVEL)
     return buffer.getvalue()
 
 
-def with_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
+def _insert_chunks(written: bytes, chunks: Sequence[bytes]) -> bytes:
+    return written[:_HEAD] + b"".join(chunks) + written[_HEAD:]
+
+
+def replace_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
     """The chunks with that packet instead of any they hold."""
-    keyword = b"iTXt" + packets.PNG_KEYWORD
-    others = (one for one in segments if one[4 : 4 + len(keyword)] != keyword)
-    return (*others, png_chunk(b"iTXt", packets.make_png_text(packet)))
+    start = b"iTXt" + xmp.PNG_KEYWORD
+    others = (chunk for chunk in segments if not chunk[4:].startswith(start))
+    return (*others, make_chunk(b"iTXt", xmp.make_png_text(packet)))
 
 
-def _framed(metadata: Metadata) -> list[bytes]:
+def _make_chunks(metadata: Metadata) -> list[bytes]:
     chunks = []
     if metadata.icc:
-        chunks.append(png_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)))
+        chunks.append(make_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc)))
     if metadata.dpi:
-        x, y = (round(dots / 0.0254) for dots in metadata.dpi)
-        chunks.append(png_chunk(b"pHYs", struct.pack(">IIB", x, y, 1)))
+        x, y = (round(dots / _METRES_PER_INCH) for dots in metadata.dpi)
+        chunks.append(make_chunk(b"pHYs", struct.pack(">IIB", x, y, 1)))
     if metadata.exif:
-        chunks.append(png_chunk(b"eXIf", metadata.exif))
+        chunks.append(make_chunk(b"eXIf", metadata.exif))
     if metadata.xmp:
-        chunks.append(png_chunk(b"iTXt", packets.make_png_text(metadata.xmp)))
+        chunks.append(make_chunk(b"iTXt", xmp.make_png_text(metadata.xmp)))
     return chunks
+
+
+CODEC = Codec(
+    plugin=PngImagePlugin.PngImageFile,
+    read_header=read_header,
+    decode=decode,
+    encode=encode,
+    encode_indexed=encode_indexed,
+    replace_xmp=replace_xmp,
+)

@@ -1,28 +1,22 @@
-"""TIFF directories, as TIFF files and EXIF blocks hold them: read, and patched in place."""
+"""TIFF image file directories (IFDs), in TIFF files and EXIF blocks: reading, patching, writing."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 ORIENTATION = 0x0112
 SUBDIRECTORIES = frozenset({34665, 34853, 40965})  # EXIF, GPS, interoperability
-# Description, maker, model, resolution, software, date, artist, copyright, Windows' own.
-_SHARED = SUBDIRECTORIES | {
-    270,
-    271,
-    272,
-    282,
-    283,
-    296,
-    305,
-    306,
-    315,
-    33432,
-    *range(40091, 40096),
-}
+X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 282, 283, 296
+# What EXIF shares with TIFF: description, maker, model, resolution, software, date, artist,
+# copyright, Windows' own.
+_SHARED = (
+    SUBDIRECTORIES
+    | {X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT}
+    | {270, 271, 272, 305, 306, 315, 33432, *range(40091, 40096)}
+)
 THUMBNAIL_OFFSET = 0x0201
 THUMBNAIL_LENGTH = 0x0202
 
@@ -47,18 +41,21 @@ class DirectoryError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One tag. place: the offset of its value in the data; length: the value's bytes."""
+    """One tag. offset: of its value in the data; length: of the value in bytes."""
 
     tag: int
     type: int
     count: int
-    place: int
+    offset: int
     length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Directory:
-    """One IFD. next: the offset of the directory that follows, 0 for none; next_place: of that."""
+    """One IFD. order: struct's byte order; big: whether it is BigTIFF's.
+
+    next: the offset of the next directory, 0 for none; next_pointer: where that is stored.
+    """
 
     order: Literal["<", ">"]
     big: bool
@@ -71,11 +68,17 @@ class Directory:
         entry = self.entries.get(tag)
         if entry is None or entry.type not in _INTEGERS:
             return ()
-        form = f"{self.order}{entry.count}{_INTEGERS[entry.type]}"
-        return tuple(struct.unpack_from(form, data, entry.place))
+        layout = f"{self.order}{entry.count}{_INTEGERS[entry.type]}"
+        return tuple(struct.unpack_from(layout, data, entry.offset))
 
     def integer(self, data: bytes | bytearray, tag: int, default: int) -> int:
+        """The tag's first whole number, or the default."""
         return next(iter(self.integers(data, tag)), default)
+
+    def value(self, data: bytes | bytearray, tag: int) -> bytes:
+        """The tag's bytes as stored; b"" where it is absent."""
+        entry = self.entries.get(tag)
+        return bytes(data[entry.offset : entry.offset + entry.length]) if entry else b""
 
 
 def read_directory(data: bytes | bytearray, offset: int | None = None) -> Directory:
@@ -106,14 +109,14 @@ def _read(
             (value,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, value)
         # Readers take the first of two tags of a number; tifffile writes two descriptions.
         if tag not in entries and kind in TYPE_SIZES and value + length <= len(data):
-            entries[tag] = Entry(tag=tag, type=kind, count=values, place=value, length=length)
+            entries[tag] = Entry(tag=tag, type=kind, count=values, offset=value, length=length)
     end = first + count * width
     following = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, end)[0]
     return Directory(order=order, big=big, entries=entries, next=following, next_pointer=end)
 
 
-def orientation(exif: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1 where the block says nothing sensible."""
+def read_orientation(exif: bytes) -> int:
+    """1 to 8, as EXIF numbers them; 1 where the block has no valid one."""
     try:
         directory = read_directory(exif)
     except DirectoryError:
@@ -122,10 +125,31 @@ def orientation(exif: bytes) -> int:
     return value if value in range(1, 9) else 1
 
 
-def reset_orientation(exif: bytes) -> bytes:
-    """The block with orientation 1 and without its thumbnail, which shows the old picture.
+def read_exif_resolution(exif: bytes) -> tuple[float, float] | None:
+    """(x, y) dots per inch; None where the block does not say."""
+    try:
+        return read_resolution(exif, read_directory(exif))
+    except DirectoryError:
+        return None
 
-    Everything else keeps its bytes and its place, so maker notes with absolute offsets survive.
+
+def read_resolution(data: bytes, directory: Directory) -> tuple[float, float] | None:
+    """(x, y) dots per inch; None where the directory does not say."""
+    sides = [directory.value(data, tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
+    # 2: per inch, which is the default; 3: per centimetre.
+    unit = {2: 1.0, 3: 2.54}.get(directory.integer(data, RESOLUTION_UNIT, 2))
+    if unit is None or any(len(side) != 8 for side in sides):
+        return None
+    pairs = [struct.unpack(f"{directory.order}II", side) for side in sides]
+    if any(0 in pair for pair in pairs):
+        return None
+    return pairs[0][0] / pairs[0][1] * unit, pairs[1][0] / pairs[1][1] * unit
+
+
+def reset_orientation(exif: bytes) -> bytes:
+    """The block with orientation 1 and without its thumbnail, which shows the old image.
+
+    Everything else keeps its bytes and its offset, so maker notes with absolute offsets survive.
     """
     block = bytearray(set_orientation(exif, 1))
     try:
@@ -138,7 +162,7 @@ def reset_orientation(exif: bytes) -> bytes:
 
 
 def set_orientation(exif: bytes, orientation: int) -> bytes:
-    """The block with that orientation, 1 to 8, where it names one; otherwise as it is."""
+    """The block with that orientation, 1 to 8, if it has one; else unchanged."""
     block = bytearray(exif)
     try:
         first = read_directory(block)
@@ -146,7 +170,7 @@ def set_orientation(exif: bytes, orientation: int) -> bytes:
         return exif
     entry = first.entries.get(ORIENTATION)
     if entry and entry.count and entry.type in _INTEGERS:
-        struct.pack_into(f"{first.order}{_INTEGERS[entry.type]}", block, entry.place, orientation)
+        struct.pack_into(f"{first.order}{_INTEGERS[entry.type]}", block, entry.offset, orientation)
     return bytes(block)
 
 
@@ -163,93 +187,106 @@ def _drop_thumbnail(block: bytearray, first: Directory) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Value:
-    """One tag on its way into another file: little-endian bytes, or a directory of its own."""
+class Tag:
+    """A tag to write. body: in the byte order of the file; inner: a directory that it points to."""
 
-    tag: int
+    number: int
     type: int
     count: int
     body: bytes = b""
-    inner: tuple[_Value, ...] = ()
+    inner: tuple[Tag, ...] = ()
 
 
 def copy_tags(
     file: bytes,
     source: bytes,
     *,
-    but: frozenset[int],
+    skipped: frozenset[int],
     added: Mapping[int, tuple[int, bytes]],
     dropped: frozenset[int] = frozenset(),
 ) -> bytes:
-    """A little-endian TIFF file with the source's tags except ``but``, which stand before its own.
+    """A little-endian TIFF file with the source's tags, which replace its own.
 
-    added: further tags, the type and the bytes of each. dropped: of the file's own. The new
-    directory goes to the end and nothing else moves. Raises DirectoryError where one of the two
-    is no TIFF.
+    skipped: tags of the source that are not copied. added: further tags, the type and the bytes
+    of each. dropped: tags of the file that are removed. The new directory goes to the end and
+    nothing else moves. Raises DirectoryError where one of the two is not a TIFF.
     """
-    ours, theirs = read_directory(file), read_directory(source)
-    values = {one.tag: one for one in _values(file, ours, but=dropped)}
-    values |= {one.tag: one for one in _values(source, theirs, but=but)}
-    for tag, (kind, body) in added.items():
-        values[tag] = _Value(tag=tag, type=kind, count=len(body) // TYPE_SIZES[kind], body=body)
+    own = _tags_of(file, read_directory(file), skipped=dropped)
+    copied = _tags_of(source, read_directory(source), skipped=skipped)
+    tags = {tag.number: tag for tag in (*own, *copied)}
+    for number, (kind, body) in added.items():
+        count = len(body) // TYPE_SIZES[kind]
+        tags[number] = Tag(number=number, type=kind, count=count, body=body)
+    return append_directory(file, tuple(tags.values()), order="<")
+
+
+def append_directory(file: bytes, tags: Sequence[Tag], *, order: Literal["<", ">"]) -> bytes:
+    """The TIFF file with another directory at its end, as a classic TIFF; nothing else moves."""
     start = len(file) + len(file) % 2
-    head = file[:4] + struct.pack("<I", start) + file[8:]
-    return head.ljust(start, b"\0") + _packed(tuple(values.values()), start)
+    head = file[:2] + struct.pack(f"{order}HI", 42, start) + file[8:]
+    return head.ljust(start, b"\0") + _pack_directory(tags, start, order)
 
 
-def block(source: bytes) -> bytes:
+def make_exif(source: bytes) -> bytes:
     """An EXIF block of the tags that EXIF shares with a TIFF file; b"" where it has none."""
     directory = read_directory(source)
-    values = _values(source, directory, but=frozenset(directory.entries) - _SHARED)
-    return struct.pack("<2sHI", b"II", 42, 8) + _packed(values, 8) if values else b""
+    tags = _tags_of(source, directory, skipped=frozenset(directory.entries) - _SHARED)
+    return struct.pack("<2sHI", b"II", 42, 8) + _pack_directory(tags, 8, "<") if tags else b""
 
 
 def set_values(file: bytes, values: Mapping[int, int]) -> bytes:
-    """A TIFF file with other whole numbers in tags that it has, each of a single value."""
+    """The TIFF file with other whole numbers in tags that it has, each of a single value."""
     patched, directory = bytearray(file), read_directory(file)
-    for tag, value in values.items():
-        entry = directory.entries[tag]
-        struct.pack_into(f"{directory.order}{_INTEGERS[entry.type]}", patched, entry.place, value)
+    for number, value in values.items():
+        entry = directory.entries[number]
+        layout = f"{directory.order}{_INTEGERS[entry.type]}"
+        struct.pack_into(layout, patched, entry.offset, value)
     return bytes(patched)
 
 
-def _values(data: bytes, directory: Directory, *, but: frozenset[int]) -> tuple[_Value, ...]:
-    found = []
-    for tag, entry in directory.entries.items():
-        body = data[entry.place : entry.place + entry.length]
-        if tag in SUBDIRECTORIES and tag not in but:
-            found += _subdirectory(data, directory, tag)
-        elif tag not in but and entry.type < 16:
-            body = body if directory.order == "<" else _swapped(body, _WORDS.get(entry.type, 1))
-            found.append(_Value(tag=tag, type=entry.type, count=entry.count, body=body))
-    return tuple(found)
+def _tags_of(data: bytes, directory: Directory, *, skipped: frozenset[int]) -> tuple[Tag, ...]:
+    """The directory's tags in little-endian order, without BigTIFF's types."""
+    tags: list[Tag] = []
+    for number, entry in directory.entries.items():
+        if number in skipped:
+            continue
+        if number in SUBDIRECTORIES:
+            tags += _subdirectory_tags(data, directory, number)
+        elif entry.type < 16:
+            body = directory.value(data, number)
+            if directory.order == ">":
+                body = _swap_bytes(body, _WORDS.get(entry.type, 1))
+            tags.append(Tag(number=number, type=entry.type, count=entry.count, body=body))
+    return tuple(tags)
 
 
-def _subdirectory(data: bytes, directory: Directory, tag: int) -> list[_Value]:
-    """The directory that a tag points to; nothing where it is damaged."""
+def _subdirectory_tags(data: bytes, directory: Directory, number: int) -> list[Tag]:
+    """The tag with the directory that it points to; empty where that is damaged."""
     try:
-        offset = directory.integer(data, tag, 0)
-        found = _read(data, offset, directory.order, big=directory.big)
+        offset = directory.integer(data, number, 0)
+        subdirectory = _read(data, offset, directory.order, big=directory.big)
     except (DirectoryError, struct.error):
         return []
-    # A directory that points at itself would never end.
-    inner = _values(data, found, but=SUBDIRECTORIES)
-    return [_Value(tag=tag, type=4, count=1, inner=inner)] if inner else []
+    # Without SUBDIRECTORIES, because a directory that points at itself would never end.
+    inner = _tags_of(data, subdirectory, skipped=SUBDIRECTORIES)
+    return [Tag(number=number, type=4, count=1, inner=inner)] if inner else []
 
 
-def _swapped(body: bytes, size: int) -> bytes:
+def _swap_bytes(body: bytes, size: int) -> bytes:
     return b"".join(body[at : at + size][::-1] for at in range(0, len(body), size))
 
 
-def _packed(values: tuple[_Value, ...], start: int) -> bytes:
-    """A directory that is to lie at the offset, with what it points to behind it."""
-    behind = start + 2 + 12 * len(values) + 4
-    lines, tail = [struct.pack("<H", len(values))], b""
-    for value in sorted(values, key=lambda one: one.tag):
-        place = behind + len(tail)
-        body = _packed(value.inner, place) if value.inner else value.body
-        inline = len(body) <= 4 and not value.inner
-        lines.append(struct.pack("<HHI", value.tag, value.type, value.count))
-        lines.append(body.ljust(4, b"\0") if inline else struct.pack("<I", place))
-        tail += b"" if inline else body + bytes(len(body) % 2)
+def _pack_directory(tags: Sequence[Tag], start: int, order: Literal["<", ">"]) -> bytes:
+    """A classic directory for that offset, followed by what it points to."""
+    end = start + 2 + 12 * len(tags) + 4
+    lines, tail = [struct.pack(f"{order}H", len(tags))], bytearray()
+    for tag in sorted(tags, key=lambda tag: tag.number):
+        offset = end + len(tail)
+        body = _pack_directory(tag.inner, offset, order) if tag.inner else tag.body
+        lines.append(struct.pack(f"{order}HHI", tag.number, tag.type, tag.count))
+        if len(body) <= 4 and not tag.inner:
+            lines.append(body.ljust(4, b"\0"))
+        else:
+            lines.append(struct.pack(f"{order}I", offset))
+            tail += body + bytes(len(body) % 2)  # values start at even offsets
     return b"".join([*lines, bytes(4), tail])

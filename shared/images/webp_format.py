@@ -1,4 +1,4 @@
-"""WebP files, read by their chunks (RFC 9649)."""
+"""WebP files, read by their RIFF chunks (RFC 9649)."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import io
 import struct
 from collections.abc import Iterator
 
-from PIL import Image
+from PIL import WebPImagePlugin
 
-from shared.images import tiff_ifd as tags
-from shared.images.header import Header, truncated
-from shared.images.image import DecodedImage
+from shared.images import tiff_ifd
+from shared.images.codec import Codec, Header, truncated
+from shared.images.image import DecodedImage, Metadata, SourceEncoding
 
 _EXIF = b"Exif\0\0"
-_EFFORT = 90  # of 100, for files without loss
+_LOSSLESS_EFFORT = 90  # of 100
+_METHOD = 4  # of 0 (fast) to 6 (small)
+_HAS_EXIF, _IS_ANIMATED = 0x08, 0x02  # flags of VP8X
 
 
-def read(data: bytes) -> Header:
-    """Raises ImageError where EXIF, which stands after the pixels, is announced but not there."""
-    first = data[12:16]
-    found = {name: data[start:end] for name, start, end in _chunks(data)}
-    exif = found.get(b"EXIF", b"").removeprefix(_EXIF)
-    if first == b"VP8X" and data[20] & 0x08 and not exif:
+def read_header(data: bytes) -> Header:
+    """Raises ImageTruncated where the flags announce EXIF, which follows the pixels, in vain."""
+    chunks = {name: data[start:end] for name, start, end in _chunks(data)}
+    flags = data[20] if data[12:16] == b"VP8X" else 0
+    exif = chunks.get(b"EXIF", b"").removeprefix(_EXIF)
+    if flags & _HAS_EXIF and not exif:
         raise truncated("WEBP")
     return Header(
-        format="WEBP",
         size=_size(data),
-        orientation=tags.orientation(exif),
-        frames=2 if first == b"VP8X" and data[20] & 0x02 else 1,
-        lossless=b"VP8L" in found,
+        orientation=tiff_ifd.read_orientation(exif),
+        refusal="is animated; save one image per file" if flags & _IS_ANIMATED else "",
         bare=data,
-        exif=tags.reset_orientation(exif),
-        icc=found.get(b"ICCP", b""),
-        xmp=found.get(b"XMP ", b""),
+        encoding=SourceEncoding(lossless=b"VP8L" in chunks),
+        metadata=Metadata(
+            exif=tiff_ifd.reset_orientation(exif),
+            icc=chunks.get(b"ICCP", b""),
+            xmp=chunks.get(b"XMP ", b""),
+        ),
     )
 
 
@@ -60,19 +63,22 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         start += 8 + size + size % 2
 
 
-def write(image: Image.Image, picture: DecodedImage, quality: int | None) -> bytes:
-    """Without loss unless a quality asks for it: libwebp cannot copy blocks of a lossy file."""
-    metadata = picture.metadata
+def encode(image: DecodedImage, quality: int | None) -> bytes:
+    """Lossless unless a quality is given: libwebp cannot copy the blocks of a lossy file."""
+    metadata = image.metadata
     buffer = io.BytesIO()
-    image.save(
+    image.to_pillow().save(
         buffer,
         "WEBP",
         lossless=quality is None,
-        quality=quality or _EFFORT,
-        method=4,
-        exact=True,
+        quality=quality or _LOSSLESS_EFFORT,
+        method=_METHOD,
+        exact=True,  # keep the colour of transparent pixels
         exif=metadata.exif,
         icc_profile=metadata.icc,
         xmp=metadata.xmp,
     )
     return buffer.getvalue()
+
+
+CODEC = Codec(plugin=WebPImagePlugin.WebPImageFile, read_header=read_header, encode=encode)

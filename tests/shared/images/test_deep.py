@@ -72,7 +72,7 @@ def test_engines_see_eight_bits_and_masks_the_alpha(mode: str) -> None:
     green = 0 if mode == "LA;16" else 1
     assert np.array_equal(picture.rgb()[..., 1], MODES[mode][..., green] >> 8)
     if picture.has_alpha:
-        assert np.array_equal(masks.alpha_mask(picture), 255 - (HOLES >> 8))
+        assert np.array_equal(masks.alpha_to_mask(picture), 255 - (HOLES >> 8))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "BMP"])
@@ -153,7 +153,7 @@ def test_the_first_of_two_descriptions_stays() -> None:
 def test_a_missing_strip_is_damage_not_black() -> None:
     file = bytearray(tiff(DEEP, rowsperstrip=10))
     lengths = read_directory(file).entries[279]
-    file[lengths.place : lengths.place + 4] = bytes(4)
+    file[lengths.offset : lengths.offset + 4] = bytes(4)
     with pytest.raises(ImageError, match="damaged"):
         decode(bytes(file))
 

@@ -16,7 +16,7 @@ from skimage import data
 
 from shared import images
 from shared.errors import ImageError, ImageTruncated, ObjectTooLarge
-from shared.images.png_format import png_chunk
+from shared.images.png_format import make_chunk
 from shared.images.tiff_ifd import copy_tags, read_directory
 
 LIMIT = 10_000_000
@@ -200,7 +200,7 @@ def test_png_text_and_private_safe_chunks_are_kept_bit_by_bit() -> None:
     assert open_(after).info["Author"] == "somebody"
     assert open_(after).info["Title"] == "Katze"
     whole = save(CAT, "PNG")
-    private = png_chunk(b"prVt", b"mine")
+    private = make_chunk(b"prVt", b"mine")
     assert private in repainted(whole[:33] + private + whole[33:])
 
 
@@ -222,7 +222,7 @@ def test_tiff_keeps_its_tags_and_exif_in_either_byte_order(order: str) -> None:
     block = exif.tobytes()[6:]
     assert block[:2] == order.encode()
     written = save(CAT, "TIFF", dpi=(300, 150), icc_profile=ICC)
-    before = copy_tags(written, block, but=frozenset(), added={})
+    before = copy_tags(written, block, skipped=frozenset(), added={})
     after = open_(repainted(before)).getexif()
     assert (after[0x010E], after[0x013B], after.get(0x0112)) == ("a cat", "somebody", None)
     assert after.get_ifd(0x8769)[0x829A] == pytest.approx(1 / 300)
@@ -322,7 +322,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(case: str) -> None:
 def test_a_tiff_that_says_its_width_twice_is_refused_without_a_warning() -> None:
     file = bytearray(save(CAT, "TIFF"))
     width = read_directory(file).entries[256]
-    struct.pack_into("<I", file, width.place - 4, 2)
+    struct.pack_into("<I", file, width.offset - 4, 2)
     with pytest.raises(ImageError, match="damaged"):
         decode(bytes(file))
 
@@ -358,7 +358,7 @@ def test_too_many_pixels_are_refused_before_decoding(format: str) -> None:
 
 def test_a_bomb_of_a_header_never_reaches_pillow_nor_warns() -> None:
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    file = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"x")
+    file = b"\x89PNG\r\n\x1a\n" + make_chunk(b"IHDR", header) + make_chunk(b"IDAT", b"x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ObjectTooLarge, match=r"900\.0 megapixels"):

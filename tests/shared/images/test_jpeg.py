@@ -24,6 +24,7 @@ from skimage import data
 from shared import images
 from shared.errors import EngineUnavailable, FidelityError, ImageError, StorageUnavailable
 from shared.images import jpeg_format, jpeg_splice
+from shared.images.codec import CannotSplice
 
 Pixels = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -195,7 +196,7 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
 )
 def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
     picture = repainted(FILES[name], boxed((171, 203), BOX))
-    spliced, whole = images.encode(picture), jpeg_format.write(*as_whole(picture))
+    spliced, whole = images.encode(picture), jpeg_format.encode(picture, None)
     assert picture.touched is not None
     ours, theirs = (
         error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
@@ -214,10 +215,6 @@ def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
     assert np.abs(whole_blocks - colour).max() <= 3
 
 
-def as_whole(picture: images.DecodedImage) -> tuple[Image.Image, images.DecodedImage, None]:
-    return Image.fromarray(np.array(picture.pixels)), picture, None
-
-
 @pytest.mark.parametrize("name", ["4:2:2, baseline", "4:2:0, baseline", "4:2:0, progressive"])
 def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_as_a_whole(
     name: str,
@@ -227,7 +224,7 @@ def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_a
     beside = allowed(FILES[name], picture.touched) & ~picture.touched
     before = by_pillow(FILES[name])
     ours = error(by_pillow(images.encode(picture)), before, beside)
-    assert ours < error(by_pillow(jpeg_format.write(*as_whole(picture))), before, beside)
+    assert ours < error(by_pillow(jpeg_format.encode(picture, None)), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
@@ -411,14 +408,14 @@ def test_arithmetic_coding_is_not_spliced(tmp_path: Path) -> None:
         image.load()
         image.write_dct(str(path), flags=["ARITH_CODE"])
     pixels = np.zeros((171, 203), np.uint8)
-    with pytest.raises(jpeg_splice.CannotSplice, match="arithmetic"):
+    with pytest.raises(CannotSplice, match="arithmetic"):
         jpeg_splice.splice(path.read_bytes(), pixels, pixels == 0, metadata=b"")
 
 
 def test_more_blocks_than_a_scan_can_hold_never_reach_the_c_library() -> None:
     file = with_byte(FILES["4:4:4, progressive"], b"\xff\xc2", 14, 0x44)
     pixels = np.zeros((171, 203, 3), np.uint8)
-    with pytest.raises(jpeg_splice.CannotSplice, match="too finely"):
+    with pytest.raises(CannotSplice, match="too finely"):
         jpeg_splice.splice(file, pixels, pixels[..., 0] == 0, metadata=b"")
 
 

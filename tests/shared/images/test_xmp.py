@@ -14,8 +14,8 @@ from skimage import data
 
 from shared import images
 from shared.images import xmp
-from shared.images.jpeg_format import make_segment
-from shared.images.png_format import png_chunk
+from shared.images.jpeg_markers import make_segment
+from shared.images.png_format import make_chunk
 from shared.images.provenance import Provenance, add_provenance
 
 CAT = Image.fromarray(data.chelsea()).resize((64, 48))
@@ -132,7 +132,7 @@ def test_a_packet_stands_behind_exif() -> None:
 
 def test_a_damaged_text_chunk_is_no_packet() -> None:
     file = save("PNG")
-    whole = file[:33] + png_chunk(b"iTXt", xmp.PNG_KEYWORD + b"\1\0\0\0zip?") + file[33:]
+    whole = file[:33] + make_chunk(b"iTXt", xmp.PNG_KEYWORD + b"\1\0\0\0zip?") + file[33:]
     assert decode(whole).metadata.xmp == OLD
 
 
