@@ -1,8 +1,8 @@
-"""Colour: how an engine's colours become the picture's, learnt where both are known.
+"""Colour match: fit an engine's colours to the image's, where both are known.
 
 An engine paints more than the mask, so around the mask its colours can be compared with the
-picture's. Averages over cells of a latent's size carry the comparison: they hold little of
-the engine's noise and softness, and a 24-megapixel picture has only 375,000 of them.
+image's. Averages over cells of a latent's size carry the comparison: they hold little of the
+engine's noise and blur, and a 24-megapixel image has only 375,000 of them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ Cells = NDArray[np.float32]  # (rows, columns, channels)
 
 CELL_PX = 8  # a latent's side: engines repaint whole latents, so nearer pixels are not known
 RING_PX = 16
-KNOWN_PIXELS = 256
-AGREEMENT = 0.5
-GAINS = (0.8, 1.25)
-SHIFTS = (-24.0, 24.0)
+MIN_KNOWN_PIXELS = 256
+MIN_RMS = 0.5  # levels; a smaller correction is not worth applying
+GAIN_LIMITS = (0.8, 1.25)
+SHIFT_LIMITS = (-24.0, 24.0)
 
 STIFFNESS = 8.0  # smooths over about sqrt(8) cells
 SWEEPS = 16
 DAMPING = 0.8
-DOUBT = 1.0  # squared levels of contrast between cells, below which no gain shows
-DOUBT_CELLS = 64
+# Ridge of the gain's regression: with less variance between cells (squared levels) than this,
+# or with few cells, the gain stays near 1.
+RIDGE = 1.0
+RIDGE_CELLS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Correction:
     """``gain * value + offset`` on values of 0 to 255.
 
     gain: (3,) float32. offset: (rows, columns, 3) float32, at the centres of cells of
-    ``cell_px``, linear between them and constant past the outermost ones.
+    ``cell_px``, bilinear between them and constant past the outermost ones.
     """
 
     gain: NDArray[np.float32] = field(default_factory=lambda: np.ones(3, np.float32))
@@ -51,16 +53,16 @@ class Correction:
         return bool((self.gain == 1).all() and not self.offset.any())
 
     def apply(self, rgb: Pixels, at: tuple[int, int] = (0, 0)) -> NDArray[np.float32]:
-        """(h, w, 3) float32, clipped to 0..255, of pixels whose first lies ``at`` (left, top)."""
-        fitted = rgb.astype(np.float32)
+        """(h, w, 3) float32, clipped to 0..255. at: (left, top) of ``rgb`` in the fitted region."""
+        corrected = rgb.astype(np.float32)
         if self.is_identity:
-            return fitted
+            return corrected
         left, top = at
-        rows = _between(self.offset, (np.arange(top, top + rgb.shape[0]) + 0.5) / self.cell_px, 0)
+        rows = (np.arange(top, top + rgb.shape[0]) + 0.5) / self.cell_px
         columns = (np.arange(left, left + rgb.shape[1]) + 0.5) / self.cell_px
-        fitted *= self.gain
-        fitted += _between(rows, columns, 1)
-        return np.clip(fitted, 0, 255, out=fitted)
+        corrected *= self.gain
+        corrected += _interpolate(_interpolate(self.offset, rows, 0), columns, 1)
+        return np.clip(corrected, 0, 255, out=corrected)
 
 
 def fit_colour(
@@ -71,139 +73,152 @@ def fit_colour(
     method: ColourFit = "membrane",
     scale: float = 1.0,
 ) -> Correction:
-    """How the painted colours become the known ones; all of one (h, w).
+    """Fit the correction that maps the painted colours to the known ones around the mask.
 
-    ``ring`` learns one gain and offset from a ring around the mask; ``membrane`` lets the
-    offset vary smoothly over the region, as light does. Both are bounded, and there is no
-    change where little is known, where the colours agree already, or where the engine left
-    everything outside the mask alone. scale: picture pixels to an engine pixel.
+    painted, known: (h, w, 3). mask: (h, w). scale: image pixels per engine pixel.
+    ``ring`` fits one gain and offset to a ring around the mask; ``membrane`` lets the offset
+    vary smoothly over the region, as light does. Both are bounded. The identity is returned
+    if few pixels are known, if the colours agree already, or if the engine left everything
+    outside the mask unchanged.
 
-    The model is Speckman's partial linear one (1988): what is smooth in both pictures gives
-    the offset, what is left the gain.
+    The model is a partial linear one (Speckman, 1988): the smooth parts of both images
+    determine the offset, the remainders the gain.
     """
     if method == "off":
         return Correction()
     cell_px = CELL_PX * ceil(scale)
-    reach = ceil(CELL_PX * scale)
-    weight, ours, theirs = _known_cells(
-        painted, known, mask, cell_px, (reach, reach + RING_PX if method == "ring" else None)
+    gap = ceil(CELL_PX * scale)
+    weight, painted_cells, known_cells = _average_cells(
+        painted, known, mask, cell_px, (gap, gap + RING_PX if method == "ring" else None)
     )
-    if weight.sum() * cell_px**2 < KNOWN_PIXELS or np.array_equal(ours, theirs):
+    known_pixels = weight.sum() * cell_px**2
+    if known_pixels < MIN_KNOWN_PIXELS or np.array_equal(painted_cells, known_cells):
         return Correction()
-    fit = _robust_fit(weight, ours, theirs, smooth=method == "membrane")
-    left_over = fit.gain * ours + fit.offset - ours
-    if (np.average(left_over**2, axis=(0, 1), weights=weight[..., 0]) < AGREEMENT**2).all():
+    fit = _fit_robustly(weight, painted_cells, known_cells, smooth=method == "membrane")
+    shift = fit.gain * painted_cells + fit.offset - painted_cells
+    if (np.average(shift**2, axis=(0, 1), weights=weight[..., 0]) < MIN_RMS**2).all():
         return Correction()
     return Correction(gain=fit.gain, offset=fit.offset, cell_px=cell_px)
 
 
-def _known_cells(
+def _average_cells(
     painted: Pixels, known: Pixels, mask: Mask, cell_px: int, reach: tuple[int, int | None]
 ) -> tuple[Cells, Cells, Cells]:
-    """Known share (rows, columns, 1), 0 to 1, and mean colours (rows, columns, 3) of each cell.
+    """Known share (rows, columns, 1), 0 to 1, and mean colours (rows, columns, 3) per cell.
 
-    reach: a pixel counts farther from the mask than the first, and no farther than the second.
+    reach: (gap, end); a pixel is known if gap < distance to the mask <= end.
     """
     height, width = mask.shape
     rows, columns = -(-height // cell_px), -(-width // cell_px)
     sums = np.zeros((rows, columns, 7), np.float32)
-    across = max(TILE_PX // cell_px, 1)
-    for row in range(0, rows, across):
-        for column in range(0, columns, across):
-            tile = Box(column, row, column + across, row + across)
-            box = Box(*(edge * cell_px for edge in tile)).clipped((width, height))
-            usable = _usable(mask, box, *reach)[..., None]
+    # Whole cells per tile, so that no cell is summed in two parts.
+    tile_cells = max(TILE_PX // cell_px, 1)
+    for row in range(0, rows, tile_cells):
+        for column in range(0, columns, tile_cells):
+            cells = Box(column, row, column + tile_cells, row + tile_cells)
+            box = Box(*(edge * cell_px for edge in cells)).clipped((width, height))
+            usable = _find_known(mask, box, *reach)[..., None]
             if usable.any():
                 layers = np.concatenate(
                     [usable, painted[slices(box)] * usable, known[slices(box)] * usable], axis=-1
                 )
-                sums[slices(tile)] = _sums(layers, cell_px)
-    known_pixels, many = sums[..., :1], np.maximum(sums[..., :1], 1)
-    means = np.divide(sums[..., 1:], many, dtype=np.float32)
-    weight = np.divide(known_pixels, cell_px**2, dtype=np.float32)
+                sums[slices(cells)] = _sum_blocks(layers, cell_px)
+    counts = sums[..., :1]
+    means = np.divide(sums[..., 1:], np.maximum(counts, 1), dtype=np.float32)
+    weight = np.divide(counts, cell_px**2, dtype=np.float32)
     return weight, means[..., :3], means[..., 3:]
 
 
-def _usable(mask: Mask, box: Box, gap: int, end: int | None) -> Mask:
+def _find_known(mask: Mask, box: Box, gap: int, end: int | None) -> Mask:
     squares = squared_distances(mask, box, end or gap)
-    usable: Mask = squares > gap * gap
-    return usable if end is None else usable & (squares <= end * end)
+    beyond_gap: Mask = squares > gap * gap
+    return beyond_gap if end is None else beyond_gap & (squares <= end * end)
 
 
-def _sums(layers: NDArray[np.uint8], step: int) -> NDArray[np.uint32]:
-    """Totals of (h, w, C) over squares of ``step``; the last ones may be cut off."""
-    down = np.add.reduceat(layers, range(0, layers.shape[0], step), axis=0, dtype=np.uint32)
-    total: NDArray[np.uint32] = np.add.reduceat(down, range(0, down.shape[1], step), axis=1)
+def _sum_blocks(layers: NDArray[np.uint8], side: int) -> NDArray[np.uint32]:
+    """Sums of (h, w, C) over squares of ``side``; the last row and column may be incomplete."""
+    rows = np.add.reduceat(layers, range(0, layers.shape[0], side), axis=0, dtype=np.uint32)
+    total: NDArray[np.uint32] = np.add.reduceat(rows, range(0, rows.shape[1], side), axis=1)
     return total
 
 
-def _robust_fit(weight: Cells, ours: Cells, theirs: Cells, *, smooth: bool) -> Correction:
-    """Fitted twice: what the first fit shows to be painted anew counts for little in the second."""
-    draft = _fit(weight, ours, theirs, smooth=smooth)
-    squares = ((draft.gain * ours + draft.offset - theirs) ** 2).sum(axis=2, keepdims=True)
-    typical = np.median(squares[weight > 0]) + AGREEMENT**2
-    trust: Cells = weight / (1 + squares / (9 * typical))  # Cauchy's weights
-    return _fit(trust, ours, theirs, smooth=smooth)
+# --- gain and offset -------------------------------------------------------------------------
 
 
-def _fit(weight: Cells, ours: Cells, theirs: Cells, *, smooth: bool) -> Correction:
-    both = np.concatenate([ours, theirs], axis=2)
-    level = _smooth(both, weight) if smooth else _mean(both, weight)
-    own, their = level[..., :3], level[..., 3:]
-    gain = _gain(weight, ours - own, theirs - their)
-    # The shift of the local colour is what is bounded, whatever the gain adds to it at 0.
-    offset = np.clip(their - own, *SHIFTS) + (1 - gain) * own
-    return Correction(gain=gain, offset=offset)
+def _fit_robustly(weight: Cells, painted: Cells, known: Cells, *, smooth: bool) -> Correction:
+    """Robust fit: outliers of the first fit are down-weighted (Cauchy) in the second.
 
-
-def _gain(weight: Cells, ours: Cells, theirs: Cells) -> NDArray[np.float32]:
-    """(3,) of theirs over ours, from their deviations; near 1 where these tell little.
-
-    The known colours explain the painted ones, which have the noise; a regression the other
-    way round would take noise for lost contrast. Squared correlation discounts what the
-    engine painted anew.
+    weight / (1 + r^2 / c^2), with c three times the typical residual.
     """
-    doubt = DOUBT * (weight.sum() + DOUBT_CELLS)
-    together, own, their = (
-        (weight * one * other).sum(axis=(0, 1))
-        for one, other in ((ours, theirs), (ours, ours), (theirs, theirs))
+    first = _fit(weight, painted, known, smooth=smooth)
+    residuals = first.gain * painted + first.offset - known
+    squares = (residuals**2).sum(axis=2, keepdims=True)
+    typical = np.median(squares[weight > 0]) + MIN_RMS**2
+    robust: Cells = weight / (1 + squares / (9 * typical))
+    return _fit(robust, painted, known, smooth=smooth)
+
+
+def _fit(weight: Cells, painted: Cells, known: Cells, *, smooth: bool) -> Correction:
+    both = np.concatenate([painted, known], axis=2)
+    level = _fit_membrane(both, weight) if smooth else _weighted_mean(both, weight)
+    painted_level, known_level = level[..., :3], level[..., 3:]
+    gain = _fit_gain(weight, painted - painted_level, known - known_level)
+    # The shift of the local mean is bounded, not the offset: a gain alone changes the offset.
+    shift = np.clip(known_level - painted_level, *SHIFT_LIMITS)
+    return Correction(gain=gain, offset=shift + (1 - gain) * painted_level)
+
+
+def _fit_gain(weight: Cells, painted: Cells, known: Cells) -> NDArray[np.float32]:
+    """(3,) the gain from painted to known deviations: 1 + r^2 * (1 / slope - 1), bounded.
+
+    slope is that of a ridge regression, with a prior of 1, of the painted on the known
+    deviations, because the painted ones have the noise; regressing the other way round would
+    take noise for lost contrast. r^2, the squared correlation, discounts repainted content.
+    """
+    ridge = RIDGE * (weight.sum() + RIDGE_CELLS)
+    covariance, painted_variance, known_variance = (
+        (weight * first * second).sum(axis=(0, 1))
+        for first, second in ((painted, known), (painted, painted), (known, known))
     )
-    slope = np.maximum(together + doubt, doubt) / (their + doubt)
-    certain = together**2 / ((own + doubt) * (their + doubt))
-    gain: NDArray[np.float32] = 1 + certain * (np.clip(1 / slope, *GAINS) - 1)
+    slope = np.maximum(covariance + ridge, ridge) / (known_variance + ridge)
+    squared_correlation = covariance**2 / ((painted_variance + ridge) * (known_variance + ridge))
+    gain: NDArray[np.float32] = 1 + squared_correlation * (np.clip(1 / slope, *GAIN_LIMITS) - 1)
     return gain.astype(np.float32)
 
 
-def _mean(values: Cells, weight: Cells) -> Cells:
+def _weighted_mean(values: Cells, weight: Cells) -> Cells:
     mean: Cells = (weight * values).sum(axis=(0, 1), keepdims=True) / max(weight.sum(), 1e-6)
     return mean
 
 
-def _smooth(values: Cells, weight: Cells) -> Cells:
-    """The membrane u with the least sum of weight * (u - values)^2 + STIFFNESS * |grad u|^2.
+# --- membrane --------------------------------------------------------------------------------
 
-    Where nothing is known it is harmonic, as in Poisson image editing (Perez et al. 2003).
-    Solved from coarse to fine, each grid starting from the one of half its size, with damped
-    Jacobi sweeps (cascadic multigrid, Bornemann and Deuflhard 1996). The stiffness is the
-    same on every grid: in two dimensions the gradient's energy does not depend on the scale.
+
+def _fit_membrane(values: Cells, weight: Cells) -> Cells:
+    """The u that minimises sum(weight * (u - values)^2) + STIFFNESS * sum(|grad u|^2).
+
+    Where nothing is known u is harmonic, as in Poisson image editing (Perez et al., 2003).
+    Solved from coarse to fine, each grid starting from the solution of the grid of half its
+    size, with damped Jacobi sweeps (cascadic multigrid, Bornemann and Deuflhard, 1996).
     """
     pull: Cells = weight * values
     if max(weight.shape) > 2:
-        known = _halved(weight)
-        means = np.divide(_halved(pull), np.maximum(known, 1e-6), dtype=np.float32)
-        level = _doubled(_smooth(means, known), weight.shape[:2])
+        coarse_weight = _halve(weight)
+        means = np.divide(_halve(pull), np.maximum(coarse_weight, 1e-6), dtype=np.float32)
+        level = _double(_fit_membrane(means, coarse_weight), weight.shape[:2])
     else:
-        level = np.broadcast_to(_mean(values, weight), values.shape)
+        level = np.broadcast_to(_weighted_mean(values, weight), values.shape)
+    # The same on every grid: in two dimensions the gradient's energy is independent of scale.
     stiff, damping = np.float32(STIFFNESS), np.float32(DAMPING)
-    total = weight + stiff * _neighbours(np.ones_like(weight)) + np.float32(1e-6)
+    diagonal = weight + stiff * _sum_neighbours(np.ones_like(weight)) + np.float32(1e-6)
     for _ in range(SWEEPS):
-        wanted = np.divide(pull + stiff * _neighbours(level), total, dtype=np.float32)
-        level = level + damping * (wanted - level)
+        solved = np.divide(pull + stiff * _sum_neighbours(level), diagonal, dtype=np.float32)
+        level = level + damping * (solved - level)
     return level
 
 
-def _neighbours(cells: Cells) -> Cells:
-    """The sum of the four cells beside each; none beyond the edges."""
+def _sum_neighbours(cells: Cells) -> Cells:
+    """The sum of the four adjacent cells; 0 beyond the edges."""
     total = np.zeros_like(cells)
     total[1:] += cells[:-1]
     total[:-1] += cells[1:]
@@ -212,24 +227,25 @@ def _neighbours(cells: Cells) -> Cells:
     return total
 
 
-def _halved(cells: Cells) -> Cells:
+def _halve(cells: Cells) -> Cells:
+    """Sums over 2x2 cells."""
     rows, columns = cells.shape[:2]
-    down = np.add.reduceat(cells, range(0, rows, 2), axis=0)
-    total: Cells = np.add.reduceat(down, range(0, columns, 2), axis=1)
+    row_sums = np.add.reduceat(cells, range(0, rows, 2), axis=0)
+    total: Cells = np.add.reduceat(row_sums, range(0, columns, 2), axis=1)
     return total
 
 
-def _doubled(cells: Cells, shape: tuple[int, int]) -> Cells:
-    places = [(np.arange(length) + 0.5) / 2 for length in shape]
-    return _between(_between(cells, places[0], 0), places[1], 1)
+def _double(cells: Cells, shape: tuple[int, int]) -> Cells:
+    rows, columns = ((np.arange(length) + 0.5) / 2 for length in shape)
+    return _interpolate(_interpolate(cells, rows, 0), columns, 1)
 
 
-def _between(cells: Cells, places: NDArray[np.float64], axis: int) -> Cells:
-    """Linear along an axis, at places counted in cells from the first one's edge."""
+def _interpolate(cells: Cells, positions: NDArray[np.float64], axis: int) -> Cells:
+    """Linear along an axis. positions: in cells from the first one's edge; its centre is 0.5."""
     last = cells.shape[axis] - 1
-    at = np.clip(places - 0.5, 0, last)
-    low = at.astype(np.intp)
-    share = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
-    one, other = cells.take(low, axis), cells.take(np.minimum(low + 1, last), axis)
-    found: Cells = one + share * (other - one)
-    return found
+    index = np.clip(positions - 0.5, 0, last)
+    low = index.astype(np.intp)
+    share = (index - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+    start, end = cells.take(low, axis), cells.take(np.minimum(low + 1, last), axis)
+    values: Cells = start + share * (end - start)
+    return values

@@ -32,80 +32,80 @@ def painted(
 
 
 def slope(px: int = CAT.shape[1], height: float = 12) -> NDArray[np.float64]:
-    """(1, px, 1): light that rises from left to right by twice the height."""
+    """(1, px, 1): light that rises by twice the height from left to right."""
     return np.linspace(-height, height, px)[None, :, None]
 
 
-def error(fit: Correction, picture: NDArray[np.uint8], where: NDArray[np.bool_]) -> float:
-    return float(np.abs(fit.apply(picture) - CAT)[where].mean())
+def mean_error(fit: Correction, result: NDArray[np.uint8], where: NDArray[np.bool_]) -> float:
+    return float(np.abs(fit.apply(result) - CAT)[where].mean())
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_cast_is_undone_inside_the_mask(method: ColourFit) -> None:
-    picture, mask = painted(gain=0.92, offset=9), nose()
-    fit = fit_colour(picture, CAT, mask, method=method)
+def test_a_colour_cast_is_corrected_inside_the_mask(method: ColourFit) -> None:
+    result, mask = painted(gain=0.92, offset=9), nose()
+    fit = fit_colour(result, CAT, mask, method=method)
     assert fit.gain == pytest.approx((1 / 0.92,) * 3, abs=0.02)
-    assert error(fit, picture, mask) < 1
+    assert mean_error(fit, result, mask) < 1
 
 
-def test_light_that_changes_over_the_picture_is_undone_by_the_membrane_alone() -> None:
-    picture, mask = painted(offset=slope()), nose()
-    assert error(fit_colour(picture, CAT, mask), picture, mask) < 0.7
-    assert error(fit_colour(picture, CAT, mask, method="ring"), picture, mask) > 1
+def test_only_the_membrane_corrects_light_that_varies_over_the_image() -> None:
+    result, mask = painted(offset=slope()), nose()
+    assert mean_error(fit_colour(result, CAT, mask), result, mask) < 0.7
+    assert mean_error(fit_colour(result, CAT, mask, method="ring"), result, mask) > 1
 
 
 def test_off_changes_nothing() -> None:
-    picture = painted(offset=20)
-    fit = fit_colour(picture, CAT, nose(), method="off")
+    result = painted(offset=20)
+    fit = fit_colour(result, CAT, nose(), method="off")
     assert fit.is_identity
-    assert np.array_equal(fit.apply(picture), picture)
+    assert np.array_equal(fit.apply(result), result)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_lies_under_the_mask_and_beside_it_does_not_count(method: ColourFit) -> None:
-    picture, mask, other = painted(offset=10), nose(), CAT.copy()
+def test_pixels_in_and_near_the_mask_do_not_influence_the_fit(method: ColourFit) -> None:
+    result, mask, other = painted(offset=10), nose(), CAT.copy()
     near = dilate(mask, colour_match.CELL_PX)
     other[near] = 255 - other[near]
-    fit = fit_colour(picture, CAT, mask, method=method)
-    same = fit_colour(picture, other, mask, method=method)
-    assert np.array_equal(fit.apply(picture), same.apply(picture))
+    fit = fit_colour(result, CAT, mask, method=method)
+    same = fit_colour(result, other, mask, method=method)
+    assert np.array_equal(fit.apply(result), same.apply(result))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_noise_passes_for_no_lost_contrast(method: ColourFit) -> None:
+def test_noise_is_not_taken_for_lost_contrast(method: ColourFit) -> None:
     flat = np.full(CAT.shape, 120, np.uint8)
     fit = fit_colour(painted(known=flat, offset=-6, noise=4), flat, nose(), method=method)
     assert fit.gain == pytest.approx((1, 1, 1), abs=0.02)
     assert fit.apply(flat - np.uint8(6))[nose()] == pytest.approx(120, abs=0.5)
 
 
-def test_noise_around_the_mask_is_not_smeared_into_it() -> None:
+def test_noise_around_the_mask_does_not_spread_into_it() -> None:
     flat = np.full(CAT.shape, 120, np.uint8)
     fit = fit_colour(painted(known=flat, offset=-6, noise=4), flat, nose())
     assert fit.apply(flat)[nose()].std() < 0.1
 
 
-def test_a_thing_painted_anew_outside_the_mask_counts_for_little() -> None:
-    picture, mask = painted(offset=5), nose()
-    picture[100:160, 330:390] = 20
-    fit = fit_colour(picture, CAT, mask)
-    assert error(fit, picture, mask) < 0.5
+def test_an_object_repainted_outside_the_mask_has_little_influence() -> None:
+    result, mask = painted(offset=5), nose()
+    result[100:160, 330:390] = 20
+    fit = fit_colour(result, CAT, mask)
+    assert mean_error(fit, result, mask) < 0.5
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_picture_painted_anew_tells_no_gain(method: ColourFit) -> None:
+def test_unrelated_content_yields_no_gain(method: ColourFit) -> None:
     fit = fit_colour(np.ascontiguousarray(CAT[::-1, ::-1]), CAT, nose(), method=method)
     assert fit.gain == pytest.approx((1, 1, 1), abs=0.06)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_few_noisy_cells_tell_no_gain(method: ColourFit) -> None:
+def test_a_few_noisy_cells_yield_no_gain(method: ColourFit) -> None:
     random = np.random.default_rng(2)
     faint = np.kron(random.integers(118, 123, (6, 6, 1), np.uint8), np.ones((8, 8, 3), np.uint8))
     mask = np.zeros(faint.shape[:2], np.bool_)
     mask[:, :8] = True
-    picture = painted(known=faint, gain=0.8, offset=20, noise=8)
-    fit = fit_colour(picture, faint, mask, method=method)
+    result = painted(known=faint, gain=0.8, offset=20, noise=8)
+    fit = fit_colour(result, faint, mask, method=method)
     assert not fit.is_identity
     assert fit.gain == pytest.approx((1, 1, 1), abs=0.08)
 
@@ -120,61 +120,64 @@ def test_a_fit_is_bounded(method: ColourFit) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_fit_where_the_colours_agree_or_little_is_known(method: ColourFit) -> None:
-    picture, mask = painted(offset=9), nose()
+def test_there_is_no_correction_if_colours_agree_or_little_is_known(method: ColourFit) -> None:
+    result, mask = painted(offset=9), nose()
     corner = np.ones(mask.shape, np.bool_)
     corner[:15, :15] = False
     assert fit_colour(painted(noise=1), CAT, mask, method=method).is_identity
-    assert fit_colour(picture, CAT, corner, method=method).is_identity
-    assert fit_colour(picture, CAT, np.ones_like(mask), method=method).is_identity
+    assert fit_colour(result, CAT, corner, method=method).is_identity
+    assert fit_colour(result, CAT, np.ones_like(mask), method=method).is_identity
 
 
-def test_an_engine_that_left_the_rest_alone_gets_no_fit() -> None:
-    picture = CAT.copy()
-    picture[nose()] = 0
-    assert fit_colour(picture, CAT, nose()).is_identity
+def test_there_is_no_correction_if_the_engine_changed_only_the_mask() -> None:
+    result = CAT.copy()
+    result[nose()] = 0
+    assert fit_colour(result, CAT, nose()).is_identity
 
 
-def test_a_fit_applied_in_parts_is_the_fit() -> None:
-    picture = painted(offset=slope())
-    fit = fit_colour(picture, CAT, nose())
-    whole = fit.apply(picture)
-    assert np.array_equal(fit.apply(picture[37:90, 130:200], (130, 37)), whole[37:90, 130:200])
+def test_a_correction_applied_in_parts_equals_the_whole() -> None:
+    result = painted(offset=slope())
+    fit = fit_colour(result, CAT, nose())
+    whole = fit.apply(result)
+    assert np.array_equal(fit.apply(result[37:90, 130:200], (130, 37)), whole[37:90, 130:200])
 
 
-def test_tiles_do_not_show_in_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = painted(offset=slope())
-    whole = fit_colour(picture, CAT, nose())
+def test_the_fit_does_not_depend_on_the_tile_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = painted(offset=slope())
+    whole = fit_colour(result, CAT, nose())
     monkeypatch.setattr(colour_match, "TILE_PX", 64)
-    assert np.array_equal(fit_colour(picture, CAT, nose()).offset, whole.offset)
+    assert np.array_equal(fit_colour(result, CAT, nose()).offset, whole.offset)
 
 
 def test_a_scaled_result_is_compared_farther_from_the_mask() -> None:
-    picture, mask, other = painted(offset=10), nose(), CAT.copy()
+    result, mask, other = painted(offset=10), nose(), CAT.copy()
     near = dilate(mask, 24)
     other[near] = 255 - other[near]
-    honest = fit_colour(picture, CAT, mask, scale=3)
-    assert honest.cell_px == 24
-    assert np.array_equal(fit_colour(picture, other, mask, scale=3).offset, honest.offset)
-    assert not np.array_equal(fit_colour(picture, other, mask).offset, honest.offset)
+    reference = fit_colour(result, CAT, mask, scale=3)
+    assert reference.cell_px == 24
+    assert np.array_equal(fit_colour(result, other, mask, scale=3).offset, reference.offset)
+    assert not np.array_equal(fit_colour(result, other, mask).offset, reference.offset)
 
 
-def test_the_membrane_solves_its_equation() -> None:
+def test_the_membrane_solves_its_linear_system() -> None:
     random, shape = np.random.default_rng(1), (29, 37)
     rows, columns = np.indices(shape)
     values = (10 * np.sin(rows / 9) + columns / 5 + random.normal(0, 0.5, shape))[..., None]
     weight = np.ones((*shape, 1))
     weight[8:20, 10:30] = 0
-    found = colour_match._smooth(values.astype(np.float32), weight.astype(np.float32))
-    assert found[..., 0] == pytest.approx(_membrane(values[..., 0], weight[..., 0]), abs=0.5)
+    solved = colour_match._fit_membrane(values.astype(np.float32), weight.astype(np.float32))
+    assert solved[..., 0] == pytest.approx(_solve_directly(values[..., 0], weight[..., 0]), abs=0.5)
 
 
-def _membrane(values: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    def path(n: int) -> NDArray[np.float64]:
+def _solve_directly(
+    values: NDArray[np.float64], weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    def path_laplacian(n: int) -> NDArray[np.float64]:
         steps = np.diff(np.eye(n), axis=0)
         return steps.T @ steps
 
     rows, columns = weight.shape
-    laplacian = np.kron(path(rows), np.eye(columns)) + np.kron(np.eye(rows), path(columns))
+    laplacian = np.kron(path_laplacian(rows), np.eye(columns))
+    laplacian += np.kron(np.eye(rows), path_laplacian(columns))
     system = colour_match.STIFFNESS * laplacian + np.diag(weight.ravel())
     return np.linalg.solve(system, (weight * values).ravel()).reshape(weight.shape)
