@@ -1,4 +1,4 @@
-"""Parameters of a job: names, ranges, how their text is read, and the Params they make."""
+"""The parameters of a job: names, allowed values, parsing, and the Params built from them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ Format = Literal["jpeg", "png", "webp", "tiff", "bmp"]
 
 MAX_SEED = 2**63 - 1
 PROMPT_LIMIT = 4000
+# Control characters, Unicode line separators and lone surrogates.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -43,10 +44,10 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 @dataclass(frozen=True, kw_only=True)
 class PassSpec:
-    """A further round of a job.
+    """A pass of a job after the first.
 
-    mask: as a manifest's, or empty for the job's own. values: where its parameters differ
-    from the first round's, by name, read already.
+    mask: as in a manifest; empty for the job's own mask. values: parsed parameters that differ
+    from the first pass, as (name, value).
     """
 
     mask: str = ""
@@ -55,12 +56,12 @@ class PassSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Params:
-    """Everything that decides a job's result, besides its image, its mask and its engine.
+    """Everything that determines a job's result except its image, its mask and its engine.
 
-    Names and meanings are diffusers' where diffusers has them. ``width`` and ``height``
-    are the engine's window in pixels; ``mask_*`` lengths are original-image pixels. Empty
-    text and a 0 stand for "not asked for" in ``scale``, ``refine_strength``, ``text*``,
-    ``postprocess``, ``format`` and ``quality``. passes: the rounds after the first.
+    Names and meanings follow diffusers where it has them. ``width`` and ``height`` are the
+    engine's window in pixels; lengths ``mask_*`` are in pixels of the original image. Empty text
+    and 0 mean "off" for ``scale``, ``refine_strength``, ``text*``, ``postprocess``, ``format`` and
+    ``quality``. passes: the passes after the first.
     """
 
     mode: Mode = "auto"
@@ -100,14 +101,16 @@ class Params:
     passes: tuple[PassSpec, ...] = ()
 
     def to_json(self) -> str:
-        """Canonical: sorted keys, no spaces; the seed is stored beside it, not in it.
+        """Canonical JSON: sorted keys, no spaces, without the seed, which has its own column.
 
-        What was not asked for is left out of it.
+        Optional parameters with their default values are left out.
         """
+        # A job's content key is a hash of this text: a parameter that is added later must be
+        # optional, or every job recorded before would get another key.
         values = {k: v for k, v in vars(self).items() if k not in _OPTIONAL or v != _OPTIONAL[k]}
         del values["seed"]
         if self.passes:
-            values["passes"] = [{"mask": one.mask, **dict(one.values)} for one in self.passes]
+            values["passes"] = [{"mask": spec.mask, **dict(spec.values)} for spec in self.passes]
         return _canonical(values)
 
     @classmethod
@@ -115,17 +118,17 @@ class Params:
         values = json.loads(text)
         if "passes" in values:
             values["passes"] = tuple(
-                PassSpec(mask=one.pop("mask"), values=tuple(one.items()))
-                for one in values["passes"]
+                PassSpec(mask=fields.pop("mask"), values=tuple(fields.items()))
+                for fields in values["passes"]
             )
         return cls(**values, seed=seed)
 
     def all_passes(self) -> tuple[tuple[str, Params], ...]:
-        """Each round's mask, empty for the job's own, and its parameters."""
+        """The mask (empty for the job's own) and the parameters of each pass, first to last."""
         first = replace(self, passes=())
         return (
             ("", first),
-            *((one.mask, with_values(first, dict(one.values))) for one in self.passes),
+            *((spec.mask, with_values(first, dict(spec.values))) for spec in self.passes),
         )
 
 
@@ -152,7 +155,10 @@ _OPTIONAL: Mapping[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One name a user may set, how its text is read, and what is allowed."""
+    """One parameter: how its text is parsed and which values are allowed.
+
+    allowed: the allowed values in words, for error messages.
+    """
 
     name: str
     parse: Callable[[str], Any]
@@ -160,7 +166,7 @@ class Parameter:
     check: Callable[[Any], bool]
 
     def read(self, value: object) -> Any:
-        """Raises ParameterError naming the value and what is allowed."""
+        """Parses text or a number. Raises ParameterError with the value and what is allowed."""
         try:
             parsed = self.parse(value if isinstance(value, str) else self._as_text(value))
         except ValueError:
@@ -188,9 +194,11 @@ def _integer(name: str, low: int, high: int, *, multiple: int = 1) -> Parameter:
 
 
 def _parse_integer(text: str) -> int:
+    """``50.0`` is accepted: spreadsheets write integers so."""
     number = float(text)
     if not number.is_integer():
         raise ValueError(text)
+    # Not int(number): a float is exact only to 2**53, a seed has 63 bits.
     return int(text) if text.strip().lstrip("+-").isdigit() else int(number)
 
 
@@ -226,7 +234,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _text(name: str, *, lines: bool = False) -> Parameter:
-    """lines: whether it may have several."""
+    """lines: whether several lines are allowed."""
     return Parameter(
         name=name,
         parse=str.strip,
@@ -245,7 +253,7 @@ def _pattern(name: str, pattern: str, allowed: str) -> Parameter:
 
 
 def _is_colour(text: str) -> bool:
-    from PIL import ImageColor  # rows without text need no Pillow
+    from PIL import ImageColor  # imported here: most manifests have no text, and Pillow is slow
 
     try:
         ImageColor.getrgb(text)
@@ -307,9 +315,9 @@ PARAMETERS: Mapping[str, Parameter] = {
     )
 }
 
-BOOLEANS = frozenset(name for name, one in PARAMETERS.items() if one.parse is _parse_bool)
+BOOLEANS = frozenset(name for name, spec in PARAMETERS.items() if spec.parse is _parse_bool)
 
-# What a further round may do otherwise than the first.
+# The parameters that may differ between the passes of a job.
 PASS_PARAMETERS = (
     *(
         "mode",
@@ -338,47 +346,49 @@ def find_parameter(name: str) -> Parameter:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'seed'?``, or the list of what is known where nothing is near."""
-    names = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {names[near[0]]!r}?"
+    """``; did you mean 'seed'?``, or the list of known names if none is similar."""
+    names = {known_name.lower(): known_name for known_name in known}
+    similar = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    if similar:
+        return f"; did you mean {names[similar[0]]!r}?"
     return f"; known: {', '.join(names.values())}"
 
 
 def with_values(params: Params, values: Mapping[str, Any]) -> Params:
-    """The same with other values, each read already; raises ParameterError if they disagree."""
-    found = Params(**{**vars(params), **values})
-    if found.eta and found.scheduler != "ddim":
+    """A copy with other, already parsed values; raises ParameterError if they contradict."""
+    merged = Params(**{**vars(params), **values})
+    if merged.eta and merged.scheduler != "ddim":
         raise ParameterError(
-            f"eta: {found.eta:g} has no meaning for scheduler {found.scheduler!r}; "
+            f"eta: {merged.eta:g} has no meaning for scheduler {merged.scheduler!r}; "
             "use 0, or scheduler ddim"
         )
-    if int(found.num_inference_steps * found.strength) < 1:
+    if int(merged.num_inference_steps * merged.strength) < 1:
         raise ParameterError(
-            f"strength: {found.strength:g} of {found.num_inference_steps} num_inference_steps "
+            f"strength: {merged.strength:g} of {merged.num_inference_steps} num_inference_steps "
             "leaves no step; raise one of them"
         )
-    if found.refine_strength and int(found.num_inference_steps * found.refine_strength) < 1:
+    if merged.refine_strength and int(merged.num_inference_steps * merged.refine_strength) < 1:
         raise ParameterError(
-            f"refine_strength: {found.refine_strength:g} of {found.num_inference_steps} "
+            f"refine_strength: {merged.refine_strength:g} of {merged.num_inference_steps} "
             "num_inference_steps leaves no step; raise one of them"
         )
-    return found
+    return merged
 
 
 def further_inputs(params: str) -> tuple[str, ...]:
-    """Locations of the files besides image and mask that a job of these parameters reads.
+    """Locations of the further files that a job reads: masks of later passes and the font.
 
-    params: as ``to_json`` writes them. A mask that is no file is left out.
+    params: the text of ``to_json``. ``alpha`` and ``box:...`` are not files and are left out.
     """
+    # Called for every row of a manifest: parse the JSON only if it can name a file.
     if '"passes"' not in params and '"text_font"' not in params:
         return ()
     values = json.loads(params)
-    named = [one["mask"] for one in values.get("passes", ())] + [values.get("text_font", "")]
-    return tuple(dict.fromkeys(name for name in named if name and is_file(name)))
+    masks = [fields["mask"] for fields in values.get("passes", ())]
+    locations = [*masks, values.get("text_font", "")]
+    return tuple(dict.fromkeys(uri for uri in locations if uri and is_file(uri)))
 
 
 def is_file(mask: str) -> bool:
-    """Whether a manifest's mask names a file, and not ``alpha`` or ``box:...``."""
+    """Whether a manifest's mask is a location, not ``alpha`` or ``box:...``."""
     return mask != "alpha" and not mask.startswith("box:")

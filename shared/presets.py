@@ -1,4 +1,4 @@
-"""Presets and prompt templates: how what a manifest's row says becomes one Params."""
+"""Presets and prompt templates: how the values of a manifest's row become one Params."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from shared.params import (
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """A preset's second pass, over a ``detail_mask``: where it differs from the first."""
+    """A preset's second pass, under the row's ``detail_mask``.
+
+    values: the parameters that differ from the first pass.
+    """
 
     prompt: str
     values: Mapping[str, Any]
@@ -35,8 +38,8 @@ class Detail:
 class Preset:
     """A named set of parameters and a prompt template.
 
-    ``prompt`` may hold ``{placeholders}``; ``placeholders`` gives the text used where a
-    manifest has no column of that name.
+    ``prompt`` may contain ``{placeholders}``; ``placeholders`` has the text for those that are
+    not columns of the manifest. use: one line for the user. detail: the second pass, if any.
     """
 
     name: str
@@ -68,9 +71,9 @@ def _preset(name: str, table: dict[str, Any]) -> Preset:
 
 
 def find_presets(text: str) -> tuple[Preset, ...]:
-    """``ecommerce`` or ``ecommerce+preview``: one preset, or several of which the later wins.
+    """Parses ``ecommerce`` or ``ecommerce+preview``; values of later presets win.
 
-    Raises ParameterError naming the nearest known preset.
+    Raises ParameterError with the most similar known name.
     """
     known = presets()
     names = tuple(part.strip() for part in text.split("+"))
@@ -81,9 +84,10 @@ def find_presets(text: str) -> tuple[Preset, ...]:
 
 
 def placeholders(template: str) -> tuple[str, ...]:
-    """The names in a prompt template, in order. ``{{`` and ``}}`` stand for braces.
+    """The placeholder names of a prompt template, in order. ``{{`` and ``}}`` are braces.
 
-    Raises ParameterError for anything but plain names between braces.
+    Raises ParameterError for anything between braces that is not a plain name: ``str.format``
+    would also evaluate attributes and indexes.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -101,10 +105,10 @@ def placeholders(template: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPasses:
-    """A row's passes, where it has more than one.
+    """The passes of a row that has more than one.
 
-    passes: one mapping per pass, parameter names to values and perhaps a ``mask``, the first one
-    included. detail_mask and detail_prompt: shorthand for a second pass.
+    passes: one mapping per pass, the first included: parameter names to values, and optionally
+    ``mask``. detail_mask and detail_prompt: shorthand for a second pass.
     """
 
     passes: Sequence[Mapping[str, object]] = ()
@@ -122,38 +126,37 @@ def resolve(
     style: str = "",
     passes: RowPasses | None = None,
 ) -> Params:
-    """One Params from, in rising precedence: engine defaults, presets, ``values``, ``passes``.
+    """Builds Params from, in rising precedence: engine defaults, presets, ``values``, ``passes``.
 
-    prompt: a template that replaces the preset's. values: parameter name to text or
-    number, read and range-checked here; ``values["prompt"]`` is taken as it is.
-    columns: text for the template's placeholders. style: added to every pass's prompt,
-    unless a template has a place for it. The seed stays 0 where none is given.
-    Raises ParameterError.
+    prompt: a template that replaces the preset's. values: parameter names to text or numbers,
+    parsed and checked here; ``values["prompt"]`` is not a template. columns: texts for the
+    template's placeholders. style: appended to the prompt of every pass, unless the template
+    contains ``{style}``. The seed is 0 unless given. Raises ParameterError.
     """
     passes = passes or RowPasses()
     chosen = find_presets(preset) if preset else ()
     merged: dict[str, Any] = dict(engine_spec(engine).mask_defaults)
     defaults: dict[str, str] = {}
     template = prompt or ""
-    for one in chosen:
-        merged.update(one.values)
-        defaults.update(one.placeholders)
-        template = prompt or one.prompt or template
+    for named in chosen:
+        merged.update(named.values)
+        defaults.update(named.placeholders)
+        template = prompt or named.prompt or template
     merged.update(_read(values))
     prompts = _PromptBuilder(texts={**defaults, **columns}, style=style)
     merged["prompt"] = prompts.build(merged.get("prompt"), template)
-    for values_of_pass in passes.passes[:1]:
-        merged.update(prompts.add_style(_read_pass(values_of_pass)))
+    for first_pass in passes.passes[:1]:
+        merged.update(prompts.add_style(_read_pass(first_pass)))
     further = tuple(
         PassSpec(
-            mask=str(one.get("mask") or ""),
-            values=tuple(sorted(prompts.add_style(_read_pass(one)).items())),
+            mask=str(further_pass.get("mask") or ""),
+            values=tuple(sorted(prompts.add_style(_read_pass(further_pass)).items())),
         )
-        for one in passes.passes[1:]
+        for further_pass in passes.passes[1:]
     )
-    detail = _detail_pass(chosen, passes, prompts, given=_read(values))
+    detail = _detail_pass(chosen, passes, prompts, row_values=_read(values))
     params = with_values(Params(), merged | {"passes": further + detail})
-    params.all_passes()
+    params.all_passes()  # raises for a later pass whose parameters contradict each other
     return params
 
 
@@ -162,19 +165,23 @@ def _detail_pass(
     passes: RowPasses,
     prompts: _PromptBuilder,
     *,
-    given: Mapping[str, Any],
+    row_values: Mapping[str, Any],
 ) -> tuple[PassSpec, ...]:
-    """given: what row and options say; it, and later presets, win over the detail's own."""
-    details = [one.detail for one in chosen if one.detail]
+    """The second pass of ``detail_mask`` and the presets, if any.
+
+    row_values: the parsed values of row and options; they, and later presets, win over the
+    detail's own.
+    """
+    details = [preset.detail for preset in chosen if preset.detail]
     if passes.passes and (passes.detail_mask or passes.detail_prompt):
-        raise ParameterError("passes: not together with detail_mask or detail_prompt")
+        raise ParameterError("passes: cannot be combined with detail_mask or detail_prompt")
     if passes.passes:
         return ()
     if not passes.detail_mask:
         if details or passes.detail_prompt:
-            raise ParameterError("detail_mask: empty; a second pass needs a mask of its own")
+            raise ParameterError("detail_mask: empty; the second pass needs its own mask")
         return ()
-    values = _detail_values(chosen, given) if details else {}
+    values = _detail_values(chosen, row_values) if details else {}
     if passes.detail_prompt:
         values["prompt"] = prompts.build(passes.detail_prompt, "")
     elif details:
@@ -182,24 +189,24 @@ def _detail_pass(
     return (PassSpec(mask=passes.detail_mask, values=tuple(sorted(values.items()))),)
 
 
-def _detail_values(chosen: Sequence[Preset], given: Mapping[str, Any]) -> dict[str, Any]:
-    last = max(n for n, one in enumerate(chosen) if one.detail)
+def _detail_values(chosen: Sequence[Preset], row_values: Mapping[str, Any]) -> dict[str, Any]:
+    last = max(n for n, preset in enumerate(chosen) if preset.detail)
     detail = chosen[last].detail
     values = dict(detail.values) if detail else {}
-    for later in (*(one.values for one in chosen[last + 1 :]), given):
+    for later in (*(preset.values for preset in chosen[last + 1 :]), row_values):
         values.update((name, later[name]) for name in values if name in later)
     return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class _PromptBuilder:
-    """texts: what fills placeholders."""
+    """Fills prompt templates and adds the style. texts: placeholder names to their texts."""
 
     texts: Mapping[str, str] = field(default_factory=dict)
     style: str = ""
 
     def build(self, literal: str | None, template: str) -> str:
-        """The prompt: taken as it is where it is literal, else filled."""
+        """The literal prompt if there is one, else the filled template; with the style."""
         if literal is not None:
             return self._with_style(literal)
         texts = {**self.texts, "style": self.style} if self.style else self.texts

@@ -1,4 +1,4 @@
-"""Parameters: the presets' figures, what is allowed, and how a row's values come together."""
+"""Parameters: the presets' values, the allowed ranges, and how a row's values are combined."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.params import (
 )
 from shared.presets import RowPasses, find_presets, placeholders, presets, resolve
 
-# guidance_scale, num_inference_steps, strength: the guide's.
+# guidance_scale, num_inference_steps and strength as the guide has them.
 USES = {
     "ecommerce": (8.5, 70, 0.75),
     "photo-restoration": (7.0, 100, 0.65),
@@ -51,14 +51,14 @@ def refusal(**given: Any) -> str:
 # --- presets ---------------------------------------------------------------------------------
 
 
-def test_there_are_ten_uses_two_rounds_for_faces_and_three_qualities() -> None:
+def test_there_are_ten_uses_faces_in_two_passes_and_three_qualities() -> None:
     assert list(presets()) == [*USES, "faces", *QUALITIES]
 
 
-@pytest.mark.parametrize(("name", "figures"), [*USES.items(), *QUALITIES.items()])
-def test_a_preset_sets_the_guides_figures(name: str, figures: tuple[float, int, float]) -> None:
+@pytest.mark.parametrize(("name", "values"), [*USES.items(), *QUALITIES.items()])
+def test_a_preset_sets_the_values_of_the_guide(name: str, values: tuple[float, int, float]) -> None:
     params = resolved(preset=name)
-    assert tuple(getattr(params, one) for one in NAMES) == figures
+    assert tuple(getattr(params, parameter) for parameter in NAMES) == values
 
 
 @pytest.mark.parametrize("name", USES)
@@ -78,9 +78,9 @@ def test_film_is_wide_and_everything_else_is_square() -> None:
     assert set(sizes.values()) == {(512, 512)}
 
 
-def test_presets_combine_and_the_later_one_wins_where_both_speak() -> None:
+def test_presets_combine_and_the_later_one_wins_where_both_set_a_value() -> None:
     both = resolved(preset="ecommerce+preview", columns={"product": "a cup"})
-    assert tuple(getattr(both, one) for one in NAMES) == QUALITIES["preview"]
+    assert tuple(getattr(both, name) for name in NAMES) == QUALITIES["preview"]
     assert both.prompt.startswith("product photograph of a cup")
     assert resolved(preset="preview+ecommerce") == resolved(preset="ecommerce")
     assert find_presets(" film + high ") == (presets()["film"], presets()["high"])
@@ -188,7 +188,7 @@ def test_a_value_inside_its_range_is_read(name: str, text: str, value: Any) -> N
 
 
 @pytest.mark.parametrize(("name", "text"), OUTSIDE, ids=lambda text: ascii(text)[:20])
-def test_a_value_past_its_range_is_refused_with_what_is_allowed(name: str, text: str) -> None:
+def test_a_value_outside_its_range_is_refused_with_what_is_allowed(name: str, text: str) -> None:
     with pytest.raises(ParameterError) as caught:
         find_parameter(name).read(text)
     message = str(caught.value)
@@ -222,10 +222,10 @@ def test_an_unknown_parameter_suggests_the_nearest(name: str, message: str) -> N
     assert message in refusal(values={name: "1"})
 
 
-# --- coming together -------------------------------------------------------------------------
+# --- combining -------------------------------------------------------------------------
 
 
-def test_nothing_given_means_the_documented_defaults() -> None:
+def test_without_values_the_documented_defaults_apply() -> None:
     assert resolved() == Params(mask_dilation=1, mask_feather=2)
     assert resolved(engine="opencv") == Params(mask_dilation=0, mask_feather=0)
 
@@ -236,7 +236,7 @@ def test_values_win_over_presets_and_presets_over_defaults() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "lcm"])
-def test_eta_goes_with_ddim_only(scheduler: str) -> None:
+def test_eta_is_allowed_only_with_ddim(scheduler: str) -> None:
     assert resolved(values={"eta": "0.3"}).eta == 0.3
     assert resolved(values={"eta": "0", "scheduler": scheduler}).scheduler == scheduler
     message = refusal(values={"eta": "0.3", "scheduler": scheduler})
@@ -252,20 +252,20 @@ def test_a_strength_leaves_at_least_one_step() -> None:
     )
 
 
-def test_painting_again_takes_at_least_one_step() -> None:
+def test_refinement_takes_at_least_one_step() -> None:
     assert resolved(values={"refine_strength": "0.5", "num_inference_steps": "2"})
     assert refusal(values={"refine_strength": "0.4", "num_inference_steps": "2"}) == (
         "refine_strength: 0.4 of 2 num_inference_steps leaves no step; raise one of them"
     )
 
 
-def test_changes_are_checked_against_what_is_there() -> None:
+def test_changed_values_are_checked_against_the_others() -> None:
     with pytest.raises(ParameterError, match="eta"):
         with_values(Params(scheduler="euler"), {"eta": 0.5})
     assert with_values(Params(scheduler="euler"), {"eta": 0.5, "scheduler": "ddim"}).eta == 0.5
 
 
-def test_columns_fill_the_prompt_and_win_over_the_presets_own_words() -> None:
+def test_columns_fill_the_prompt_and_win_over_the_presets_placeholders() -> None:
     params = resolved(preset="ecommerce", columns={"product": "a red cup", "unused": "x"})
     assert "a red cup" in params.prompt
     assert "neutral background" in params.prompt
@@ -277,16 +277,16 @@ def test_a_given_template_replaces_the_presets() -> None:
     assert params.guidance_scale == 10.0
 
 
-def test_a_prompt_value_is_taken_as_it_is() -> None:
+def test_a_prompt_value_is_not_a_template() -> None:
     assert resolved(preset="film", values={"prompt": "a {curly} cup"}).prompt == "a {curly} cup"
 
 
-def test_a_filled_prompt_may_hold_braces_and_is_not_filled_again() -> None:
+def test_a_filled_prompt_may_contain_braces_and_is_not_filled_again() -> None:
     assert resolved(prompt="{a}", columns={"a": "{b}"}).prompt == "{b}"
 
 
 @pytest.mark.parametrize("columns", [{}, {"thing": ""}])
-def test_a_placeholder_that_nothing_fills_is_named(columns: dict[str, str]) -> None:
+def test_a_placeholder_without_a_text_is_named_in_the_error(columns: dict[str, str]) -> None:
     message = refusal(prompt="photo of {thing}", columns=columns)
     assert message == ("prompt: nothing fills {thing}; add a column 'thing' or another --prompt")
 
@@ -294,7 +294,7 @@ def test_a_placeholder_that_nothing_fills_is_named(columns: dict[str, str]) -> N
 @pytest.mark.parametrize(
     "template", ["{", "}", "{a", "{0}", "{}", "{a.b}", "{a[0]}", "{a!r}", "{a:>9}"]
 )
-def test_a_template_holds_nothing_but_plain_names(template: str) -> None:
+def test_a_template_may_contain_only_plain_names(template: str) -> None:
     with pytest.raises(ParameterError, match=r"^prompt: "):
         placeholders(template)
 
@@ -316,7 +316,7 @@ def test_params_survive_json_and_equal_ones_have_equal_text() -> None:
     assert text == Params.from_json(text, seed=6).to_json()
 
 
-def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
+def test_optional_parameters_at_their_defaults_are_left_out_of_the_json() -> None:
     text = Params().to_json()
     assert '"text' not in text
     assert '"passes"' not in text
@@ -327,37 +327,37 @@ def test_what_was_not_asked_for_is_left_out_of_the_json() -> None:
     assert '"mask_invert":true' in Params(mask_invert=True).to_json()
 
 
-# --- rounds ----------------------------------------------------------------------------------
+# --- passes ----------------------------------------------------------------------------------
 
 
-def test_faces_are_painted_in_the_guides_two_rounds() -> None:
+def test_faces_have_the_two_passes_of_the_guide() -> None:
     params = resolved(preset="faces", passes=RowPasses(detail_mask="/eyes.png"))
     (whole_mask, whole), (detail_mask, detail) = params.all_passes()
-    assert tuple(getattr(whole, one) for one in NAMES) == (8.0, 70, 0.8)
-    assert tuple(getattr(detail, one) for one in NAMES) == (7.0, 50, 0.6)
+    assert tuple(getattr(whole, name) for name in NAMES) == (8.0, 70, 0.8)
+    assert tuple(getattr(detail, name) for name in NAMES) == (7.0, 50, 0.6)
     assert (whole_mask, detail_mask) == ("", "/eyes.png")
     assert "eyes and mouth" in detail.prompt
     assert detail.negative_prompt == whole.negative_prompt
     assert further_inputs(params.to_json()) == ("/eyes.png",)
 
 
-def test_faces_without_a_detail_mask_say_what_is_missing() -> None:
+def test_faces_without_a_detail_mask_are_refused() -> None:
     assert refusal(preset="faces").startswith("detail_mask: empty")
     assert refusal(passes=RowPasses(detail_prompt="eyes")).startswith("detail_mask: empty")
 
 
-def test_options_and_later_presets_reach_the_second_round() -> None:
-    rounds = RowPasses(detail_mask="/eyes.png")
-    quick = resolved(preset="faces+preview", passes=rounds, values={"strength": 0.9})
-    figures = [tuple(getattr(one, name) for name in NAMES) for _, one in quick.all_passes()]
-    assert figures == [(7.0, 20, 0.9), (7.0, 20, 0.9)]
-    first = resolved(preset="preview+faces", passes=rounds)
+def test_options_and_later_presets_reach_the_second_pass() -> None:
+    passes = RowPasses(detail_mask="/eyes.png")
+    quick = resolved(preset="faces+preview", passes=passes, values={"strength": 0.9})
+    values = [tuple(getattr(params, name) for name in NAMES) for _, params in quick.all_passes()]
+    assert values == [(7.0, 20, 0.9), (7.0, 20, 0.9)]
+    first = resolved(preset="preview+faces", passes=passes)
     assert first.all_passes()[1][1].num_inference_steps == 50
 
 
 def test_a_detail_prompt_replaces_the_presets() -> None:
-    rounds = RowPasses(detail_mask="/eyes.png", detail_prompt="green eyes")
-    assert resolved(preset="faces", passes=rounds).all_passes()[1][1].prompt == "green eyes"
+    passes = RowPasses(detail_mask="/eyes.png", detail_prompt="green eyes")
+    assert resolved(preset="faces", passes=passes).all_passes()[1][1].prompt == "green eyes"
     assert resolved(prompt="a face", passes=RowPasses(detail_mask="/m")).all_passes()[1][
         1
     ].prompt == ("a face")
@@ -387,15 +387,15 @@ def test_a_pass_is_checked_like_a_row(passes: list[dict[str, Any]], message: str
     assert message in refusal(passes=RowPasses(passes=passes))
 
 
-def test_passes_and_a_detail_mask_do_not_go_together() -> None:
+def test_passes_and_a_detail_mask_cannot_be_combined() -> None:
     message = refusal(passes=RowPasses(passes=[{}], detail_mask="/m.png"))
-    assert message == "passes: not together with detail_mask or detail_prompt"
+    assert message == "passes: cannot be combined with detail_mask or detail_prompt"
 
 
-def test_a_style_ends_every_rounds_prompt() -> None:
-    rounds = RowPasses(passes=[{}, {"prompt": "eyes"}])
-    params = resolved(prompt="a face", style="oil on canvas", passes=rounds)
-    assert [one.prompt for _, one in params.all_passes()] == [
+def test_a_style_is_appended_to_the_prompt_of_every_pass() -> None:
+    passes = RowPasses(passes=[{}, {"prompt": "eyes"}])
+    params = resolved(prompt="a face", style="oil on canvas", passes=passes)
+    assert [of_pass.prompt for _, of_pass in params.all_passes()] == [
         "a face, oil on canvas",
         "eyes, oil on canvas",
     ]
@@ -403,14 +403,14 @@ def test_a_style_ends_every_rounds_prompt() -> None:
     assert resolved(style="ink").prompt == "ink"
 
 
-def test_a_style_takes_its_place_in_a_template_that_has_one() -> None:
+def test_a_template_may_contain_the_style_as_a_placeholder() -> None:
     assert resolved(prompt="{style} of a cup", style="ink").prompt == "ink of a cup"
     photo = resolved(preset="photo-restoration", style="studio style")
     assert photo.prompt.startswith("old photograph, studio style, continuous film grain")
     assert photo.prompt.count("studio style") == 1
 
 
-def test_inputs_beyond_image_and_mask_are_found_in_the_json() -> None:
+def test_the_further_input_files_are_read_from_the_json() -> None:
     passes = (
         PassSpec(mask="box:0,0,1,1"),
         PassSpec(mask="alpha"),
