@@ -27,7 +27,7 @@ from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text()
-LOGGED = ("workers/job_runner.py", "workers/maintenance.py")
+LOGGED = ("workers/job_runner.py", "workers/maintenance.py", "workers/pending_writes.py")
 
 
 def blocks(kind: str) -> list[str]:

@@ -1,36 +1,26 @@
-"""The jobs in a worker process's hands; shared by job threads, upkeep and shutdown."""
+"""The jobs that a worker process runs; shared by its job threads, maintenance and shutdown."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from shared.errors import Released
-from shared.jobs import AttemptRecord, LeasedJob
-from workers.engines.protocol import Interruption
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActiveJob:
-    """A job in this process's hands."""
-
-    job: LeasedJob
-    record: AttemptRecord
-    interruption: Interruption
+from workers.job_context import JobContext
 
 
 class ActiveJobs:
-    """Every job that this process holds a lease of."""
+    """Registry of the messages that this process handles and of the leases that it holds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[tuple[int, int], ActiveJob] = {}
-        self._taken: list[int] = []
+        self._leased: dict[tuple[int, int], JobContext] = {}
+        # A list: a repeated message may have two threads handle the same job for a moment.
+        self._claimed: list[int] = []
         self._stopping = False
-        # Set where the database did not answer: a lease may be ours without our knowing it.
+        # True after the database failed to answer: it may have leased a job to this process
+        # without the process knowing.
         self.may_have_orphans = False
 
     @property
@@ -38,62 +28,48 @@ class ActiveJobs:
         return self._stopping
 
     @contextmanager
-    def holding(self, job: LeasedJob, record: AttemptRecord) -> Iterator[ActiveJob]:
-        held = ActiveJob(job=job, record=record, interruption=Interruption())
+    def claim(self, job: int) -> Iterator[None]:
+        """Mark a job as handled here, from its message on; its lease may not be known yet."""
         with self._lock:
-            self._held[job.id, job.attempt] = held
+            self._claimed.append(job)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claimed.remove(job)
+
+    @contextmanager
+    def register(self, job: JobContext) -> Iterator[None]:
+        """List a leased job, so that heartbeats and shutdown reach it."""
+        key = (job.id, job.leased.attempt)
+        with self._lock:
+            self._leased[key] = job
+            # Checked under the lock: a shutdown that began before would miss this job.
             if self._stopping:
-                held.interruption.set(_released())
-        try:
-            yield held
-        finally:
-            with self._lock:
-                del self._held[job.id, job.attempt]
-
-    @contextmanager
-    def taking(self, job: int) -> Iterator[None]:
-        """While a message is worked on; the job may be leased without our knowing it yet."""
-        with self._lock:
-            self._taken.append(job)
+                job.interruption.set(_shutting_down())
         try:
             yield
         finally:
             with self._lock:
-                self._taken.remove(job)
+                del self._leased[key]
 
-    def taken(self) -> set[int]:
+    def claimed_ids(self) -> set[int]:
         with self._lock:
-            return set(self._taken)
+            return set(self._claimed)
 
-    def held(self) -> list[ActiveJob]:
+    def leased(self) -> list[JobContext]:
         with self._lock:
-            return list(self._held.values())
+            return list(self._leased.values())
 
-    def release_all(self) -> None:
-        """Every job stops at its next step, and no new one starts. Safe in a signal handler."""
+    def request_stop(self) -> None:
+        """Stop every job at its next step, and every later one before its first.
+
+        Takes no lock: a signal handler may interrupt the thread that holds it.
+        """
         self._stopping = True
-        for held in list(self._held.values()):
-            held.interruption.set(_released())
+        for job in list(self._leased.values()):
+            job.interruption.set(_shutting_down())
 
 
-def _released() -> Released:
+def _shutting_down() -> Released:
     return Released("the worker is shutting down")
-
-
-class StageTimer:
-    """Times each stage into the record; an interruption is noticed between stages."""
-
-    def __init__(self, record: AttemptRecord, interruption: Interruption) -> None:
-        self._record = record
-        self._interruption = interruption
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """A stage that comes several times is timed as one."""
-        self._interruption.check()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = self._record.timings.get(name, 0.0)
-            self._record.timings[name] = spent + time.perf_counter() - start

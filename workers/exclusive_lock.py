@@ -1,4 +1,4 @@
-"""Whose turn it is in a process: jobs run side by side, a suspect runs alone."""
+"""Readers-writer lock of a worker process: ordinary jobs share it, a suspect job excludes all."""
 
 from __future__ import annotations
 
@@ -6,57 +6,61 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LOOK_UP_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 class ExclusiveLock:
-    """Keeps what a process does besides away from a job that a worker was lost with.
+    """Readers-writer lock: a job whose last worker crashed runs exclusively, all others share.
 
-    Whoever crashed the process takes all the jobs beside it along. Each of them runs alone the
-    next time, so that a second crash names the one that did it.
+    A crash kills every job in the process; running each alone afterwards identifies the culprit.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._together = 0
-        self._alone = False
-        self._suspects = 0
+        self._sharing = 0
+        self._is_exclusive = False
+        self._waiting_exclusive = 0
 
     @contextmanager
-    def turn(self, *, alone: bool, stop: Callable[[], bool]) -> Iterator[bool]:
-        """Waits for its turn; False where ``stop`` said so first."""
-        came = self._await_alone(stop) if alone else self._await_together(stop)
+    def shared(self, *, stop: Callable[[], bool]) -> Iterator[bool]:
+        """Hold the lock together with other ordinary jobs; False if ``stop`` became true first.
+
+        Waits for exclusive jobs that wait already: otherwise they might wait for ever.
+        """
+        with self._changed:
+            acquired = self._wait(
+                lambda: not self._is_exclusive and not self._waiting_exclusive, stop
+            )
+            self._sharing += acquired
         try:
-            yield came
+            yield acquired
         finally:
-            if came:
-                self._leave(alone)
+            if acquired:
+                with self._changed:
+                    self._sharing -= 1
+                    self._changed.notify_all()
 
-    def _await_alone(self, stop: Callable[[], bool]) -> bool:
+    @contextmanager
+    def exclusive(self, *, stop: Callable[[], bool]) -> Iterator[bool]:
+        """Hold the lock alone; False if ``stop`` became true first."""
         with self._changed:
-            self._suspects += 1
-            came = self._await(lambda: not self._alone and not self._together, stop)
-            self._suspects -= 1
-            self._alone = self._alone or came
+            self._waiting_exclusive += 1
+            acquired = self._wait(lambda: not self._is_exclusive and not self._sharing, stop)
+            self._waiting_exclusive -= 1
+            if acquired:
+                self._is_exclusive = True
+            # One job fewer waits exclusively: those that share may proceed if this one gave up.
             self._changed.notify_all()
-        return came
+        try:
+            yield acquired
+        finally:
+            if acquired:
+                with self._changed:
+                    self._is_exclusive = False
+                    self._changed.notify_all()
 
-    def _await_together(self, stop: Callable[[], bool]) -> bool:
-        with self._changed:
-            came = self._await(lambda: not self._alone and not self._suspects, stop)
-            self._together += came
-        return came
-
-    def _await(self, ready: Callable[[], bool], stop: Callable[[], bool]) -> bool:
-        # A signal handler may not take a lock, so nobody wakes this thread at shutdown.
-        while not self._changed.wait_for(lambda: ready() or stop(), LOOK_UP_SECONDS):
+    def _wait(self, ready: Callable[[], bool], stop: Callable[[], bool]) -> bool:
+        # Polls ``stop``: a signal handler must not take a lock, so it cannot notify this thread.
+        while not self._changed.wait_for(lambda: ready() or stop(), POLL_SECONDS):
             continue
         return not stop()
-
-    def _leave(self, alone: bool) -> None:
-        with self._changed:
-            if alone:
-                self._alone = False
-            else:
-                self._together -= 1
-            self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""What a worker process does besides jobs: heartbeats, cancellations, reaping, dispatch."""
+"""Periodic tasks of a worker process: heartbeats, cancellations, reaping, dispatch."""
 
 from __future__ import annotations
 
@@ -15,35 +15,41 @@ from shared.errors import Cancelled, DatabaseUnavailable, LeaseLost, Unavailable
 from shared.jobs.queue import Queue
 from shared.processes import EX_STALLED
 from shared.settings import Settings
-from workers.job_runner import Bench, give_back
+from workers.job_runner import release_all
+from workers.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
-# A message that is on its way is given the time of a few rounds to arrive.
-ROUNDS_BEFORE_REDELIVERY = 2.5
+# A message needs a few intervals to arrive before it counts as lost.
+INTERVALS_BEFORE_REDELIVERY = 2.5
+MAX_STALL_CHECK_SECONDS = 5.0
 
 
 class Maintenance:
-    """Two threads that tick until ``stop``; what is unavailable is logged, then tried again.
+    """Two threads that run periodic tasks until ``stop``.
 
-    Leases have a thread of their own: a Redis that hangs may not keep heartbeats waiting.
+    Leases have a thread of their own: a Redis that hangs must not delay heartbeats.
     """
 
-    def __init__(self, bench: Bench, queue: Queue) -> None:
-        settings = bench.settings
-        self._stop = threading.Event()
+    def __init__(self, worker: WorkerContext, queue: Queue) -> None:
+        settings = worker.settings
+        heartbeat, interval = settings.heartbeat_seconds, settings.maintenance_seconds
+        stall_check = min(heartbeat, MAX_STALL_CHECK_SECONDS)
         leases = [
-            _Duty("heartbeat", settings.heartbeat_seconds, lambda: beat(bench)),
-            _Duty("watch", min(settings.heartbeat_seconds, 5.0), lambda: watch(bench)),
+            _PeriodicTask("heartbeat", heartbeat, lambda: renew_leases(worker)),
+            _PeriodicTask("stall check", stall_check, lambda: exit_if_stalled(worker)),
         ]
         queues = [
-            _Duty("reap", settings.maintenance_seconds, lambda: reap(bench)),
-            _Duty("dispatch", settings.maintenance_seconds, lambda: dispatch(bench, queue)),
-            _Duty("redeliver", redelivery_seconds(settings), lambda: redeliver(bench, queue)),
+            _PeriodicTask("reap", interval, lambda: reap_expired_leases(worker)),
+            _PeriodicTask("dispatch", interval, lambda: dispatch_due_jobs(worker, queue)),
+            _PeriodicTask(
+                "redeliver", redelivery_seconds(settings), lambda: redeliver(worker, queue)
+            ),
         ]
+        self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._loop, args=(duties,), name=name, daemon=True)
-            for name, duties in (("leases", leases), ("queues", queues))
+            threading.Thread(target=self._loop, args=(tasks,), name=name, daemon=True)
+            for name, tasks in (("leases", leases), ("queues", queues))
         ]
 
     def start(self) -> None:
@@ -55,89 +61,96 @@ class Maintenance:
         for thread in self._threads:
             thread.join()
 
-    def _loop(self, duties: Sequence[_Duty]) -> None:
-        tick = min(duty.seconds for duty in duties)
-        while not self._stop.wait(tick):
-            for duty in duties:
-                duty.run_if_due(time.monotonic())
+    def _loop(self, tasks: Sequence[_PeriodicTask]) -> None:
+        interval = min(task.seconds for task in tasks)
+        while not self._stop.wait(interval):
+            for task in tasks:
+                task.run_if_due(time.monotonic())
 
 
-class _Duty:
-    """Something done every so many seconds; says once that it fails, and once that it works."""
+class _PeriodicTask:
+    """An action every so many seconds; logs once that it fails, and once that it works again."""
 
     def __init__(self, name: str, seconds: float, action: Callable[[], None]) -> None:
         self.name = name
         self.seconds = seconds
         self._action = action
         self._due = 0.0
-        self._failing = False
+        self._is_failing = False
 
     def run_if_due(self, now: float) -> None:
+        """now: monotonic, in seconds."""
         if now < self._due:
             return
         self._due = now + self.seconds
         try:
             self._action()
         except UnavailableError as error:
-            if not self._failing:
+            if not self._is_failing:
                 log.warning("%s: %s; trying again every %g s", self.name, error, self.seconds)
-            self._failing = True
+            self._is_failing = True
         except Exception:
-            # The thread must live: without heartbeats every job of this worker is lost.
+            # The thread must live: without heartbeats this worker loses every job.
             log.exception("%s: unexpected error", self.name)
-            self._failing = True
+            self._is_failing = True
         else:
-            if self._failing:
+            if self._is_failing:
                 log.info("%s: works again", self.name)
-            self._failing = False
+            self._is_failing = False
 
 
-def beat(bench: Bench) -> None:
-    """Renews our leases; tells jobs that were lost or cancelled to stop; gives back orphans."""
-    running = bench.running
-    held = running.held()
-    if not held and not running.may_have_orphans:
+def renew_leases(worker: WorkerContext) -> None:
+    """Renew this worker's leases; interrupt jobs that lost theirs or were cancelled."""
+    active_jobs = worker.active_jobs
+    leased = active_jobs.leased()
+    if not leased and not active_jobs.may_have_orphans:
         return
-    running.may_have_orphans = False
+    active_jobs.may_have_orphans = False
     try:
-        beats = jobs.heartbeat(
-            bench.db, worker=bench.holder.worker, lease_seconds=bench.settings.lease_seconds
+        renewed = jobs.heartbeat(
+            worker.db,
+            worker=worker.holder.worker,
+            lease_seconds=worker.settings.lease_seconds,
         )
-        _release_orphans(bench, beats)
+        _release_orphans(worker, renewed)
     except DatabaseUnavailable:
-        running.may_have_orphans = True
+        active_jobs.may_have_orphans = True
         raise
-    renewed = {(beat.job, beat.attempt): beat for beat in beats}
-    for one in held:
-        job, attempt = one.job.id, one.job.attempt
-        beat = renewed.get((job, attempt))
-        if beat is None:
-            one.interruption.set(LeaseLost(f"job {job}: attempt {attempt} lost its lease"))
-        elif beat.cancel_requested:
-            one.interruption.set(Cancelled(f"job {job} was cancelled"))
+    by_attempt = {(lease.job, lease.attempt): lease for lease in renewed}
+    for job in leased:
+        attempt = job.leased.attempt
+        lease = by_attempt.get((job.id, attempt))
+        if lease is None:
+            job.interruption.set(LeaseLost(f"job {job.id}: attempt {attempt} lost its lease"))
+        elif lease.cancel_requested:
+            job.interruption.set(Cancelled(f"job {job.id} was cancelled"))
 
 
-def _release_orphans(bench: Bench, beats: Sequence[jobs.RenewedLease]) -> None:
-    """Gives back what is leased to us and in none of our threads' hands.
+def _release_orphans(worker: WorkerContext, renewed: Sequence[jobs.RenewedLease]) -> None:
+    """Release jobs that are leased to this worker but that none of its threads handles.
 
-    Without that we would renew it for as long as we live.
+    Otherwise heartbeats would renew such a lease for as long as the worker lives.
     """
-    # Asked after the heartbeat: whatever it found leased is taken, or was given up, by now.
-    taken = bench.running.taken()
-    for beat in beats:
-        if beat.job not in taken:
-            jobs.release_orphan(bench.db, beat)
-            log.warning("job %s: attempt %s given back: nobody here has it", beat.job, beat.attempt)
+    # Read after the heartbeat: by now every job that it found leased is claimed, or done with.
+    claimed = worker.active_jobs.claimed_ids()
+    for lease in renewed:
+        if lease.job not in claimed:
+            jobs.release_orphan(worker.db, lease)
+            log.warning(
+                "job %s: attempt %s released: leased to this worker but not running here",
+                lease.job,
+                lease.attempt,
+            )
 
 
-def watch(bench: Bench) -> None:
-    """Ends a process whose engine hangs; its launcher gives the job back and starts another.
+def exit_if_stalled(worker: WorkerContext) -> None:
+    """End the process if a job made no step for ``stall_seconds``; the supervisor restarts it.
 
-    A thread that is stuck in a driver or a C library cannot be stopped in any other way.
+    A thread that hangs in a driver or a C library cannot be stopped in any other way.
     """
-    limit = bench.settings.stall_seconds
+    limit = worker.settings.stall_seconds
     stalled = [
-        held.job.id for held in bench.running.held() if held.interruption.idle_seconds > limit
+        job.id for job in worker.active_jobs.leased() if job.interruption.idle_seconds > limit
     ]
     if not stalled:
         return
@@ -145,28 +158,30 @@ def watch(bench: Bench) -> None:
         "job %s: no step for %g s; this process ends, its threads were at:", stalled[0], limit
     )
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
-    give_back(bench, keep=stalled)
+    # The stalled jobs keep their leases: the supervisor's reaping counts them as lost.
+    release_all(worker, keep=stalled)
     os._exit(EX_STALLED)
 
 
-def reap(bench: Bench) -> None:
-    for lost in jobs.reap(bench.db):
+def reap_expired_leases(worker: WorkerContext) -> None:
+    for lost in jobs.reap(worker.db):
         log.warning(
             "job %s: attempt %s lost its worker; now %s", lost.job, lost.attempt, lost.state
         )
 
 
 def redelivery_seconds(settings: Settings) -> float:
-    return ROUNDS_BEFORE_REDELIVERY * settings.maintenance_seconds
+    return INTERVALS_BEFORE_REDELIVERY * settings.maintenance_seconds
 
 
-def dispatch(bench: Bench, queue: Queue) -> None:
-    jobs.dispatch(bench.db, queue, bench.engine.name, bound=bench.settings.queue_bound)
+def dispatch_due_jobs(worker: WorkerContext, queue: Queue) -> None:
+    jobs.dispatch(worker.db, queue, worker.engine.name, bound=worker.settings.queue_bound)
 
 
-def redeliver(bench: Bench, queue: Queue) -> None:
-    grace = redelivery_seconds(bench.settings)
-    found = jobs.redeliver(bench.db, queue, bench.engine.name, grace_seconds=grace)
-    jobs.discard_stale_messages(bench.db, queue, bench.engine.name)
-    if found:
-        log.warning("queued %s jobs again whose messages were lost", found)
+def redeliver(worker: WorkerContext, queue: Queue) -> None:
+    """Publish again the messages that Redis lost, and discard those that are stale."""
+    grace = redelivery_seconds(worker.settings)
+    count = jobs.redeliver(worker.db, queue, worker.engine.name, grace_seconds=grace)
+    jobs.discard_stale_messages(worker.db, queue, worker.engine.name)
+    if count:
+        log.warning("queued %s jobs again whose messages were lost", count)

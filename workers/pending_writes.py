@@ -1,67 +1,150 @@
-"""Results that their outputs refuse, kept aside so that the jobs of other outputs go on."""
+"""Results whose write failed (disk full, permission denied), retried in the background."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
-MOST = 32
-MOST_BYTES = 256 << 20
+from shared.errors import OutputRefused
+from workers.engines.protocol import Interruption
+
+log = logging.getLogger(__name__)
+
+MAX_RESULTS = 32
+MAX_BYTES = 256 << 20
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 15.0
+
+Finished = TypeVar("Finished")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedWrite:
+    """A result whose first write failed.
+
+    size: of the result, in bytes. put: writes it and returns the output's version; raises
+    OutputRefused while the destination still fails. error: why the first write failed.
+    report_blocked: called once with the error, before the first retry.
+    """
+
+    job: int
+    size: int
+    put: Callable[[], str]
+    error: OutputRefused
+    report_blocked: Callable[[OutputRefused], None]
+    interruption: Interruption
 
 
 class PendingWrites:
-    """A few results wait in threads of their own; where there are more, something is to pause."""
+    """Bounded buffer of results whose write failed, each retried on its own thread.
 
-    def __init__(self, most: int = MOST, most_bytes: int = MOST_BYTES) -> None:
-        self._most, self._most_bytes = most, most_bytes
+    retry_seconds: after this the write's error is final.
+    """
+
+    def __init__(
+        self,
+        *,
+        retry_seconds: float = 600,
+        max_results: int = MAX_RESULTS,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        self._retry_seconds = retry_seconds
+        self._max_results, self._max_bytes = max_results, max_bytes
         self._changed = threading.Condition()
-        self._since: dict[object, float] = {}  # the longest waiting first
+        self._began: dict[object, float] = {}  # in the order of their beginning
         self._bytes = 0
-        self._written_at = 0.0
+        self._succeeded_at = 0.0
 
-    def begin(self, wait: Callable[[], object], *, size: int) -> bool:
-        """Calls it on a thread of its own; False where there is no room for a result of that size.
+    def retry(
+        self,
+        write: FailedWrite,
+        finish: Callable[[Callable[[], str]], Finished],
+        *,
+        block: bool,
+    ) -> Finished | None:
+        """Retry a write in the background, so that this thread can take other jobs.
 
-        size: in bytes; one result always fits.
+        If the buffer is full, retry on this thread (back-pressure); block: always do so.
+        finish: called on the thread that retries, with a function that returns the output's
+        version, or raises OutputRefused after ``retry_seconds``. Returns its result if it ran
+        on this thread, None otherwise.
+        """
+        in_background = partial(self._put_until_written, write, background=True)
+        if not block and self.start(partial(finish, in_background), size=write.size):
+            return None
+        return finish(partial(self._put_until_written, write, background=False))
+
+    def start(self, work: Callable[[], object], *, size: int) -> bool:
+        """Run the work on its own thread; False if the buffer has no room for ``size`` bytes.
+
+        One result always fits.
         """
         with self._changed:
-            if len(self._since) >= self._most or (
-                self._since and self._bytes + size > self._most_bytes
+            if len(self._began) >= self._max_results or (
+                self._began and self._bytes + size > self._max_bytes
             ):
                 return False
-            ticket = object()
+            entry = object()
             thread = threading.Thread(
-                target=self._run, args=(wait, ticket, size), name="waiting", daemon=True
+                target=self._run, args=(work, entry, size), name="pending write", daemon=True
             )
-            self._since[ticket] = time.monotonic()
+            self._began[entry] = time.monotonic()
             self._bytes += size
         thread.start()
         return True
 
-    def _run(self, wait: Callable[[], object], ticket: object, size: int) -> None:
+    def _run(self, work: Callable[[], object], entry: object, size: int) -> None:
         try:
-            wait()
+            work()
         finally:
             with self._changed:
-                del self._since[ticket]
+                del self._began[entry]
                 self._bytes -= size
                 self._changed.notify_all()
 
-    def note_written(self) -> None:
-        """A result was taken at once."""
-        self._written_at = time.monotonic()
+    def _put_until_written(self, write: FailedWrite, *, background: bool) -> str:
+        """Retry with doubling pauses. Raises OutputRefused once retrying should end."""
+        deadline = time.monotonic() + self._retry_seconds
+        pause, error, is_reported = MIN_PAUSE_SECONDS, write.error, False
+        while time.monotonic() + pause <= deadline and self._may_wait(background=background):
+            if not is_reported:
+                log.warning("job %s: write failed, retrying: %s", write.job, error)
+                write.report_blocked(error)
+                is_reported = True
+            write.interruption.wait(pause)
+            try:
+                version = write.put()
+            except OutputRefused as refused:
+                error = refused
+            else:
+                log.info("job %s: written after retrying", write.job)
+                return version
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+        raise error
 
-    def others_are_written(self) -> bool:
-        """Whether results were taken at once since half of those that wait began to.
+    def _may_wait(self, *, background: bool) -> bool:
+        """A job thread waits only while no destination works: others could use it otherwise."""
+        return background or not self.other_writes_succeed()
 
-        Then some outputs refuse and others do not; otherwise it may be all of them.
+    def note_success(self) -> None:
+        """Record that a first write succeeded just now."""
+        self._succeeded_at = time.monotonic()
+
+    def other_writes_succeed(self) -> bool:
+        """True if a write succeeded after the median pending write began.
+
+        Then only some destinations fail. The median, because the newest entries have had no
+        time to see another write succeed, and the oldest would always have.
         """
         with self._changed:
-            since = list(self._since.values())
-        return bool(since) and self._written_at > since[len(since) // 2]
+            began = list(self._began.values())
+        return bool(began) and self._succeeded_at > began[len(began) // 2]
 
     def join(self, seconds: float) -> bool:
-        """Until nothing waits any more; False where that takes longer."""
+        """Wait until nothing is pending; False if that takes longer than ``seconds``."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._since, seconds)
+            return self._changed.wait_for(lambda: not self._began, seconds)

@@ -1,4 +1,4 @@
-"""How many decoded pixels a process holds at a time, whatever the number of its job threads."""
+"""Limit on the decoded pixels of a process, independent of its number of job threads."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 
 from workers.engines.protocol import Interruption
 
-LOOK_UP_SECONDS = 0.5
-# The most that a photograph with its mask takes between decoding and its encoded result, measured
-# for JPEG (20) and PNG of 8 (17) and 16 bits (23).
+POLL_SECONDS = 0.5
+# Peak memory of a photograph and its mask from decoding to the encoded result, measured: 20 for
+# JPEG, 17 for PNG of 8 bits, 23 for PNG of 16 bits.
 BYTES_PER_PIXEL = 24
 SHARE = 0.5  # of the machine's memory, for all worker processes together
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class PixelBudget:
-    """Lets jobs in while their pixels fit together, first come, first served; one always fits."""
+    """Weighted semaphore, first come, first served. A job larger than the budget runs alone."""
 
     def __init__(self, megapixels: float = float("inf")) -> None:
         self._limit = megapixels * 1e6
         self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
+        self._queue: deque[object] = deque()
         self._used = 0
 
     @contextmanager
-    def holding(self, pixels: int, interruption: Interruption) -> Iterator[None]:
-        """Waits for room. Raises the interruption's reason if that comes first."""
-        self._await(pixels, interruption)
+    def reserve(self, pixels: int, interruption: Interruption) -> Iterator[None]:
+        """Wait until the pixels fit, then hold them. Raises the interruption's reason."""
+        self._acquire(pixels, interruption)
         try:
             yield
         finally:
@@ -39,18 +39,19 @@ class PixelBudget:
                 self._used -= pixels
                 self._changed.notify_all()
 
-    def _await(self, pixels: int, interruption: Interruption) -> None:
+    def _acquire(self, pixels: int, interruption: Interruption) -> None:
         ticket = object()
         with self._changed:
-            self._waiting.append(ticket)
+            self._queue.append(ticket)
             try:
+                # Only the first in the queue may proceed: small images would starve a large one.
                 while not self._changed.wait_for(
-                    lambda: self._waiting[0] is ticket and self._fits(pixels), LOOK_UP_SECONDS
+                    lambda: self._queue[0] is ticket and self._fits(pixels), POLL_SECONDS
                 ):
                     interruption.check()
                 self._used += pixels
             finally:
-                self._waiting.remove(ticket)
+                self._queue.remove(ticket)
                 self._changed.notify_all()
 
     def _fits(self, pixels: int) -> bool:
@@ -58,16 +59,16 @@ class PixelBudget:
 
 
 def default_megapixels(processes: int, *, memory_bytes: int | None = None) -> int:
-    """What one of so many worker processes on this machine may hold.
+    """Pixel budget of each of so many worker processes on this machine, at least 1.
 
-    memory_bytes: the machine's if None, or less where the container may use less.
+    memory_bytes: None for the machine's memory, or the container's limit if that is lower.
     """
     memory = memory_bytes or _memory_bytes()
     return max(1, int(SHARE * memory / BYTES_PER_PIXEL / 1e6) // processes)
 
 
 def _memory_bytes() -> int:
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no cgroup, or "max"
-        found = min(found, int(CGROUP_LIMIT.read_text()))
-    return found
+        memory = min(memory, int(CGROUP_LIMIT.read_text()))
+    return memory

@@ -1,7 +1,7 @@
-"""Runs a finished job again from its record, and says whether the result is the same.
+"""Runs a finished job again from its record and compares the results.
 
 Nothing is leased, recorded or published. Prints one JSON object; started by
-``inpaint-jobs replay``. Exits 69 where the engine cannot be loaded, 1 for other errors.
+``inpaint-jobs replay``. Exits 69 if the engine cannot be loaded, 1 for other errors.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from shared.settings import Settings
 from shared.storage import Storage
 from workers.engines import load_engine
 from workers.engines.options import engine_options, recorded_quantization
-from workers.engines.protocol import Engine, Interruption
-from workers.pipeline.render import Kit, render
+from workers.engines.protocol import Engine
+from workers.job_context import JobContext
+from workers.pipeline.render import render
+from workers.worker_context import PipelineContext
 
 
 @click.command()
@@ -43,10 +45,10 @@ def main(job: int, device: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """What the table says of a job's successful attempt."""
+class RecordedAttempt:
+    """A job's last successful attempt, as the database has it. Hashes are SHA-256."""
 
-    job: LeasedJob
+    leased: LeasedJob
     engine_revision: str
     image_sha256: str | None
     mask_sha256: str | None
@@ -55,68 +57,76 @@ class Recorded:
 
 
 def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
-    """``same``, and what differs besides: inputs that have changed, another engine revision.
+    """Run a job's last successful attempt again and compare the results.
 
-    The engine is quantized as it was, whatever the settings say now.
-    largest_difference: in levels, from what lies at the output, where that is still the
-    recorded result; engines that are not deterministic may differ by one or two.
-    Raises InputError where the job has no result, and whatever rendering raises.
+    Returns ``same``, ``largest_difference`` in levels from the output (None unless that is
+    still the recorded result), and ``differs``: the inputs and the engine revision that are no
+    longer those recorded. Results of engines that are not deterministic may differ by one or
+    two levels. The engine is quantized as recorded, whatever the settings are now. Raises
+    InputError if the job has no result, and whatever rendering raises.
     """
-    db = Database(configured.database)
-    try:
-        schema.ensure(db)
-        recorded = _recorded(db, job)
-    finally:
-        db.close()
-    engine = _engine(configured, recorded, device)
-    kit = Kit(
+    recorded = _load_recorded(configured, job)
+    engine = _load_engine(configured, recorded, device)
+    pipeline = PipelineContext(
         settings=configured,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
         engine=engine,
     )
-    now = AttemptRecord()
+    rerun = JobContext(leased=recorded.leased, apply_gates=False)
     try:
-        rendered = render(kit, recorded.job, now, Interruption(), gates=False)
+        rendered = render(pipeline, rerun)
     finally:
         engine.close()
-    same = now.result_sha256 == recorded.result_sha256
+    record = rerun.record
+    same = record.result_sha256 == recorded.result_sha256
+    difference = 0 if same else _largest_difference(pipeline, recorded, rendered.data)
     return {
         "job": job,
         "same": same,
-        "largest_difference": 0 if same else _largest_difference(kit, recorded, rendered.data),
-        "result_sha256": now.result_sha256,
+        "largest_difference": difference,
+        "result_sha256": record.result_sha256,
         "recorded_sha256": recorded.result_sha256,
-        "differs": list(_differences(recorded, now, engine.revision)),
+        "differs": _changed_inputs(recorded, record, engine.revision),
     }
 
 
-def _engine(configured: Settings, recorded: Recorded, device: str) -> Engine:
-    chosen = recorded_quantization(recorded.engine_revision)
-    options = replace(engine_options(configured, device), quantization=chosen)
+def _load_recorded(configured: Settings, job: int) -> RecordedAttempt:
+    db = Database(configured.database)
     try:
-        return load_engine(recorded.job.engine, options)
+        schema.ensure(db)
+        return _read_recorded(db, job)
+    finally:
+        db.close()
+
+
+def _load_engine(configured: Settings, recorded: RecordedAttempt, device: str) -> Engine:
+    quantization = recorded_quantization(recorded.engine_revision)
+    options = replace(engine_options(configured, device), quantization=quantization)
+    try:
+        return load_engine(recorded.leased.engine, options)
     except EngineUnavailable as error:
-        if chosen == "off":
+        if quantization == "off":
             raise
         raise EngineUnavailable(
-            f"job {recorded.job.id} ran with quantization {chosen}, which cannot be repeated "
-            f"here: {error}"
+            f"job {recorded.leased.id} ran with quantization {quantization}, which cannot be "
+            f"repeated here: {error}"
         ) from error
 
 
-def _recorded(db: Database, job: int) -> Recorded:
-    last = (
+def _read_recorded(db: Database, job: int) -> RecordedAttempt:
+    last_success = (
         select(Attempt.__table__)
         .where(Attempt.job_id == job, Attempt.outcome == "succeeded")
         .order_by(Attempt.attempt.desc())
     )
     with db.read() as connection:
         row = connection.execute(select(Job.__table__).where(Job.id == job)).first()
-        attempt = connection.execute(last).first()
+        attempt = connection.execute(last_success).first()
     if row is None:
         raise InputError(f"job {job} does not exist; see inpaint-jobs list")
     if attempt is None:
         raise InputError(f"job {job} has no result to compare with; see inpaint-jobs show {job}")
+    # Parameters and seed of the attempt: the job's may have been changed since.
     leased = LeasedJob(
         id=row.id,
         attempt=attempt.attempt,
@@ -128,8 +138,8 @@ def _recorded(db: Database, job: int) -> Recorded:
         priority=0,
         failures=0,
     )
-    return Recorded(
-        job=leased,
+    return RecordedAttempt(
+        leased=leased,
         engine_revision=attempt.engine_revision,
         image_sha256=attempt.image_sha256,
         mask_sha256=attempt.mask_sha256,
@@ -138,29 +148,36 @@ def _recorded(db: Database, job: int) -> Recorded:
     )
 
 
-def _largest_difference(kit: Kit, recorded: Recorded, now: bytes) -> int | None:
-    cap = kit.settings.max_object_bytes
+def _largest_difference(
+    pipeline: PipelineContext, recorded: RecordedAttempt, data: bytes
+) -> int | None:
+    """Largest absolute difference of a channel, in levels; None without the recorded output."""
+    settings = pipeline.settings
     try:
-        published = kit.storage.get(recorded.job.output, max_bytes=cap).data
+        output = pipeline.storage.get(recorded.leased.output, max_bytes=settings.max_object_bytes)
     except InputError:
         return None
-    if sha256(published).hexdigest() != recorded.result_sha256:
+    if sha256(output.data).hexdigest() != recorded.result_sha256:
         return None
-    one, other = (
-        images.decode(data, max_pixels=kit.settings.max_pixels).pixels.astype(np.int32)
-        for data in (published, now)
+    # int32: differences of unsigned pixels would wrap.
+    before, after = (
+        images.decode(file, max_pixels=settings.max_pixels).pixels.astype(np.int32)
+        for file in (output.data, data)
     )
-    return int(np.abs(one - other).max()) if one.shape == other.shape else None
+    return int(np.abs(before - after).max()) if before.shape == after.shape else None
 
 
-def _differences(recorded: Recorded, now: AttemptRecord, revision: str) -> list[str]:
+def _changed_inputs(recorded: RecordedAttempt, record: AttemptRecord, revision: str) -> list[str]:
     pairs = {
-        "image": (recorded.image_sha256, now.image_sha256),
-        "mask": (recorded.mask_sha256, now.mask_sha256),
+        "image": (recorded.image_sha256, record.image_sha256),
+        "mask": (recorded.mask_sha256, record.mask_sha256),
         "engine_revision": (recorded.engine_revision, revision),
-        **{place: (was, now.inputs.get(place)) for place, was in recorded.inputs.items()},
+        **{
+            location: (hash_before, record.inputs.get(location))
+            for location, hash_before in recorded.inputs.items()
+        },
     }
-    return [name for name, (was, is_now) in pairs.items() if was != is_now]
+    return [name for name, (before, after) in pairs.items() if before != after]
 
 
 if __name__ == "__main__":

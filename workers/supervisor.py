@@ -1,4 +1,4 @@
-"""inpaint-worker: one process per device, restarted when it dies."""
+"""inpaint-worker: one worker process per device, restarted when it dies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import get_args
@@ -32,20 +32,31 @@ from shared.settings import Compile, Quantization, Settings
 from workers.pixel_budget import default_megapixels
 
 PROGRAM = "inpaint-worker"
+POLL_SECONDS = 0.2
 MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
 MAX_DEVICE_LOSSES = 5
+# Settings that this command's options or the number of its processes may change.
+PASSED_ON = {"concurrency", "max_batch", "compile", "quantization", "deterministic"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="inpaint-batch", prog_name=PROGRAM)
 @click.option("--engine", help="sd2, opencv or diffusers:FOLDER_OR_HUB_ID[@REVISION].")
 @click.option("--devices", default="all", show_default=True, help="all, cpu, or 0,1,...")
-@click.option("--concurrency", type=click.IntRange(0, 256), help="Jobs in hand per process.")
+@click.option(
+    "--concurrency", type=click.IntRange(0, 256), help="Concurrent jobs per process; 0: automatic."
+)
 @click.option("--max-batch", help="Rows per forward pass, or auto.")
-@click.option("--deterministic", is_flag=True, default=None, help="The same bits in any company.")
+@click.option(
+    "--deterministic",
+    is_flag=True,
+    default=None,
+    help="Bit-identical results whatever else is in the batch.",
+)
 @click.option("--compile", type=click.Choice(get_args(Compile)), help="torch.compile for the UNet.")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), help="8-bit weights.")
-@click.option("--check", is_flag=True, help="Load the engine on each device, say so, exit.")
+@click.option("--check", is_flag=True, help="Load the engine on each device, print it, exit.")
 def worker(
     engine: str | None,
     devices: str,
@@ -56,99 +67,118 @@ def worker(
     quantization: Quantization | None,
     check: bool,
 ) -> None:
-    """Work on jobs until stopped: one process per device, one pipeline each.
+    """Work on jobs until stopped: one process per device.
 
     Run the same command on several machines and they form the fleet.
     """
-    given = {
+    options = {
+        "concurrency": concurrency,
         "max_batch": max_batch,
         "deterministic": deterministic,
         "compile": compile,
         "quantization": quantization,
     }
     with exit_on_error(PROGRAM):
-        configured = settings.load(**{k: v for k, v in given.items() if v is not None})
-        chosen = engine_name(engine or configured.engine)
-        places = find_places(devices, engine=chosen)
-        options = [
-            *("--engine", chosen),
-            *("--concurrency", str(configured.concurrency if concurrency is None else concurrency)),
-            *("--max-batch", str(configured.max_batch), "--compile", configured.compile),
-            *("--quantization", configured.quantization),
-            *("--megapixel-budget", str(_megapixel_budget(configured, len(places)))),
-            *(["--deterministic"] if configured.deterministic else []),
-        ]
+        configured = settings.load(**{k: v for k, v in options.items() if v is not None})
+        name = engine_name(engine or configured.engine)
+        slots = find_slots(devices, engine=name)
+        variables = settings_variables(configured, processes=len(slots))
         if check:
-            sys.exit(_check(places, options))
+            sys.exit(_check(slots, name, variables))
         schema.ensure(db := Database(configured.database, pool_size=1))
-        sys.exit(Supervisor(configured, db, places, options).run())
+        sys.exit(Supervisor(configured, db, slots, engine=name, variables=variables).run())
 
 
-def _megapixel_budget(configured: Settings, processes: int) -> int:
-    return configured.megapixel_budget or default_megapixels(processes)
+def settings_variables(configured: Settings, *, processes: int) -> dict[str, str]:
+    """Environment variables that give each of so many processes these settings."""
+    values = configured.model_dump(include=PASSED_ON)
+    values["megapixel_budget"] = configured.megapixel_budget or default_megapixels(processes)
+    return {_variable(name): str(value) for name, value in values.items()}
+
+
+def _old_names(variables: Mapping[str, str]) -> list[str]:
+    """Variables that the new ones replace; set as well, they would be warned of as ignored."""
+    renamed = settings.RENAMED.items()
+    return [_variable(old) for old, new in renamed if _variable(new) in variables]
+
+
+def _variable(setting: str) -> str:
+    return settings.PREFIX + setting.upper()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a process runs. ``cuda``: the index given to CUDA_VISIBLE_DEVICES, None for the CPU."""
+class DeviceSlot:
+    """A device for one worker process. name: host and device, stable over restarts.
+
+    cuda_index: for CUDA_VISIBLE_DEVICES; None for the CPU.
+    """
 
     name: str
-    cuda: str | None
+    cuda_index: str | None
 
-    def command(self, options: Sequence[str], *, worker: str) -> list[str]:
-        """worker: the name plus what tells one life of the process from the next."""
-        device = "cpu" if self.cuda is None else "cuda"
+    def command(self, engine: str, *, worker: str) -> list[str]:
+        """worker: the slot's name plus what is unique to this process."""
+        device = "cpu" if self.cuda_index is None else "cuda"
         return [
-            *(sys.executable, "-P", "-m", "workers.worker_process", *options),
+            *(sys.executable, "-P", "-m", "workers.worker_process", "--engine", engine),
             *("--device", device, "--name", self.name, "--worker", worker),
         ]
 
-    def environment(self) -> dict[str, str]:
-        visible = {} if self.cuda is None else {"CUDA_VISIBLE_DEVICES": self.cuda}
-        return {**os.environ, **visible}
+    def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
+        """This process's environment with the variables set and the slot's device visible."""
+        # Settings are read whatever their case: a lower-case variable could win over ours.
+        replaced = {*variables, *_old_names(variables)}
+        inherited = {k: v for k, v in os.environ.items() if k.upper() not in replaced}
+        visible = {} if self.cuda_index is None else {"CUDA_VISIBLE_DEVICES": self.cuda_index}
+        return {**inherited, **variables, **visible}
 
 
-def find_places(devices: str, *, engine: str) -> list[Place]:
-    """One place per device. Raises EngineUnavailable where a device is not there."""
+def find_slots(devices: str, *, engine: str) -> list[DeviceSlot]:
+    """One slot per device. Raises EngineUnavailable if a device does not exist."""
     host = socket.gethostname()
-    cpu = [Place(name=f"{host}-cpu", cuda=None)]
-    if engine_spec(engine).device == "cpu" and devices not in ("all", "cpu"):
+    runs_on_cpu = engine_spec(engine).device == "cpu"
+    if runs_on_cpu and devices not in ("all", "cpu"):
         raise EngineUnavailable(f"--devices: {engine} runs on the CPU, not on {devices!r}; use cpu")
-    if devices == "cpu" or engine_spec(engine).device == "cpu":
-        return cpu
-    found = _cuda_indexes()
+    if runs_on_cpu or devices == "cpu":
+        return [DeviceSlot(name=f"{host}-cpu", cuda_index=None)]
+    indexes = _choose_cuda_indexes(devices, _cuda_indexes(), engine=engine)
+    return [DeviceSlot(name=f"{host}-cuda{index}", cuda_index=index) for index in indexes]
+
+
+def _choose_cuda_indexes(devices: str, available: Sequence[str], *, engine: str) -> Sequence[str]:
     if devices == "all":
-        if not found:
+        if not available:
             raise EngineUnavailable(
                 f"no CUDA device for engine {engine!r}; on a machine without one, "
-                "say --devices cpu (slow) or --engine opencv"
+                "use --devices cpu (slow) or --engine opencv"
             )
-        return [Place(name=f"{host}-cuda{index}", cuda=index) for index in found]
-    wanted = [part.strip() for part in devices.split(",")]
-    missing = [part for part in wanted if part not in found]
+        return available
+    chosen = [part.strip() for part in devices.split(",")]
+    missing = [index for index in chosen if index not in available]
     if missing:
-        known = ", ".join(found) or "none"
+        known = ", ".join(available) or "none"
         raise EngineUnavailable(
             f"--devices: no CUDA device {missing[0]!r} here; there are: {known}"
         )
-    return [Place(name=f"{host}-cuda{index}", cuda=index) for index in wanted]
+    return chosen
 
 
 def _cuda_indexes() -> list[str]:
-    """What a child that loads torch sees; this process never touches CUDA."""
-    answer = subprocess.run(
+    """CUDA devices that torch finds, asked in a child: this process must not initialise CUDA."""
+    child = subprocess.run(
         [sys.executable, "-P", "-m", "workers.engines.stable_diffusion.devices"],
         capture_output=True,
         check=False,
     )
-    if answer.returncode != 0:
-        raise EngineUnavailable(f"torch does not start: {_last_line(answer.stderr)}")
-    found = json.loads(answer.stdout)
-    if found["torch"] is None:
+    if child.returncode != 0:
+        raise EngineUnavailable(f"torch does not start: {_last_line(child.stderr)}")
+    report = json.loads(child.stdout)
+    if report["torch"] is None:
         raise EngineUnavailable("torch is not installed; pip install 'inpaint-batch[worker]'")
+    count = len(report["cuda"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    indexes = visible.split(",") if visible else [str(n) for n in range(len(found["cuda"]))]
-    return indexes[: len(found["cuda"])]
+    indexes = visible.split(",") if visible else [str(index) for index in range(count)]
+    return indexes[:count]
 
 
 def _last_line(text: bytes) -> str:
@@ -156,51 +186,75 @@ def _last_line(text: bytes) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def _check(places: Sequence[Place], options: Sequence[str]) -> int:
-    statuses = [
+def _check(slots: Sequence[DeviceSlot], engine: str, variables: Mapping[str, str]) -> int:
+    """Load the engine on each device in turn; returns the highest exit status."""
+    children = [
         subprocess.run(
-            [*place.command(options, worker=place.name), "--check"],
-            env=place.environment(),
+            [*slot.command(engine, worker=slot.name), "--check"],
+            env=slot.environment(variables),
             check=False,
         )
-        for place in places
+        for slot in slots
     ]
-    return max(status.returncode for status in statuses)
+    return max(child.returncode for child in children)
 
 
 class Supervisor:
-    """Keeps one process per place alive until a signal; the second signal kills them."""
+    """Keeps one process per slot alive until a signal; a second signal kills them.
+
+    variables: environment variables of every process.
+    """
 
     def __init__(
-        self, configured: Settings, db: Database, places: Sequence[Place], options: Sequence[str]
+        self,
+        configured: Settings,
+        db: Database,
+        slots: Sequence[DeviceSlot],
+        *,
+        engine: str,
+        variables: Mapping[str, str],
     ) -> None:
         self._redis = embedded_redis.EmbeddedRedis(configured)
         self._db = db
         self._children = [
-            _Child(place, options, self._take_back, stable_seconds=configured.lease_seconds)
-            for place in places
+            _Child(
+                slot,
+                engine=engine,
+                variables=variables,
+                reap=self._reap,
+                stable_seconds=configured.lease_seconds,
+            )
+            for slot in slots
         ]
         self._stopping = False
-        self._asked = 0.0
+        self._first_signal_at = 0.0
 
     def run(self) -> int:
-        """Returns the exit status: 0 after a signal, 69 where no engine can be loaded."""
+        """Returns the exit status: 0 after a signal, 69 once no process is started any more."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
             self._redis.ensure()
             while not self._stopping:
-                self._tend()
+                self._restart_what_died()
                 if all(child.given_up for child in self._children):
                     return EX_UNAVAILABLE
-                time.sleep(0.2)
+                time.sleep(POLL_SECONDS)
             return self._stop_children()
         finally:
             self._redis.close()
             self._db.close()
 
-    def _take_back(self, worker: str, reason: str) -> None:
-        """A process that ended holds nothing any more; nobody needs to wait for its leases."""
+    def _restart_what_died(self) -> None:
+        try:
+            self._redis.ensure()
+        except UnavailableError as error:
+            print_error(PROGRAM, error)
+        for child in self._children:
+            child.restart_if_dead(time.monotonic())
+
+    def _reap(self, worker: str, reason: str) -> None:
+        """End the attempts of a process that died; without this they wait for their leases."""
         try:
             reaped = jobs.reap_worker(self._db, worker=worker, reason=reason)
         except UnavailableError as error:
@@ -209,20 +263,12 @@ class Supervisor:
         for lost in reaped:
             print_error(PROGRAM, f"job {lost.job}: {reason}; now {lost.state}")
 
-    def _tend(self) -> None:
-        try:
-            self._redis.ensure()
-        except UnavailableError as error:
-            print_error(PROGRAM, error)
-        for child in self._children:
-            child.tend(time.monotonic())
-
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self._stopping and time.monotonic() - self._asked > SAME_SIGNAL_SECONDS:
+        if self._stopping and time.monotonic() - self._first_signal_at > SAME_SIGNAL_SECONDS:
             for child in self._children:
                 child.kill()
         if not self._stopping:
-            self._asked = time.monotonic()
+            self._first_signal_at = time.monotonic()
         self._stopping = True
 
     def _stop_children(self) -> int:
@@ -234,18 +280,25 @@ class Supervisor:
 
 
 class _Child:
+    """The processes of one slot, one after another."""
+
     def __init__(
         self,
-        place: Place,
-        options: Sequence[str],
-        take_back: Callable[[str, str], None],
+        slot: DeviceSlot,
         *,
+        engine: str,
+        variables: Mapping[str, str],
+        reap: Callable[[str, str], None],
         stable_seconds: float,
     ) -> None:
-        """stable_seconds: one that lived so long is started again at once when it dies."""
-        self._place = place
-        self._options = options
-        self._take_back = take_back
+        """reap: called with a dead process's worker name and the reason.
+
+        stable_seconds: a process that lived longer is restarted after the shortest pause.
+        """
+        self._slot = slot
+        self._engine = engine
+        self._variables = variables
+        self._reap = reap
         self._worker = ""
         self._device_losses = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -255,22 +308,24 @@ class _Child:
         self._stable_seconds = stable_seconds
         self.given_up = False
 
-    def tend(self, now: float) -> None:
-        """Starts it, and starts it again when it died; waits longer the faster it dies."""
+    def restart_if_dead(self, now: float) -> None:
+        """Start the process, and again when it died; the pause doubles while it dies early."""
         if self.given_up:
             return
         if self._process is not None and (status := self._process.poll()) is not None:
             self._note_death(status, now)
         if self._process is None and now >= self._start_after and not self.given_up:
-            self._worker = f"{self._place.name}-{secrets.token_hex(4)}"
-            command = self._place.command(self._options, worker=self._worker)
-            self._process = processes.spawn(command, env=self._place.environment())
+            # A name of its own for each process: the leases of the one before are not its own.
+            self._worker = f"{self._slot.name}-{secrets.token_hex(4)}"
+            command = self._slot.command(self._engine, worker=self._worker)
+            environment = self._slot.environment(self._variables)
+            self._process = processes.spawn(command, env=environment)
             self._started = now
 
     def _note_death(self, status: int, now: float) -> None:
         self._process = None
         reason = f"signal {-status}" if status < 0 else f"status {status}"
-        self._take_back(self._worker, f"the worker process ended with {reason}")
+        self._reap(self._worker, f"the worker process ended with {reason}")
         self._count_device_losses(status)
         if status == EX_UNAVAILABLE or self.given_up:
             self.given_up = True
@@ -281,11 +336,12 @@ class _Child:
         self._start_after = now + self._pause
         print_error(
             PROGRAM,
-            f"{self._place.name} ended with {reason}; starting it again in {self._pause:g} s",
+            f"{self._slot.name} ended with {reason}; starting it again in {self._pause:g} s",
         )
 
     def _count_device_losses(self, status: int) -> None:
         if status != EX_DEVICE_LOST:
+            # The process that lost its device after a success begins a new series.
             self._device_losses = int(status == EX_DEVICE_LOST_LATER)
             return
         self._device_losses += 1
@@ -293,7 +349,7 @@ class _Child:
             self.given_up = True
             print_error(
                 PROGRAM,
-                f"{self._place.name} was lost {self._device_losses} times in a row without "
+                f"{self._slot.name} was lost {self._device_losses} times in a row without "
                 "finishing a job; it is not started again. Look at its log and at nvidia-smi, "
                 "then start inpaint-worker again",
             )
@@ -307,10 +363,11 @@ class _Child:
             self._process.kill()
 
     def wait(self, seconds: float) -> None:
+        """Wait for the end of a process that was asked to end; kill it after ``seconds``."""
         if self._process is not None:
             status = processes.wait_or_kill(self._process, grace_seconds=seconds)
             if status:
-                self._take_back(self._worker, f"the worker was killed (status {status})")
+                self._reap(self._worker, f"the worker was killed (status {status})")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One worker process: loads its engine, then consumes the one Celery task there is.
+"""One worker process: loads its engine, then consumes Celery's one task, a job.
 
-Started by ``inpaint-worker``, one per device. Exits 69 where the engine cannot be loaded.
+Started by ``inpaint-worker``, one per device. Exits 69 if the engine cannot be loaded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shared import embedded_redis, settings
 from shared.command_errors import exit_on_error, print_error
 from shared.db import Database, schema
 from shared.engines import engine_spec
-from shared.errors import EngineError, InpaintError, OutOfMemory
+from shared.errors import DeviceLost, EngineError, InpaintError, OutOfMemory
 from shared.jobs import Holder
 from shared.jobs.queue import TASK, Queue, celery_app, queue_name
 from shared.jobs.retry import RetryPolicy
@@ -38,215 +38,214 @@ from shared.processes import (
 )
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import ActiveJobs
 from workers.engines import load_engine
 from workers.engines.options import engine_options
 from workers.engines.protocol import Engine
 from workers.exclusive_lock import ExclusiveLock
-from workers.job_runner import Bench, give_back, run_job
+from workers.job_runner import release_all, run_job
 from workers.maintenance import Maintenance
+from workers.pending_writes import PendingWrites
 from workers.pixel_budget import PixelBudget
+from workers.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 EX_OK = 0
 GRACE_SECONDS = 2.0
-FAILURES_OF_A_DEVICE = 5
+MAX_FAILED_JOBS = 5  # in a row, before the device counts as broken
 SWITCH_SECONDS = 0.0005
 
 
 @click.command()
 @click.option("--engine", required=True)
 @click.option("--device", required=True)
-@click.option("--name", required=True, help="Host and device.")
-@click.option("--worker", required=True, help="The name, and what tells this life from others.")
-@click.option("--concurrency", type=int, required=True)
-@click.option("--max-batch", required=True)
-@click.option("--megapixel-budget", type=int, required=True)
-@click.option("--compile", required=True)
-@click.option("--quantization", required=True)
-@click.option("--deterministic", is_flag=True)
+@click.option("--name", required=True, help="Host and device; stable over restarts.")
+@click.option("--worker", required=True, help="The name, plus what is unique to this process.")
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
-def main(
-    engine: str,
-    device: str,
-    name: str,
-    worker: str,
-    concurrency: int,
-    check: bool,
-    **how: Any,
-) -> None:
+def main(engine: str, device: str, name: str, worker: str, check: bool) -> None:
+    """Consume jobs until a signal. Settings come from the environment."""
     with exit_on_error("inpaint-worker", status=1, engine_unavailable=EX_UNAVAILABLE):
-        configured = settings.load(**how)
+        configured = settings.load()
         _configure_logging(configured.log_level, name)
         loaded = load_engine(engine, engine_options(configured, device))
         if check:
             click.echo(f"{loaded.name}: {loaded.revision} on {loaded.device}")
             loaded.close()
             return
-        bench = _bench(configured, loaded, worker)
-    threads = concurrency or _default_concurrency(loaded)
-    sys.exit(_consume(bench, name, threads))
+        context = _worker_context(configured, loaded, worker)
+    sys.exit(_consume(context, name))
 
 
-def _default_concurrency(engine: Engine) -> int:
-    """Enough jobs in hand that fetching, decoding and encoding never keep the device waiting."""
-    jobs = engine_spec(engine.name).jobs_per_batch_row * engine.max_batch
-    return jobs or os.cpu_count() or 1
-
-
-def _bench(configured: Settings, engine: Any, worker: str) -> Bench:
+def _worker_context(configured: Settings, engine: Engine, worker: str) -> WorkerContext:
+    # Fewer than the job threads of a large batch: a job uses a connection only for moments.
     db = Database(configured.database, pool_size=16)
     schema.ensure(db)
-    return Bench(
+    return WorkerContext(
         settings=configured,
-        db=db,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
         engine=engine,
+        pixel_budget=PixelBudget(configured.megapixel_budget),
+        db=db,
         holder=Holder(worker=worker, device=engine.device, engine_revision=engine.revision),
-        running=ActiveJobs(),
-        retry=RetryPolicy(
+        retry_policy=RetryPolicy(
             max_failures=configured.max_failures,
             base_seconds=configured.retry_base_seconds,
             cap_seconds=configured.retry_cap_seconds,
         ),
-        room=PixelBudget(configured.megapixel_budget),
+        pending_writes=PendingWrites(retry_seconds=configured.write_retry_seconds),
     )
 
 
-def _consume(bench: Bench, name: str, threads: int) -> int:
-    """Runs Celery until a signal; returns the process's exit status."""
-    # Job threads wait on small I/O many times a job; with the usual 5 ms each of them would
-    # wait that long for the interpreter whenever another thread decodes or composites.
+def _consume(worker: WorkerContext, name: str) -> int:
+    """Run Celery until a signal; returns the process's exit status."""
+    # Job threads wait for small I/O many times a job. With the default of 5 ms each of them would
+    # wait that long for the interpreter lock whenever another thread decodes or composites.
     sys.setswitchinterval(SWITCH_SECONDS)
-    url = embedded_redis.broker_url(bench.settings)
-    app = celery_app(url, engines=[bench.engine.name])
-    health = Health(bench.engine.device)
-    _register(app, bench, health)
-    _install_signals(bench, health)
-    upkeep = Maintenance(bench, Queue(url))
-    upkeep.start()
-    log.info("%s on %s: %s jobs at a time", bench.engine.name, bench.engine.device, threads)
-    worker = app.Worker(
+    url = embedded_redis.broker_url(worker.settings)
+    app = celery_app(url, engines=[worker.engine.name])
+    health = DeviceHealth(worker.engine.device)
+    _register_task(app, worker, health)
+    _install_signal_handlers(worker, health)
+    maintenance = Maintenance(worker, Queue(url))
+    maintenance.start()
+    concurrency = worker.settings.concurrency or _default_concurrency(worker.engine)
+    log.info("%s on %s: %s jobs at a time", worker.engine.name, worker.engine.device, concurrency)
+    consumer = app.Worker(
         consumer_cls=Consumer,
         hostname=f"inpaint@{name}",
         pool="threads",
-        concurrency=threads,
-        queues=[queue_name(bench.engine.name)],
+        concurrency=concurrency,
+        queues=[queue_name(worker.engine.name)],
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,
-        loglevel=bench.settings.log_level,
+        loglevel=worker.settings.log_level,
         quiet=True,
     )
     try:
-        worker.start()
+        consumer.start()
     finally:
-        bench.running.release_all()
-        if not bench.waiting.join(GRACE_SECONDS):
-            give_back(bench)
-        bench.engine.close()
-        upkeep.stop()
-        bench.db.close()
-    return health.status or int(worker.exitcode or 0)
+        worker.active_jobs.request_stop()
+        if not worker.pending_writes.join(GRACE_SECONDS):
+            release_all(worker)
+        worker.engine.close()
+        maintenance.stop()
+        worker.db.close()
+    return health.status or int(consumer.exitcode or 0)
 
 
-class Health:
-    """Counts the jobs in a row that the engine failed, and says when the process has to end.
+def _default_concurrency(engine: Engine) -> int:
+    """Enough jobs that the device never waits for fetching, decoding and encoding."""
+    jobs = engine_spec(engine.name).jobs_per_batch_row * engine.max_batch
+    return jobs or os.cpu_count() or 1
 
-    A job that fails again and again counts once: it may be the job's own fault.
+
+class DeviceHealth:
+    """Decides from the engine's errors when the device is broken and the process must end.
+
+    A job that fails repeatedly counts once: the fault may be the job's.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._failed: set[int] = set()
-        self._succeeded = False
+        self._failed_jobs: set[int] = set()
+        self._has_succeeded = False
         self.status = EX_OK
 
-    def note(self, job: int, ended: InpaintError | None) -> bool:
-        """True where this process can do no more work; ``status`` is then its exit status."""
-        if ended is None:
-            self._failed, self._succeeded = set(), True
-        if not isinstance(ended, EngineError) or isinstance(ended, OutOfMemory) or self.status:
+    def note(self, job: int, error: InpaintError | None) -> bool:
+        """True if this process can do no more work; ``status`` is then its exit status."""
+        if error is None:
+            self._failed_jobs, self._has_succeeded = set(), True
+        if not isinstance(error, EngineError) or isinstance(error, OutOfMemory) or self.status:
             return False
-        self._failed.add(job)
-        if ended.code == "device_lost":
-            # CUDA does not recover inside a process; the launcher starts a fresh one.
-            self.status = EX_DEVICE_LOST_LATER if self._succeeded else EX_DEVICE_LOST
-        elif len(self._failed) >= FAILURES_OF_A_DEVICE:
+        self._failed_jobs.add(job)
+        if isinstance(error, DeviceLost):
+            # CUDA does not recover inside a process; the supervisor starts another.
+            self.status = EX_DEVICE_LOST_LATER if self._has_succeeded else EX_DEVICE_LOST
+        elif len(self._failed_jobs) >= MAX_FAILED_JOBS:
             self.status = EX_UNAVAILABLE
             print_error(
                 "inpaint-worker",
-                f"{len(self._failed)} jobs in a row failed on {self._device}, "
-                f"which takes no more of them: {ended.code}: {ended}",
+                f"{len(self._failed_jobs)} jobs in a row failed on {self._device}, "
+                f"which takes no more of them: {error.code}: {error}",
             )
         return bool(self.status)
 
 
 class Consumer(celery.worker.consumer.Consumer):
-    """Looks for a lost broker every second; Celery would wait up to half a minute."""
+    """Retries a lost broker every second; Celery's pauses grow to half a minute."""
 
     def ensure_connected(self, conn: Any) -> Any:
-        said: list[str] = []
+        is_reported = False
 
-        def say(error: Exception, _interval: float) -> None:
-            if not said:
+        def report(error: Exception, _interval: float) -> None:
+            nonlocal is_reported
+            if not is_reported:
                 log.warning("broker %s: %s; trying again every second", conn.as_uri(), error)
-            said.append(str(error))
+            is_reported = True
 
         conn.ensure_connection(
-            say, interval_start=1, interval_step=0, interval_max=1, callback=maybe_shutdown
+            report, interval_start=1, interval_step=0, interval_max=1, callback=maybe_shutdown
         )
+        # During a failover Redis accepts connections as a replica, but consuming is writing:
+        # Celery would fail and connect again sixty times a second.
         while conn.default_channel.client.role()[0] in (b"slave", "slave"):
-            # In a failover; consuming is writing, and Celery would connect sixty times a second.
-            say(ConnectionError("it is a replica"), 1)
+            report(ConnectionError("it is a replica"), 1)
             maybe_shutdown()
             time.sleep(1)
         return conn
 
 
-def _register(app: Celery, bench: Bench, health: Health) -> None:
-    turns = ExclusiveLock()
+def _register_task(app: Celery, worker: WorkerContext, health: DeviceHealth) -> None:
+    lock = ExclusiveLock()
+
+    def is_stopping() -> bool:
+        return worker.active_jobs.stopping
 
     @app.task(name=TASK)
-    def task(job: int, attempt: int, alone: bool = False) -> None:
-        with turns.turn(alone=alone, stop=lambda: bench.running.stopping) as came:
-            if not came:
+    def task(job: int, attempt: int, exclusive: bool = False) -> None:
+        acquire = lock.exclusive if exclusive else lock.shared
+        with acquire(stop=is_stopping) as acquired:
+            if not acquired:
                 raise Reject("the worker is shutting down", requeue=True)
-            if health.note(job, run_job(bench, job=job, seen_attempt=attempt, alone=alone)):
+            error = run_job(worker, job=job, seen_attempt=attempt, exclusive=exclusive)
+            if health.note(job, error):
                 os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _install_signals(bench: Bench, health: Health) -> None:
-    """The first SIGTERM or SIGINT releases every job; a later one exits at once."""
-    asked: list[float] = []
+def _install_signal_handlers(worker: WorkerContext, health: DeviceHealth) -> None:
+    """The first SIGTERM or SIGINT stops every job at its next step; a later one exits at once."""
+    first_signal_at: float | None = None
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        if asked:
-            if time.monotonic() - asked[0] > SAME_SIGNAL_SECONDS:
+        nonlocal first_signal_at
+        if first_signal_at is not None:
+            if time.monotonic() - first_signal_at > SAME_SIGNAL_SECONDS:
                 os._exit(1)
             return
-        asked.append(time.monotonic())
-        bench.running.release_all()
+        first_signal_at = time.monotonic()
+        worker.active_jobs.request_stop()
         celery_state.should_stop = EX_OK  # type: ignore[assignment]
-        threading.Thread(target=_leave, args=(bench, health), name="leave", daemon=True).start()
+        threading.Thread(
+            target=_exit_after_grace, args=(worker, health), name="exit", daemon=True
+        ).start()
 
     def install(**_: Any) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop)
 
-    # Celery installs its own handlers while it starts; ours come after them.
+    # Celery installs its own handlers while it starts; these replace them afterwards.
     signals.worker_ready.connect(install, weak=False)
     install()
 
 
-def _leave(bench: Bench, health: Health) -> None:
-    """Ends the process where a step takes too long to wait for; its jobs go back first."""
+def _exit_after_grace(worker: WorkerContext, health: DeviceHealth) -> None:
+    """End the process if a job does not reach its next step in time; release the jobs first."""
     deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and bench.running.held():
+    while time.monotonic() < deadline and worker.active_jobs.leased():
         time.sleep(0.05)
-    if bench.running.held():
-        give_back(bench)
+    if worker.active_jobs.leased():
+        release_all(worker)
         os._exit(health.status)
 
 
@@ -257,18 +256,19 @@ def _configure_logging(level: str, name: str) -> None:
     for noisy in ("celery", "kombu", "botocore", "PIL"):
         logging.getLogger(noisy).setLevel("WARNING")
     for handler in logging.getLogger().handlers:
-        handler.addFilter(_without_celery_s_traceback)
-    # Celery warns root of pickled messages; ours are JSON. And at each loss of the broker it
-    # announces what a later version will do.
+        handler.addFilter(_shorten_celery_record)
+    # Celery warns of pickled messages if it runs as root; ours are JSON. Whenever the broker is
+    # lost it also announces a change of its next version.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
+    # A receiver keeps Celery from installing its own logging.
     signals.setup_logging.connect(lambda **_: None, weak=False)
 
 
-def _without_celery_s_traceback(record: logging.LogRecord) -> bool:
-    """A broker that fails is one line, not the sixty of redis, kombu and Celery.
+def _shorten_celery_record(record: logging.LogRecord) -> bool:
+    """Cut the traceback of a lost broker, sixty lines of redis, kombu and Celery, to its message.
 
-    And a message that goes back to the queue at shutdown is no news.
+    False, which drops the record, for a message that goes back to the queue at shutdown.
     """
     if record.name.startswith(("celery.worker", "celery.bootsteps")):
         record.exc_info = None

@@ -247,14 +247,11 @@ def _work() -> None:
     if tflops:
         sd_loaders.load_diffusers = load_simulated
     atexit.register(_say, clocks)
-    worker(
-        [
-            *("--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"),
-            *("--concurrency", "0", "--max-batch", "32" if tflops else "16", "--compile", "off"),
-            *("--quantization", "off"),
-            *("--megapixel-budget", "300"),
-        ]
-    )
+    os.environ |= {
+        "INPAINT_MAX_BATCH": "32" if tflops else "16",
+        "INPAINT_MEGAPIXEL_BUDGET": "300",
+    }
+    worker(["--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"])
 
 
 def _say(clocks: list[Clock]) -> None:

@@ -133,15 +133,12 @@ def _run_ours() -> None:
     from workers.worker_process import main as worker
 
     opencv.load = lambda _name, _options: Nothing()  # type: ignore[assignment,return-value]
-    worker(
-        [
-            *("--engine", ENGINE, "--device", "cpu", "--name", "bench"),
-            *("--worker", "bench-1"),
-            *("--concurrency", str(THREADS), "--max-batch", "1", "--compile", "off"),
-            *("--quantization", "off"),
-            *("--megapixel-budget", "1000"),
-        ]
-    )
+    os.environ |= {
+        "INPAINT_CONCURRENCY": str(THREADS),
+        "INPAINT_MAX_BATCH": "1",
+        "INPAINT_MEGAPIXEL_BUDGET": "1000",
+    }
+    worker(["--engine", ENGINE, "--device", "cpu", "--name", "bench", "--worker", "bench-1"])
 
 
 def _run_bare() -> None:

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from shared.errors import EngineError
+from shared.errors import DeviceLost, EngineError
 from shared.storage import s3
 from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
@@ -26,7 +26,7 @@ def _misbehave(work: RegionWork) -> Pixels:
     elif word == "broken":
         raise EngineError("the device does not answer")
     elif word == "lost":
-        raise EngineError("the device fell off the bus", code="device_lost")
+        raise DeviceLost("the device fell off the bus")
     elif word == "steps":
         for _ in range(int(number)):
             work.interruption.check()

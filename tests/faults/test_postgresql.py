@@ -128,7 +128,7 @@ def _run_with_a_cut(
     proxy.cut_at(number, when)  # type: ignore[arg-type]
     for _ in range(10):
         run_job(proxied.worker, job=job, seen_attempt=seen)
-        maintenance.beat(proxied.worker)
+        maintenance.renew_leases(proxied.worker)
         if harness.job(job).state in FINAL_STATES:
             break
         wait_for(lambda: bool(messages := harness.dispatch()) or bool(messages))

@@ -12,7 +12,7 @@ from tests.conftest import Bucket
 from tests.faults.http_proxy import Answer, Fault, FaultProxy, Request
 from tests.faults.site import PICTURES, Catalog, Site, pause
 from tests.workers.fleet import Fleet, wait_for
-from workers.pending_writes import MOST
+from workers.pending_writes import MAX_RESULTS
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_s3_refuses_or_does_not_have_fails_at_once_with_its_code(
 
 
 DENIED = Answer(status=403, code="AccessDenied")
-SAID = "pausing until it can be written"
+SAID = "write failed, retrying"
 
 
 def test_a_bucket_that_refuses_results_pauses_the_worker(s3_site: Site, proxy: FaultProxy) -> None:
@@ -103,11 +103,11 @@ def test_a_bucket_that_refuses_results_pauses_the_worker(s3_site: Site, proxy: F
     s3_site.fleet.start("--concurrency", "2")
     s3_site.await_some(5)
     proxy.set(lambda r: DENIED if r.method == "PUT" else None)
-    wait_for(lambda: s3_site.fleet.log().count(SAID) == MOST + 2)
+    wait_for(lambda: s3_site.fleet.log().count(SAID) == MAX_RESULTS + 2)
     done = s3_site.count("succeeded")
     pause(1)
     assert s3_site.count("succeeded") == done
-    assert s3_site.fleet.log().count(SAID) == MOST + 2
+    assert s3_site.fleet.log().count(SAID) == MAX_RESULTS + 2
     proxy.set(None)
     s3_site.finish()
     assert {len(s3_site.fleet.harness.attempts(job)) for job in s3_site.expected} == {1}

@@ -1,4 +1,4 @@
-"""Suspects run alone, everything else side by side."""
+"""Suspect jobs run exclusively, all others together."""
 
 from __future__ import annotations
 
@@ -12,62 +12,63 @@ def never() -> bool:
     return False
 
 
-class Runner:
-    """A thread that takes a turn and keeps it until it is told to go."""
+class Holder:
+    """A thread that acquires the lock and holds it until ``release``."""
 
     def __init__(
-        self, turns: ExclusiveLock, *, alone: bool, stop: Callable[[], bool] = never
+        self, lock: ExclusiveLock, *, exclusive: bool, stop: Callable[[], bool] = never
     ) -> None:
-        self.came: list[bool] = []
-        self.entered, self.go = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(turns, alone, stop))
+        self.acquired: bool | None = None
+        self.entered, self._go = threading.Event(), threading.Event()
+        acquire = lock.exclusive if exclusive else lock.shared
+        self._thread = threading.Thread(target=self._run, args=(acquire, stop))
         self._thread.start()
 
-    def _run(self, turns: ExclusiveLock, alone: bool, stop: Callable[[], bool]) -> None:
-        with turns.turn(alone=alone, stop=stop) as came:
-            self.came.append(came)
+    def _run(self, acquire: Callable[..., object], stop: Callable[[], bool]) -> None:
+        with acquire(stop=stop) as self.acquired:  # type: ignore[attr-defined]
             self.entered.set()
-            self.go.wait(10)
+            self._go.wait(10)
 
-    def end(self) -> None:
-        self.go.set()
+    def release(self) -> None:
+        self._go.set()
         self._thread.join(10)
 
 
-def test_ordinary_jobs_run_side_by_side() -> None:
-    turns = ExclusiveLock()
-    runners = [Runner(turns, alone=False) for _ in range(3)]
-    assert all(runner.entered.wait(5) for runner in runners)
-    for runner in runners:
-        runner.end()
+def test_ordinary_jobs_run_together() -> None:
+    lock = ExclusiveLock()
+    holders = [Holder(lock, exclusive=False) for _ in range(3)]
+    assert all(holder.entered.wait(5) for holder in holders)
+    for holder in holders:
+        holder.release()
 
 
-def test_a_suspect_waits_for_the_others_and_nobody_joins_it() -> None:
-    turns = ExclusiveLock()
-    first = Runner(turns, alone=False)
+def test_an_exclusive_job_waits_for_the_others_and_no_job_joins_it() -> None:
+    lock = ExclusiveLock()
+    first = Holder(lock, exclusive=False)
     assert first.entered.wait(5)
-    suspect = Runner(turns, alone=True)
+    suspect = Holder(lock, exclusive=True)
     assert not suspect.entered.wait(0.2)
-    late = Runner(turns, alone=False)
-    assert not late.entered.wait(0.2)  # a suspect that waits goes first
-    first.end()
+    late = Holder(lock, exclusive=False)
+    assert not late.entered.wait(0.2)  # the exclusive job was first
+    first.release()
     assert suspect.entered.wait(5)
     assert not late.entered.wait(0.2)
-    suspect.end()
+    suspect.release()
     assert late.entered.wait(5)
-    late.end()
+    late.release()
 
 
-def test_whoever_waits_for_its_turn_leaves_when_the_worker_stops() -> None:
-    turns, stopping = ExclusiveLock(), threading.Event()
-    suspect = Runner(turns, alone=True)
+def test_waiting_threads_give_up_when_the_worker_stops() -> None:
+    lock, stopping = ExclusiveLock(), threading.Event()
+    suspect = Holder(lock, exclusive=True)
     assert suspect.entered.wait(5)
-    waiting = [Runner(turns, alone=alone, stop=stopping.is_set) for alone in (True, False)]
+    waiting = [Holder(lock, exclusive=value, stop=stopping.is_set) for value in (True, False)]
     stopping.set()
-    assert all(runner.entered.wait(5) for runner in waiting)
-    assert [runner.came for runner in waiting] == [[False], [False]]
-    for runner in (*waiting, suspect):
-        runner.end()
-    after = Runner(turns, alone=False)
+    assert all(holder.entered.wait(5) for holder in waiting)
+    assert [holder.acquired for holder in waiting] == [False, False]
+    for holder in (*waiting, suspect):
+        holder.release()
+    after = Holder(lock, exclusive=False)
     assert after.entered.wait(5)
-    after.end()
+    assert after.acquired is True
+    after.release()

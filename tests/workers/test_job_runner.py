@@ -242,7 +242,7 @@ def test_a_cancelled_job_stops_at_its_next_step(harness: WorkerHarness) -> None:
 
     def cancel(_work: RegionWork) -> None:
         harness.cancel(job)
-        maintenance.beat(harness.worker)
+        maintenance.renew_leases(harness.worker)
 
     harness.worker.engine.on_submit = cancel  # type: ignore[attr-defined]
     job = add_simple(harness)
@@ -253,7 +253,7 @@ def test_a_cancelled_job_stops_at_its_next_step(harness: WorkerHarness) -> None:
 
 
 def test_a_shutdown_gives_the_job_back_without_counting_a_failure(harness: WorkerHarness) -> None:
-    harness.worker.engine.on_submit = lambda _work: harness.worker.running.release_all()  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = lambda _work: harness.worker.active_jobs.request_stop()  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     row = harness.job(job)

@@ -1,4 +1,4 @@
-"""Results that wait for their outputs: how many, on which thread, and for how long."""
+"""Results whose write failed: how many are kept, on which thread, and for how long."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ from shared.errors import OutputRefused
 from shared.storage import Storage
 from tests.workers.fleet import wait_for
 from tests.workers.worker_harness import WorkerHarness
-from workers import job_runner
+from workers import job_runner, pending_writes
 from workers.pending_writes import PendingWrites
 
 SIZE, BOX = (60, 50), (10, 10, 30, 30)
 
 
-# --- room ------------------------------------------------------------------------------------
+# --- the buffer ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def go() -> Iterator[threading.Event]:
+    """What the threads of pending writes wait for."""
     go = threading.Event()
     yield go
     go.set()
 
 
-def test_so_many_wait_and_so_many_bytes(go: threading.Event) -> None:
-    few, small = PendingWrites(most=2), PendingWrites(most_bytes=100)
-    assert [few.begin(go.wait, size=10) for _ in range(3)] == [True, True, False]
-    assert [small.begin(go.wait, size=size) for size in (200, 10)] == [True, False]
+def test_the_buffer_is_bounded_in_results_and_in_bytes(go: threading.Event) -> None:
+    two_results, hundred_bytes = PendingWrites(max_results=2), PendingWrites(max_bytes=100)
+    assert [two_results.start(go.wait, size=10) for _ in range(3)] == [True, True, False]
+    assert [hundred_bytes.start(go.wait, size=size) for size in (200, 10)] == [True, False]
     go.set()
-    assert few.join(5)
-    assert small.join(5)
-    assert [small.begin(go.wait, size=size) for size in (60, 40)] == [True, True]
+    assert two_results.join(5)
+    assert hundred_bytes.join(5)
+    assert [hundred_bytes.start(go.wait, size=size) for size in (60, 40)] == [True, True]
 
 
-def test_it_says_whether_something_waits_still(go: threading.Event) -> None:
-    waiting = PendingWrites()
-    assert waiting.join(0)
-    waiting.begin(go.wait, size=1)
-    assert not waiting.join(0)
+def test_join_returns_false_while_a_write_is_pending(go: threading.Event) -> None:
+    pending = PendingWrites()
+    assert pending.join(0)
+    pending.start(go.wait, size=1)
+    assert not pending.join(0)
 
 
-def test_others_are_written_if_that_was_after_half_of_those_that_wait_began(
+def test_other_writes_succeed_if_one_did_after_the_median_pending_write_began(
     go: threading.Event,
 ) -> None:
-    waiting = PendingWrites()
-    waiting.note_written()
-    assert not waiting.others_are_written()
-    waiting.begin(go.wait, size=1)
-    assert not waiting.others_are_written()
-    waiting.note_written()
-    assert waiting.others_are_written()
-    waiting.begin(go.wait, size=1)
-    assert not waiting.others_are_written()
+    pending = PendingWrites()
+    pending.note_success()
+    assert not pending.other_writes_succeed()
+    pending.start(go.wait, size=1)
+    assert not pending.other_writes_succeed()
+    pending.note_success()
+    assert pending.other_writes_succeed()
+    pending.start(go.wait, size=1)
+    assert not pending.other_writes_succeed()
 
 
 # --- a job's thread --------------------------------------------------------------------------
@@ -65,28 +66,27 @@ def test_others_are_written_if_that_was_after_half_of_those_that_wait_began(
 
 @pytest.fixture
 def locked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Names of folders that nobody may write to."""
+    """Names of folders where every write is denied."""
     locked: set[str] = set()
-    take = Storage.put
+    put_unlocked = Storage.put
 
-    def put(storage: Storage, uri: str, data: bytes, **how: Any) -> str:
+    def put(storage: Storage, uri: str, data: bytes, **options: Any) -> str:
         if Path(uri).parent.name in locked:
             raise OutputRefused(f"{uri!r}: Permission denied")
-        return take(storage, uri, data, **how)
+        return put_unlocked(storage, uri, data, **options)
 
     monkeypatch.setattr(Storage, "put", put)
-    monkeypatch.setattr(job_runner, "REFUSED_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(pending_writes, "MIN_PAUSE_SECONDS", 0.05)
     return locked
 
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
-    harness = WorkerHarness(
-        f"sqlite:///{tmp_path / 'inpaint.db'}", tmp_path, waiting=PendingWrites(most=1)
-    )
+    url = f"sqlite:///{tmp_path / 'inpaint.db'}"
+    harness = WorkerHarness(url, tmp_path, pending_writes=PendingWrites(max_results=1))
     yield harness
-    harness.worker.running.release_all()
-    assert harness.worker.waiting.join(5)
+    harness.worker.active_jobs.request_stop()
+    assert harness.worker.pending_writes.join(5)
     harness.close()
 
 
@@ -98,75 +98,75 @@ def add(harness: WorkerHarness, output: str) -> int:
     )
 
 
-def paused(harness: WorkerHarness, job: int) -> bool:
+def is_blocked(harness: WorkerHarness, job: int) -> bool:
     row = harness.job(job)
     return (row.state, row.error_code) == ("running", "output_refused")
 
 
-def test_a_job_leaves_its_thread_while_its_result_waits(
+def test_a_failed_write_is_retried_in_the_background(
     harness: WorkerHarness, locked: set[str]
 ) -> None:
     locked.add("locked")
     job = add(harness, "locked/1.png")
     harness.run(job)
-    wait_for(lambda: paused(harness, job))
-    assert job in harness.worker.running.taken()
+    wait_for(lambda: is_blocked(harness, job))
+    assert job in harness.worker.active_jobs.claimed_ids()
     locked.clear()
     wait_for(lambda: harness.job(job).state == "succeeded")
     assert Path(harness.path("locked/1.png")).exists()
-    wait_for(lambda: not harness.worker.running.taken())
+    wait_for(lambda: not harness.worker.active_jobs.claimed_ids())
     assert len(harness.attempts(job)) == 1
 
 
-def test_where_many_wait_and_others_are_written_the_next_is_tried_again_later(
+def test_if_the_buffer_is_full_and_other_writes_succeed_the_attempt_fails_at_once(
     harness: WorkerHarness, locked: set[str]
 ) -> None:
     locked.add("locked")
-    found = []
+    states = []
     for output in ("locked/1.png", "open/2.png", "locked/3.png"):
         harness.run(job := add(harness, output))
-        found.append((harness.job(job).state, harness.job(job).failures))
-    assert found == [("running", 0), ("succeeded", 0), ("pending", 1)]
+        states.append((harness.job(job).state, harness.job(job).failures))
+    assert states == [("running", 0), ("succeeded", 0), ("pending", 1)]
     assert harness.job(job).error_code == "output_refused"
 
 
-def test_where_nothing_is_written_the_next_keeps_its_thread(
+def test_if_the_buffer_is_full_and_no_write_succeeds_the_job_thread_blocks(
     harness: WorkerHarness, locked: set[str]
 ) -> None:
     locked.add("locked")
-    harness.run(waits := add(harness, "locked/1.png"))
-    next_one = add(harness, "locked/2.png")
-    thread = threading.Thread(target=harness.run, args=(next_one,))
+    harness.run(first := add(harness, "locked/1.png"))
+    second = add(harness, "locked/2.png")
+    thread = threading.Thread(target=harness.run, args=(second,))
     thread.start()
-    wait_for(lambda: paused(harness, next_one))
+    wait_for(lambda: is_blocked(harness, second))
     assert thread.is_alive()
     locked.clear()
     thread.join(5)
-    wait_for(lambda: harness.job(waits).state == harness.job(next_one).state == "succeeded")
+    wait_for(lambda: harness.job(first).state == harness.job(second).state == "succeeded")
 
 
-def test_a_job_that_runs_alone_keeps_its_thread(harness: WorkerHarness, locked: set[str]) -> None:
+def test_an_exclusive_job_blocks_its_thread(harness: WorkerHarness, locked: set[str]) -> None:
     locked.add("locked")
     job = add(harness, "locked/1.png")
     harness.dispatch()
-    alone = {"job": job, "seen_attempt": 0, "alone": True}
-    thread = threading.Thread(target=job_runner.run_job, args=(harness.worker,), kwargs=alone)
+    options = {"job": job, "seen_attempt": 0, "exclusive": True}
+    thread = threading.Thread(target=job_runner.run_job, args=(harness.worker,), kwargs=options)
     thread.start()
-    wait_for(lambda: paused(harness, job))
+    wait_for(lambda: is_blocked(harness, job))
     assert thread.is_alive()
-    assert harness.worker.waiting.join(0)
-    harness.worker.running.release_all()
+    assert harness.worker.pending_writes.join(0)
+    harness.worker.active_jobs.request_stop()
     thread.join(5)
     assert harness.job(job).state == "pending"
 
 
-def test_a_cancelled_job_stops_waiting(harness: WorkerHarness, locked: set[str]) -> None:
+def test_a_cancelled_job_is_not_written_any_more(harness: WorkerHarness, locked: set[str]) -> None:
     from workers import maintenance
 
     locked.add("locked")
     job = add(harness, "locked/1.png")
     harness.run(job)
-    wait_for(lambda: paused(harness, job))
+    wait_for(lambda: is_blocked(harness, job))
     harness.cancel(job)
-    maintenance.beat(harness.worker)
+    maintenance.renew_leases(harness.worker)
     wait_for(lambda: harness.job(job).state == "cancelled")

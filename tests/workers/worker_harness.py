@@ -1,4 +1,4 @@
-"""A worker's harness for tests: real tables, real files, and a small deterministic engine."""
+"""A worker for tests: real tables, real files, and a small deterministic engine."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.settings import Settings
 from shared.storage import Storage
-from workers.active_jobs import ActiveJobs
 from workers.engines.protocol import Pixels, RegionWork
-from workers.job_runner import Bench, run_job
+from workers.job_runner import run_job
 from workers.pending_writes import PendingWrites
+from workers.worker_context import WorkerContext
 
 
 @dataclass
 class SolidColourEngine:
-    """Fills a region with one colour that its seed decides; ``on_submit`` runs first."""
+    """Fills a region with one colour that its seed decides; calls ``on_submit`` first."""
 
     name: str = "sd2"
     revision: str = "painter 1"
@@ -58,7 +58,7 @@ class SolidColourEngine:
 
 
 class WorkerHarness:
-    """A harness, and short ways to put jobs on it and look at what became of them."""
+    """A WorkerContext, with methods that add jobs, run them and read their records."""
 
     def __init__(
         self,
@@ -66,22 +66,21 @@ class WorkerHarness:
         folder: Path,
         engine: Any = None,
         *,
-        waiting: PendingWrites | None = None,
+        pending_writes: PendingWrites | None = None,
         **settings: Any,
     ) -> None:
         self.folder = folder
         self.db = Database(make_url(url))
         schema.upgrade(self.db)
         engine = engine or SolidColourEngine()
-        self.worker = Bench(
+        self.worker = WorkerContext(
             settings=Settings(_env_file=None, home=folder / "home", **settings),
             db=self.db,
             storage=Storage(roots=[folder.resolve()], buckets=()),
             engine=engine,
             holder=Holder(worker="test-1", device="cpu", engine_revision=engine.revision),
-            running=ActiveJobs(),
-            retry=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
-            waiting=waiting or PendingWrites(),
+            retry_policy=RetryPolicy(max_failures=2, base_seconds=0, cap_seconds=0),
+            pending_writes=pending_writes or PendingWrites(),
         )
         self._lines = 0
 

@@ -1,4 +1,4 @@
-"""From a picture and a job's masks to the repainted picture: rounds, seeds, gates."""
+"""From an image and a job's masks to the inpainted image: passes, seeds, quality gates."""
 
 from __future__ import annotations
 
@@ -14,176 +14,203 @@ from shared.errors import GateError
 from shared.geometry import coarse_to_fine
 from shared.geometry.regions import Region, plan_for
 from shared.images import DecodedImage
-from shared.jobs import AttemptRecord
 from shared.masks import Mask
 from shared.params import MAX_SEED, Params
-from workers.active_jobs import StageTimer
-from workers.engines.protocol import Engine, Interruption, Pixels, RegionWork, Report
+from workers.engines.protocol import Engine, Pixels, RegionWork, Report
+from workers.job_context import JobContext
 from workers.pipeline import compositing, quality_gates
 from workers.pipeline.quality_gates import Scores
+from workers.worker_context import PipelineContext
 
 log = logging.getLogger(__name__)
 
-RESEED = 1 << 32  # apart from the seeds of a job's regions, and of rows that count up
+# Added to the seed for the second try. Far from the seeds of a job's regions, which count up from
+# the job's, and from those of the rows of a manifest that count up too.
+RESEED = 1 << 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedPass:
-    """One pass of a job. mask: (H, W) True = repaint. is_alpha: it came from the picture."""
+    """One pass of a job. mask: (H, W) True = repaint. is_alpha: it is the image's own alpha."""
 
     mask: Mask
     params: Params
     is_alpha: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Brush:
-    """What paints one job: its engine, how it is stopped, timed and recorded."""
-
-    engine: Engine
-    interruption: Interruption
-    stage: StageTimer
-    record: AttemptRecord
-    priority: int = 0
-
-
-def paint(
-    brush: Brush, picture: DecodedImage, rounds: Sequence[MaskedPass], *, params: Params
+def inpaint(
+    worker: PipelineContext, job: JobContext, image: DecodedImage, passes: Sequence[MaskedPass]
 ) -> DecodedImage:
-    """The picture after every round, with the better of two seeds where a gate asks for it.
+    """Run every pass; if a quality gate fails, run them again with a second seed.
 
-    params: the job's. An engine without seeds is asked once. Raises GateError where the result
-    fails a gate with every seed, unless ``params.gate`` has it published; the record then says
-    what is to be reviewed.
+    Keeps the result with the higher score. An engine without seeds runs once. Raises GateError
+    if no result passes its gates, unless ``params.gate`` has it published: ``review`` then
+    stores the gate's code in the record.
     """
-    seeds = [params.seed]
-    if engine_spec(brush.engine.name).has_seeds:
-        seeds.append((params.seed + RESEED) % (MAX_SEED + 1))
-    best: _Painted | None = None
-    error: GateError | None = None
-    for number, seed in enumerate(seeds):
-        brush.record.reseeds = number
+    gate = job.params.gate if job.apply_gates else "off"
+    candidates: list[_Candidate] = []
+    errors: list[GateError] = []
+    for number, seed in enumerate(_seeds(worker.engine, job.params.seed)):
+        job.record.reseeds = number
         try:
-            painted = _all_rounds(brush, picture, rounds, seed=seed)
-        except GateError as failed:
-            error = failed
+            candidate = _run_passes(worker, job, image, passes, seed=seed)
+        except GateError as error:
+            errors.append(error)
             continue
-        if best is None or painted.score > best.score:
-            best = painted
-        if painted.finding is None or params.gate == "off":
+        candidates.append(candidate)
+        if candidate.gate_error is None or gate == "off":
             break
-        log.info("seed %s: %s", seed, painted.finding)
-    if best is None:
-        raise error or GateError("nothing was painted")
-    return _judged(brush.record, best, params)
+        log.info("job %s: seed %s: %s", job.id, seed, candidate.gate_error)
+    if not candidates:
+        raise errors[-1]
+    return _accept(job, max(candidates, key=lambda candidate: candidate.score), gate)
+
+
+def _seeds(engine: Engine, seed: int) -> list[int]:
+    second = [(seed + RESEED) % (MAX_SEED + 1)] if engine_spec(engine.name).has_seeds else []
+    return [seed, *second]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Painted:
-    """scores: the worst round's; None where nothing was repainted."""
+class _Candidate:
+    """A result and how good it is.
 
-    picture: DecodedImage
+    scores: those of the pass with the lowest score; None if no pixel was repainted.
+    gate_error: of the first pass that failed a gate.
+    """
+
+    image: DecodedImage
     seed: int
     scores: Scores | None = None
-    finding: GateError | None = None
+    gate_error: GateError | None = None
 
     @property
     def score(self) -> float:
         return self.scores.score if self.scores else 1.0
 
 
-def _judged(record: AttemptRecord, painted: _Painted, params: Params) -> DecodedImage:
-    record.seed = painted.seed
-    if painted.scores:
-        record.scores, record.score = painted.scores.to_json(), painted.scores.score
-    if painted.finding and params.gate == "fail":
-        raise painted.finding
-    if painted.finding and params.gate == "review":
-        record.review = painted.finding.code
-    return painted.picture
+def _accept(job: JobContext, candidate: _Candidate, gate: str) -> DecodedImage:
+    """Record a candidate's seed and scores; raises its GateError if ``gate`` is ``fail``."""
+    record, error = job.record, candidate.gate_error
+    record.seed = candidate.seed
+    if candidate.scores:
+        record.scores, record.score = candidate.scores.to_json(), candidate.scores.score
+    if error and gate == "fail":
+        raise error
+    if error and gate == "review":
+        record.review = error.code
+    return candidate.image
 
 
-def _all_rounds(
-    brush: Brush, picture: DecodedImage, rounds: Sequence[MaskedPass], *, seed: int
-) -> _Painted:
-    record = brush.record
-    record.regions = record.windows = 0
-    painted = _Painted(picture=picture, seed=seed)
-    for one in rounds:
-        painted = _round(brush, painted, one)
-    return painted
+def _run_passes(
+    worker: PipelineContext,
+    job: JobContext,
+    image: DecodedImage,
+    passes: Sequence[MaskedPass],
+    *,
+    seed: int,
+) -> _Candidate:
+    job.record.regions = job.record.windows = 0
+    candidate = _Candidate(image=image, seed=seed)
+    for masked_pass in passes:
+        candidate = _run_pass(worker, job, candidate, masked_pass)
+    return candidate
 
 
-def _round(brush: Brush, so_far: _Painted, one: MaskedPass) -> _Painted:
-    """Adds a round; the scores become the worse ones, the finding the first."""
-    picture, stage, spec = so_far.picture, brush.stage, engine_spec(brush.engine.name)
-    with stage("plan"):
-        plan = plan_for(one.mask, one.params, any_size=spec.any_size)
-        steps = list(coarse_to_fine.steps(one.mask, plan, one.params))
-    if not plan:
-        return so_far
-    filled = _fill(brush, picture, one, plan, seed=so_far.seed)
-    result = _composited(brush, picture, one, plan, filled)
-    again = replace(one.params, strength=one.params.refine_strength)
-    for step in steps:
-        finer = MaskedPass(mask=step.mask, params=again, is_alpha=one.is_alpha)
-        sharp = _fill(brush, result, finer, step.regions, seed=so_far.seed)
-        # Not onto the coarse result: a feather over a feather falls off twice as fast.
-        kept = [plan[n] for n in step.kept], [filled[n] for n in step.kept]
-        under = _composited(brush, picture, one, *kept)
-        result = _composited(brush, under, finer, step.regions, sharp)
-    with stage("examine"):
-        scores = quality_gates.examine(
-            picture, result, one.mask, plan, filled, feather_px=one.params.mask_feather
+def _run_pass(
+    worker: PipelineContext, job: JobContext, before: _Candidate, masked_pass: MaskedPass
+) -> _Candidate:
+    """Plan, inpaint, refine, composite and score one pass on the image of those before it."""
+    image, spec = before.image, engine_spec(worker.engine.name)
+    mask, params = masked_pass.mask, masked_pass.params
+    with job.stage("plan"):
+        regions = plan_for(mask, params, any_size=spec.any_size)
+        refinements = list(coarse_to_fine.steps(mask, regions, params))
+    if not regions:
+        return before
+    results = _inpaint_regions(worker, job, image, masked_pass, regions, seed=before.seed)
+    after = _composite(job, image, masked_pass, regions, results)
+    finer_params = replace(params, strength=params.refine_strength)
+    for refinement in refinements:
+        finer = MaskedPass(mask=refinement.mask, params=finer_params, is_alpha=masked_pass.is_alpha)
+        finer_results = _inpaint_regions(
+            worker, job, after, finer, refinement.regions, seed=before.seed
         )
-    worse = so_far.scores is None or scores.score < so_far.score
+        # Not onto the coarse result: a feather over a feather falls off twice as fast.
+        kept_regions = [regions[index] for index in refinement.kept]
+        kept_results = [results[index] for index in refinement.kept]
+        base = _composite(job, image, masked_pass, kept_regions, kept_results)
+        after = _composite(job, base, finer, refinement.regions, finer_results)
+    with job.stage("examine"):
+        scores = quality_gates.examine(
+            image, after, mask, regions, results, feather_px=params.mask_feather
+        )
+    return _scored(before, after, scores, remedy=spec.gate_remedy)
+
+
+def _scored(before: _Candidate, image: DecodedImage, scores: Scores, *, remedy: str) -> _Candidate:
+    """The candidate after one more pass: the lower scores, the earlier gate error."""
+    is_lower = before.scores is None or scores.score < before.score
     return replace(
-        so_far,
-        picture=result,
-        scores=scores if worse else so_far.scores,
-        finding=so_far.finding or quality_gates.verdict(scores, remedy=spec.gate_remedy),
+        before,
+        image=image,
+        scores=scores if is_lower else before.scores,
+        gate_error=before.gate_error or quality_gates.verdict(scores, remedy=remedy),
     )
 
 
-def _fill(
-    brush: Brush, picture: DecodedImage, one: MaskedPass, plan: Sequence[Region], *, seed: int
+def _inpaint_regions(
+    worker: PipelineContext,
+    job: JobContext,
+    image: DecodedImage,
+    masked_pass: MaskedPass,
+    regions: Sequence[Region],
+    *,
+    seed: int,
 ) -> list[Pixels]:
-    """Submits all regions before waiting for the first, so that they can share batches.
+    """Fill every region with the engine; (h, w, 3) uint8 RGB for each, in the engine's pixels.
 
-    seed: the job's, which its regions count up from.
+    seed: the job's. Its regions count up from it, over all passes.
     """
-    record, report = brush.record, Report()
+    record, report = job.record, Report()
     first_region = record.regions or 0
-    record.regions = first_region + len(plan)
-    record.windows = (record.windows or 0) + sum(len(region.windows) for region in plan)
-    with brush.stage("inpaint"):
-        rgb, futures = picture.rgb(), []
-        for number, region in enumerate(plan, first_region):
-            image, region_mask = compositing.cut(rgb, one.mask, region)
+    record.regions = first_region + len(regions)
+    record.windows = (record.windows or 0) + sum(len(region.windows) for region in regions)
+    with job.stage("inpaint"):
+        rgb, futures = image.rgb(), []
+        # All are submitted before the first is awaited, so that they share batches.
+        for number, region in enumerate(regions, first_region):
+            region_image, region_mask = compositing.cut(rgb, masked_pass.mask, region)
             work = RegionWork(
-                image=image,
+                image=region_image,
                 mask=region_mask,
                 windows=region.windows,
-                params=one.params,
+                params=masked_pass.params,
                 seed=(seed + number) % (MAX_SEED + 1),
-                priority=brush.priority,
-                interruption=brush.interruption,
+                priority=job.leased.priority,
+                interruption=job.interruption,
                 report=report,
             )
-            futures.append(brush.engine.submit(work))
-        wait(futures)  # a region that fails leaves the others running; none may outlive its job
+            futures.append(worker.engine.submit(work))
+        # A region that fails leaves the others running; none may outlive its job.
+        wait(futures)
         record.memory_mode = report.memory or record.memory_mode
         return [np.asarray(future.result()) for future in futures]
 
 
-def _composited(
-    brush: Brush,
-    picture: DecodedImage,
-    one: MaskedPass,
-    plan: Sequence[Region],
-    filled: Sequence[Pixels],
+def _composite(
+    job: JobContext,
+    image: DecodedImage,
+    masked_pass: MaskedPass,
+    regions: Sequence[Region],
+    results: Sequence[Pixels],
 ) -> DecodedImage:
-    with brush.stage("composite"):
+    with job.stage("composite"):
         return compositing.composite(
-            picture, one.mask, plan, filled, one.params, fill_alpha=one.is_alpha
+            image,
+            masked_pass.mask,
+            regions,
+            results,
+            masked_pass.params,
+            fill_alpha=masked_pass.is_alpha,
         )

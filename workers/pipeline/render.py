@@ -1,9 +1,9 @@
-"""From a leased job to the bytes of its result: fetch, decode, paint, finish, encode."""
+"""From a leased job to the bytes of its result: fetch, decode, inpaint, finish, encode."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 
@@ -13,217 +13,189 @@ from shared import images, masks
 from shared.engines import engine_spec
 from shared.images import DecodedImage
 from shared.images.provenance import Provenance, add_provenance
-from shared.jobs import AttemptRecord, LeasedJob
+from shared.jobs import LeasedJob
 from shared.jobs.submissions import join_versions
 from shared.masks import Grey, Mask
 from shared.params import Params, further_inputs, is_file
 from shared.settings import Settings
-from shared.storage import Storage
-from workers.active_jobs import StageTimer
-from workers.engines.protocol import Engine, Interruption
+from workers.job_context import JobContext
 from workers.pipeline import plugins
-from workers.pipeline.inpainting import Brush, MaskedPass, paint
+from workers.pipeline.inpainting import MaskedPass, inpaint
 from workers.pipeline.text_overlay import Lettering, draw, text_box
-from workers.pixel_budget import PixelBudget
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kit:
-    """What rendering needs of a worker."""
-
-    settings: Settings
-    storage: Storage
-    engine: Engine
-    room: PixelBudget = field(default_factory=PixelBudget)
+from workers.worker_context import PipelineContext
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """replaces: the version that lay at the output before the work began; None: nothing."""
+    """data: the result's file. replaced_version: of the output as it was when the work began.
+
+    A replaced_version of None means that there was no output.
+    """
 
     data: bytes
-    replaces: str | None
+    replaced_version: str | None
 
 
-def render(
-    kit: Kit,
-    job: LeasedJob,
-    record: AttemptRecord,
-    interruption: Interruption,
-    *,
-    gates: bool = True,
-) -> Rendered:
-    """The result's file. gates: False takes the first seed's result, whatever it is like.
+def render(worker: PipelineContext, job: JobContext) -> Rendered:
+    """Make the file of a job's result, and fill in the attempt's record. Publishes nothing.
 
-    Raises every InpaintError there is, but publishes nothing.
+    Raises every InpaintError there is.
     """
-    stage = StageTimer(record, interruption)
-    with stage("fetch"):
-        fetched = _fetch(kit, job, record)
-    width, height = images.probe(fetched.image, max_pixels=kit.settings.max_pixels)
-    with kit.room.holding(width * height, interruption):
-        data = _result(kit, job, record, interruption, fetched, gates=gates)
-    return Rendered(data=data, replaces=fetched.replaces)
-
-
-def _result(
-    kit: Kit,
-    job: LeasedJob,
-    record: AttemptRecord,
-    interruption: Interruption,
-    fetched: _Fetched,
-    *,
-    gates: bool,
-) -> bytes:
-    """All that needs decoded pixels: from the inputs' files to the result's."""
-    stage = StageTimer(record, interruption)
-    with stage("decode"):
-        picture = images.decode(fetched.image, max_pixels=kit.settings.max_pixels)
-        rounds = _rounds(kit.settings, job, picture, fetched.files)
-        record.width, record.height = picture.size
-        _check(job, picture, rounds, fetched.files)
-    brush = Brush(
-        engine=kit.engine,
-        interruption=interruption,
-        stage=stage,
-        record=record,
-        priority=job.priority,
-    )
-    params = job.params if gates else replace(job.params, gate="off")
-    result = paint(brush, picture, rounds, params=params)
-    if job.params.postprocess or job.params.text:
-        with stage("finish"):
-            result = _finished(job, result, rounds, fetched.files)
-    with stage("encode"):
-        data = _encoded(kit, job, result, record)
-        record.result_sha256 = sha256(data).hexdigest()
-    return data
+    with job.stage("fetch"):
+        inputs = _fetch(worker, job)
+    width, height = images.probe(inputs.image, max_pixels=worker.settings.max_pixels)
+    with worker.pixel_budget.reserve(width * height, job.interruption):
+        data = _render_pixels(worker, job, inputs)
+    return Rendered(data=data, replaced_version=inputs.output_version)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Fetched:
-    """files: masks and fonts by location."""
+class _Inputs:
+    """image: its file. files: masks and fonts by location. output_version: None if absent."""
 
     image: bytes
     files: Mapping[str, bytes]
-    replaces: str | None
+    output_version: str | None
 
 
-def _fetch(kit: Kit, job: LeasedJob, record: AttemptRecord) -> _Fetched:
-    cap = kit.settings.max_object_bytes
-    before = kit.storage.stat(job.output)
-    image = kit.storage.get(job.image, max_bytes=cap)
+def _fetch(worker: PipelineContext, job: JobContext) -> _Inputs:
+    leased, record, max_bytes = job.leased, job.record, worker.settings.max_object_bytes
+    # Before the inputs: whatever appears at the output from here on was not seen by this job.
+    output = worker.storage.stat(leased.output)
+    image = worker.storage.get(leased.image, max_bytes=max_bytes)
     record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
-    places = [*([job.mask] if is_file(job.mask) else []), *further_inputs(job.params.to_json())]
-    found = {place: kit.storage.get(place, max_bytes=cap) for place in places}
-    record.mask_version = join_versions([one.version for one in found.values()])
-    record.inputs = {place: sha256(one.data).hexdigest() for place, one in found.items()}
-    record.mask_sha256 = record.inputs.pop(job.mask, None)
-    return _Fetched(
+    mask = [leased.mask] if is_file(leased.mask) else []
+    locations = [*mask, *further_inputs(job.params.to_json())]
+    objects = {
+        location: worker.storage.get(location, max_bytes=max_bytes) for location in locations
+    }
+    record.mask_version = join_versions([item.version for item in objects.values()])
+    record.inputs = {location: sha256(item.data).hexdigest() for location, item in objects.items()}
+    record.mask_sha256 = record.inputs.pop(leased.mask, None)
+    return _Inputs(
         image=image.data,
-        files={place: one.data for place, one in found.items()},
-        replaces=before.version if before else None,
+        files={location: item.data for location, item in objects.items()},
+        output_version=output.version if output else None,
     )
 
 
-def _rounds(
-    settings: Settings, job: LeasedJob, picture: DecodedImage, files: Mapping[str, bytes]
-) -> list[MaskedPass]:
-    """The job's passes, each with its mask as it lies over the picture."""
+def _render_pixels(worker: PipelineContext, job: JobContext, inputs: _Inputs) -> bytes:
+    """Every step that holds decoded pixels: from the inputs' files to the result's file."""
+    with job.stage("decode"):
+        image = images.decode(inputs.image, max_pixels=worker.settings.max_pixels)
+        passes = _read_passes(worker.settings, job.leased, image, inputs.files)
+        job.record.width, job.record.height = image.size
+        _check_last_steps(job.leased, image, passes, inputs.files)
+    result = inpaint(worker, job, image, passes)
+    if job.params.postprocess or job.params.text:
+        with job.stage("finish"):
+            result = _apply_plugin_and_text(job.params, result, passes, inputs.files)
+    with job.stage("encode"):
+        data = _encode(worker, job, result)
+        job.record.result_sha256 = sha256(data).hexdigest()
+    return data
 
-    @cache
+
+def _read_passes(
+    settings: Settings, job: LeasedJob, image: DecodedImage, files: Mapping[str, bytes]
+) -> list[MaskedPass]:
+    """The job's passes, each with its mask at the image's size."""
+
+    @cache  # passes often share a mask
     def read_file(location: str) -> Grey:
         return masks.decode_mask(files[location], max_pixels=settings.max_pixels)
 
-    rounds = []
-    for named, params in job.params.all_passes():
-        name = named or job.mask
-        mask = masks.load(name, picture, params, read_file=read_file)
-        # An inverted one keeps the holes and repaints what is opaque already.
-        is_alpha = name == "alpha" and not params.mask_invert
-        rounds.append(MaskedPass(mask=mask, params=params, is_alpha=is_alpha))
-    return rounds
+    passes = []
+    for pass_mask, params in job.params.all_passes():
+        location = pass_mask or job.mask
+        mask = masks.load(location, image, params, read_file=read_file)
+        # Inverted, the alpha mask selects the opaque pixels and leaves the holes transparent.
+        is_alpha = location == "alpha" and not params.mask_invert
+        passes.append(MaskedPass(mask=mask, params=params, is_alpha=is_alpha))
+    return passes
 
 
-def _check(
-    job: LeasedJob, picture: DecodedImage, rounds: Sequence[MaskedPass], files: Mapping[str, bytes]
+def _check_last_steps(
+    job: LeasedJob, image: DecodedImage, passes: Sequence[MaskedPass], files: Mapping[str, bytes]
 ) -> None:
-    """Finds what would fail after painting, before it: painting is what costs."""
+    """Raise now what plugin, text and encoding would raise after inpainting, the costly step."""
     params = job.params
     if params.postprocess:
         plugins.find(params.postprocess)
     if params.text:
-        _lettered(params, picture, _repainted(rounds), files)
-    fills_holes = any(one.is_alpha for one in rounds)
+        _draw_text(params, image, _union(passes), files)
+    # Holes that are filled leave no alpha for the output's format to reject.
+    fills_holes = any(masked_pass.is_alpha for masked_pass in passes)
     if not fills_holes:
-        images.check(picture, format=_output_format(job))
+        images.check(image, format=_output_format(job))
 
 
-def _repainted(rounds: Sequence[MaskedPass]) -> Mask:
-    union: Mask = np.logical_or.reduce([one.mask for one in rounds])
+def _union(passes: Sequence[MaskedPass]) -> Mask:
+    union: Mask = np.logical_or.reduce([masked_pass.mask for masked_pass in passes])
     return union
 
 
-def _finished(
-    job: LeasedJob, picture: DecodedImage, rounds: Sequence[MaskedPass], files: Mapping[str, bytes]
+def _apply_plugin_and_text(
+    params: Params, image: DecodedImage, passes: Sequence[MaskedPass], files: Mapping[str, bytes]
 ) -> DecodedImage:
-    """What comes after painting: the user's plugin, then text."""
-    params = job.params
-    repainted = _repainted(rounds)
+    mask = _union(passes)
     if params.postprocess:
-        picture = plugins.finish(picture, repainted, params)
-    return _lettered(params, picture, repainted, files) if params.text else picture
+        image = plugins.apply(image, mask, params)
+    return _draw_text(params, image, mask, files) if params.text else image
 
 
-def _lettered(
-    params: Params, picture: DecodedImage, repainted: Mask, files: Mapping[str, bytes]
+def _draw_text(
+    params: Params, image: DecodedImage, mask: Mask, files: Mapping[str, bytes]
 ) -> DecodedImage:
     lettering = Lettering(
         text=params.text,
-        box=text_box(params.text_box, repainted),
+        box=text_box(params.text_box, mask),
         font=files.get(params.text_font, b""),
         size=params.text_size,
         color=params.text_color,
         align=params.text_align,
     )
-    return draw(picture, lettering)
+    return draw(image, lettering)
 
 
-def _encoded(kit: Kit, job: LeasedJob, picture: DecodedImage, record: AttemptRecord) -> bytes:
-    format = _output_format(job)
+def _encode(worker: PipelineContext, job: JobContext, image: DecodedImage) -> bytes:
+    params, seed = job.params, job.record.seed
     xmp = None
-    if job.params.provenance and picture.touched is not None:
-        note = Provenance(
+    # A result without a changed pixel is not generated, whatever the parameters say.
+    if params.provenance and image.touched is not None:
+        provenance = Provenance(
             job=job.id,
-            seed=job.params.seed if record.seed is None else record.seed,
-            engine=_nameless(job.engine),
-            revision=kit.engine.revision,
-            params_json=_nameless_params(job.params).to_json(),
-            trained=engine_spec(job.engine).is_trained,
+            seed=params.seed if seed is None else seed,
+            engine=_without_folder(job.leased.engine),
+            revision=worker.engine.revision,
+            params_json=_without_folders(params).to_json(),
+            trained=engine_spec(job.leased.engine).is_trained,
         )
-        xmp = add_provenance(picture.metadata.xmp, note)
-    return images.encode(picture, format=format, quality=job.params.quality or None, xmp=xmp)
+        xmp = add_provenance(image.metadata.xmp, provenance)
+    quality = params.quality or None
+    return images.encode(image, format=_output_format(job.leased), quality=quality, xmp=xmp)
 
 
-def _nameless_params(params: Params) -> Params:
-    """Without folders and buckets: results are published, places are not."""
-    passes = tuple(replace(one, mask=_nameless(one.mask)) for one in params.passes)
-    return replace(params, passes=passes, text_font=_nameless(params.text_font))
+def _without_folders(params: Params) -> Params:
+    """Results are published; the folders and buckets of their inputs are not."""
+    passes = tuple(replace(spec, mask=_without_folder(spec.mask)) for spec in params.passes)
+    return replace(params, passes=passes, text_font=_without_folder(params.text_font))
 
 
-def _nameless(location: str) -> str:
-    kind, colon, place = location.partition(":")
-    if kind == "diffusers" and place.startswith("/"):
-        return kind + colon + place.rpartition("/")[2]
+def _without_folder(location: str) -> str:
+    kind, colon, path = location.partition(":")
+    if kind == "diffusers" and path.startswith("/"):
+        return kind + colon + path.rpartition("/")[2]
     return location.rpartition("/")[2] if "/" in location and is_file(location) else location
 
 
 def _output_format(job: LeasedJob) -> str | None:
-    """What was asked for, or what the output's name asks for; None: the image's own.
+    """The parameter's format, else that of the output's name; None for the image's own.
 
-    The image may not be what its name says; a PNG called .jpg stays a PNG.
+    A name that promises what the image's name promised changes nothing: the image may be
+    something else, and a PNG called .jpg stays a PNG.
     """
     if job.params.format:
         return job.params.format.upper()
-    asked = images.format_of(job.output)
-    return None if asked == images.format_of(job.image) else asked
+    named = images.format_of(job.output)
+    return None if named == images.format_of(job.image) else named

@@ -78,7 +78,7 @@ def repainted() -> np.ndarray:
 def finish(name: str, mode: str = "RGB", feather: int = 0) -> tuple[DecodedImage, DecodedImage]:
     before = picture(mode)
     params = Params(postprocess=name, mask_feather=feather)
-    return before, plugins.finish(before, repainted(), params)
+    return before, plugins.apply(before, repainted(), params)
 
 
 def test_the_docs_plugin_sharpens_what_was_repainted_and_nothing_else() -> None:

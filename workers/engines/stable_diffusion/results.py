@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import EngineError, GateError, InpaintError, OutOfMemory
+from shared.errors import DeviceLost, EngineError, GateError, InpaintError, OutOfMemory
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion.host_device_copy import CopyStreams, PendingDownload
 from workers.engines.stable_diffusion.multidiffusion import count_windows
@@ -91,13 +91,13 @@ def fail_futures_on_error(prepared_regions: Iterable[PreparedRegion]) -> Iterato
 
 
 def to_inpaint_error(error: Exception) -> InpaintError:
-    """OutOfMemory, or EngineError naming the exception; ``device_lost`` needs a new process."""
+    """OutOfMemory, or EngineError naming the exception; DeviceLost needs a new process."""
     if isinstance(error, InpaintError):
         return error
     if is_out_of_memory(error):
         return OutOfMemory("the device's memory ran out; use a smaller window or max_batch")
     text = " ".join(str(error).split())[:300]
-    code = "device_lost" if isinstance(error, torch.AcceleratorError) else None
-    found = EngineError(f"{type(error).__name__}: {text}", code=code)
-    found.__cause__ = error
-    return found
+    kind = DeviceLost if isinstance(error, torch.AcceleratorError) else EngineError
+    product_error = kind(f"{type(error).__name__}: {text}")
+    product_error.__cause__ = error
+    return product_error
