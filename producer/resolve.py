@@ -11,7 +11,7 @@ from producer.manifest import COLUMNS, LOCATION_COLUMNS, PASS_COLUMNS, ManifestR
 from shared import masks
 from shared.engines import engine_name
 from shared.errors import InputError, ParameterError
-from shared.images import format_of
+from shared.image_formats import FORMATS, SUFFIX_CHOICE, format_of
 from shared.jobs import content_key, derive_seed
 from shared.jobs.submissions import NewJob
 from shared.params import PARAMETERS, PRIORITY, Params, is_file
@@ -24,7 +24,6 @@ MAX_PASSES = 8
 _PARAMETERS = frozenset(PARAMETERS) - {"seed"}
 _OURS = frozenset(COLUMNS)
 _DECISIVE = _PARAMETERS | {"style", *PASS_COLUMNS}
-_SUFFIXES = {"jpeg": ".jpg", "png": ".png", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,10 +197,11 @@ def _passes(cells: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _named_as(source: str, format: str) -> str:
     """The name with the format's suffix, unless it has one of that format already."""
-    if format not in _SUFFIXES or (format_of(source) or "").lower() == format:
+    target = FORMATS.get(format.upper())
+    if target is None or format_of(source) == target.name:
         return source
     bare = source.rpartition(".")[0] if format_of(source) else source
-    return bare + _SUFFIXES[format]
+    return bare + target.suffixes[0]
 
 
 def _wrong_cells(row: ManifestRow) -> list[str]:
@@ -221,7 +221,7 @@ def _check_format(output: str) -> None:
     if "." in output and format_of(output) is None:
         raise InputError(
             f"{output!r}: .{output.rpartition('.')[2]} is not a format that can be written; "
-            "use .jpg, .png, .webp, .tif or .bmp"
+            f"use {SUFFIX_CHOICE}"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from shared.errors import ParameterError
+from shared.image_formats import FORMAT_PARAMETERS
 
 Mode = Literal["auto", "full", "tile"]
 Scheduler = Literal["ddim", "ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "unipc", "lcm"]
@@ -31,7 +32,6 @@ MaskFit = Literal[
 ColourFit = Literal["ring", "membrane", "off"]
 Gate = Literal["fail", "review", "off"]
 TextAlign = Literal["left", "center", "right"]
-Format = Literal["jpeg", "png", "webp", "tiff", "bmp"]
 
 MAX_SEED = 2**63 - 1
 PROMPT_LIMIT = 4000
@@ -95,7 +95,7 @@ class Params:
     text_align: TextAlign = "center"
     postprocess: str = ""
     gate: Gate = "fail"
-    format: Format | Literal[""] = ""
+    format: str = ""
     quality: int = 0
     provenance: bool = True
     passes: tuple[PassSpec, ...] = ()
@@ -309,7 +309,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         _choice("text_align", get_args(TextAlign)),
         _pattern("postprocess", r"[\w.-]{1,100}", "the name of an installed entry point"),
         _choice("gate", get_args(Gate)),
-        _choice("format", get_args(Format)),
+        _choice("format", FORMAT_PARAMETERS),
         _integer("quality", 1, 100),
         _boolean("provenance"),
     )

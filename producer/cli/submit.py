@@ -30,6 +30,7 @@ from shared import embedded_redis, masks, settings
 from shared.command_errors import exit_with_error
 from shared.db import Database, schema
 from shared.engines import engine_name
+from shared.image_formats import FORMAT_PARAMETERS, join_with_or
 from shared.jobs.queue import Queue
 from shared.params import PRIORITY, find_parameter, is_file
 from shared.presets import find_presets, placeholders
@@ -50,7 +51,7 @@ NO_WORKER_SECONDS = 10.0
 @click.option("--preset", help="See inpaint-jobs presets; combine as ecommerce+preview.")
 @click.option("--prompt", help="Prompt template; {placeholders} are filled from columns.")
 @click.option("--style", help="Added to every prompt: artist, medium, palette.")
-@click.option("--format", help="jpeg, png, webp, tiff or bmp; else each image's own.")
+@click.option("--format", help=f"{join_with_or(FORMAT_PARAMETERS)}; else each image's own.")
 @click.option("--quality", help="1 to 100, JPEG and WebP; else as the image was stored.")
 @click.option("--gate", help="What becomes of a bad result: fail, review or off.")
 @click.option("--set", "sets", multiple=True, metavar="NAME=VALUE", help="A parameter. Repeatable.")

@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import IO, Any
 
 from shared.errors import OutputConflict, SettingsError
+from shared.image_formats import content_type
 from shared.storage.error_mapping import http_status
 from shared.storage.locations import split_s3
 from shared.storage.objects import Object, Stat, check_size
@@ -71,7 +72,7 @@ class S3:
         condition = {"IfNoneMatch": "*"} if if_version is None else {"IfMatch": if_version}
         try:
             answer = self._client.put_object(
-                Bucket=bucket, Key=key, Body=data, ContentType=_content_type(uri), **condition
+                Bucket=bucket, Key=key, Body=data, ContentType=content_type(uri), **condition
             )
         except self._client.exceptions.NoSuchKey as error:
             # If-Match on a key that no longer exists.
@@ -95,21 +96,6 @@ def _new_client() -> Any:
         return boto3.session.Session().client("s3", config=config)
     except ValueError as error:
         raise SettingsError(f"S3: {error}; see AWS_ENDPOINT_URL") from error
-
-
-_CONTENT_TYPES = {
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "png": "image/png",
-    "webp": "image/webp",
-    "tif": "image/tiff",
-    "tiff": "image/tiff",
-    "bmp": "image/bmp",
-}
-
-
-def _content_type(uri: str) -> str:
-    return _CONTENT_TYPES.get(uri.rpartition(".")[2].lower(), "application/octet-stream")
 
 
 class _Readable(io.RawIOBase):
