@@ -21,7 +21,7 @@ from shared.settings import Settings
 from workers.job_context import JobContext
 from workers.pipeline import plugins
 from workers.pipeline.inpainting import MaskedPass, inpaint
-from workers.pipeline.text_overlay import Lettering, draw, text_box
+from workers.pipeline.text_overlay import TextOverlay, draw_text, resolve_text_box
 from workers.worker_context import PipelineContext
 
 
@@ -147,15 +147,15 @@ def _apply_plugin_and_text(
 def _draw_text(
     params: Params, image: DecodedImage, mask: Mask, files: Mapping[str, bytes]
 ) -> DecodedImage:
-    lettering = Lettering(
+    overlay = TextOverlay(
         text=params.text,
-        box=text_box(params.text_box, mask),
+        box=resolve_text_box(params.text_box, mask),
         font=files.get(params.text_font, b""),
         size=params.text_size,
         color=params.text_color,
         align=params.text_align,
     )
-    return draw(image, lettering)
+    return draw_text(image, overlay)
 
 
 def _encode(worker: PipelineContext, job: JobContext, image: DecodedImage) -> bytes:

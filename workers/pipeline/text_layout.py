@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from shared.errors import ParameterError
 
-READABLE_PX = 5
-LARGEST_PX = 4096  # also what the parameter text_size allows
+MIN_SIZE_PX = 5
+MAX_SIZE_PX = 4096  # also what the parameter text_size allows
 
 _ABSENT = "\U0010ffff"  # never a character, so it is drawn as the font's box for missing ones
 _SPACES = " \u2000-\u2006\u2008-\u200b\u3000"
@@ -46,12 +46,12 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TextLayout:
     """A text set in one size. pitch: pixels from baseline to baseline."""
 
     font: ImageFont.FreeTypeFont
     lines: tuple[Line, ...]
-    pitch: int
+    line_height: int
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,11 +60,11 @@ class Setting:
 
     @property
     def top(self) -> int:
-        return min(n * self.pitch + line.ink[1] for n, line in enumerate(self.lines))
+        return min(n * self.line_height + line.ink[1] for n, line in enumerate(self.lines))
 
     @property
     def bottom(self) -> int:
-        return max(n * self.pitch + line.ink[3] for n, line in enumerate(self.lines))
+        return max(n * self.line_height + line.ink[3] for n, line in enumerate(self.lines))
 
     def image(self, align: str, width: int) -> Image.Image:
         """The ink as a grey image, that wide and as high as it must be; 255 = covered."""
@@ -72,7 +72,7 @@ class Setting:
         canvas = ImageDraw.Draw(image)
         for number, line in enumerate(self.lines):
             left = {"left": 0, "center": (width - line.width) // 2}.get(align, width - line.width)
-            place = (left - line.ink[0], number * self.pitch - self.top)
+            place = (left - line.ink[0], number * self.line_height - self.top)
             canvas.text(
                 place,
                 line.text,
@@ -84,14 +84,14 @@ class Setting:
         return image
 
 
-def typeset(text: str, *, font: bytes, size: int, box: tuple[int, int]) -> Setting | None:
+def typeset(text: str, *, font: bytes, size: int, box: tuple[int, int]) -> TextLayout | None:
     """The text, broken into lines, at its size; at the largest that fits for size 0.
 
     box: (width, height). None where nothing is to be drawn. Raises ParameterError with code
     ``text_does_not_fit``, ``text_glyph_missing`` or ``text_layout_missing``; OSError for a font
     that FreeType cannot use.
     """
-    paragraphs = [_cleaned(one) for one in unescaped(text).splitlines()]
+    paragraphs = [_cleaned(one) for one in unescape(text).splitlines()]
     if not any(paragraphs):
         return None
     _check_shaping(paragraphs)
@@ -101,13 +101,13 @@ def typeset(text: str, *, font: bytes, size: int, box: tuple[int, int]) -> Setti
         if setting is None:
             raise _does_not_fit(box, size, _largest(paragraphs, font, size - 1, box))
         return setting
-    setting = _largest(paragraphs, font, min(2 * box[1], LARGEST_PX), box)
-    if setting is None or setting.font.size < READABLE_PX:
+    setting = _largest(paragraphs, font, min(2 * box[1], MAX_SIZE_PX), box)
+    if setting is None or setting.font.size < MIN_SIZE_PX:
         raise _does_not_fit(box, size, setting)
     return setting
 
 
-def unescaped(text: str) -> str:
+def unescape(text: str) -> str:
     r"""``\n`` written as two characters, as in CSV or on a command line, starts a new line too.
 
     ``\\`` stands for one backslash.
@@ -120,14 +120,14 @@ def _cleaned(paragraph: str) -> str:
     return unicodedata.normalize("NFC", paragraph.replace("\t", " ")).strip()
 
 
-def _does_not_fit(box: tuple[int, int], size: int, largest: Setting | None) -> ParameterError:
+def _does_not_fit(box: tuple[int, int], size: int, largest: TextLayout | None) -> ParameterError:
     remedy = "make text_box larger or the text shorter"
     fitting = 0 if largest is None else largest.font.size
-    if size and fitting >= READABLE_PX:
+    if size and fitting >= MIN_SIZE_PX:
         remedy = f"the largest size that fits is {fitting:g}; use it, or {remedy}"
     return ParameterError(
         f"text_size: the text does not fit its box of {box[0]}x{box[1]} pixels at "
-        f"{size or f'a readable size, {READABLE_PX} or more'}; {remedy}",
+        f"{size or f'a readable size, {MIN_SIZE_PX} or more'}; {remedy}",
         code="text_does_not_fit",
     )
 
@@ -191,7 +191,7 @@ def _shown(character: str) -> str:
 
 def _largest(
     paragraphs: list[str], font: bytes, limit: int, box: tuple[int, int]
-) -> Setting | None:
+) -> TextLayout | None:
     """By bisection: a text that fits at one size is taken to fit at every smaller one."""
     found, low, high = None, 1, limit
     while low <= high:
@@ -204,12 +204,12 @@ def _largest(
     return found
 
 
-def _set(paragraphs: list[str], font: bytes, size: int, box: tuple[int, int]) -> Setting | None:
+def _set(paragraphs: list[str], font: bytes, size: int, box: tuple[int, int]) -> TextLayout | None:
     """The text in lines no wider than the box; None where it does not fit."""
     face = ImageFont.truetype(io.BytesIO(font), size)
-    pitch = max(sum(face.getmetrics()), 1)
+    line_height = max(sum(face.getmetrics()), 1)
     lines = [line for one in paragraphs for line in _broken(one, face, box[0])]
-    setting = Setting(font=face, lines=tuple(lines), pitch=pitch)
+    setting = TextLayout(font=face, lines=tuple(lines), line_height=line_height)
     return setting if all(a <= b for a, b in zip(setting.size, box, strict=True)) else None
 
 

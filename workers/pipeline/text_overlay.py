@@ -16,11 +16,11 @@ from shared.images import Array, DecodedImage
 from shared.masks import Mask, slices, tiles
 from shared.params import TextAlign
 from workers.pipeline.compositing import Weight, blend
-from workers.pipeline.text_layout import Setting, typeset
+from workers.pipeline.text_layout import TextLayout, typeset
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lettering:
+class TextOverlay:
     """What is drawn, and where.
 
     text: words wrap to the box's width; a line break, or a backslash and an n, starts a new line.
@@ -38,7 +38,7 @@ class Lettering:
     align: TextAlign = "center"
 
 
-def text_box(text: str, mask: Mask) -> Box:
+def resolve_text_box(text: str, mask: Mask) -> Box:
     """``left,top,right,bottom`` in pixels, or the mask's bounding box where that is empty.
 
     Raises ParameterError.
@@ -65,7 +65,7 @@ def _parse_box(text: str) -> Box:
     return Box(left, top, right, bottom)
 
 
-def draw(picture: DecodedImage, lettering: Lettering) -> DecodedImage:
+def draw_text(picture: DecodedImage, lettering: TextOverlay) -> DecodedImage:
     """The picture with the text on it, blended in its own mode and depth.
 
     Where the picture is transparent it becomes as opaque as the text; opaque stays opaque.
@@ -93,7 +93,7 @@ def draw(picture: DecodedImage, lettering: Lettering) -> DecodedImage:
     return picture.replace(pixels, touched=_touched(picture, pixels, place))
 
 
-def _setting(lettering: Lettering, box: Box) -> Setting | None:
+def _setting(lettering: TextOverlay, box: Box) -> TextLayout | None:
     return typeset(
         lettering.text,
         font=lettering.font or built_in_font(),

@@ -6,7 +6,7 @@ from PIL import ImageFont, features
 
 from shared.errors import ParameterError
 from workers.pipeline import text_layout
-from workers.pipeline.text_layout import READABLE_PX, Setting, typeset, unescaped
+from workers.pipeline.text_layout import MIN_SIZE_PX, TextLayout, typeset, unescape
 from workers.pipeline.text_overlay import built_in_font
 
 DEJAVU = built_in_font()
@@ -17,7 +17,7 @@ NEEDS_RAQM = pytest.mark.skipif(not features.check("raqm"), reason="no FriBiDi")
 
 def set_(
     text: str, *, size: int = 20, box: tuple[int, int] = WIDE, font: bytes = DEJAVU
-) -> Setting:
+) -> TextLayout:
     setting = typeset(text, font=font, size=size, box=box)
     assert setting is not None
     return setting
@@ -47,12 +47,12 @@ def test_line_breaks_are_kept_however_they_are_written(text: str) -> None:
 
 
 def test_a_doubled_backslash_is_a_backslash() -> None:
-    assert unescaped(r"C:\\new\nline \t") == "C:\\new\nline \\t"
+    assert unescape(r"C:\\new\nline \t") == "C:\\new\nline \\t"
 
 
 def test_an_empty_line_keeps_its_height() -> None:
     apart, together = set_("a\n\na"), set_("a\na")
-    assert apart.size[1] - together.size[1] == apart.pitch
+    assert apart.size[1] - together.size[1] == apart.line_height
 
 
 def test_a_hyphen_ends_a_line_but_a_minus_does_not() -> None:
@@ -97,7 +97,7 @@ def test_a_size_that_does_not_fit_is_an_error_that_names_one_that_does() -> None
 def test_nothing_too_small_to_read_is_drawn() -> None:
     error = refused("far too many words " * 50, size=0, box=(60, 30))
     assert error.code == "text_does_not_fit"
-    assert f"{READABLE_PX} or more" in str(error)
+    assert f"{MIN_SIZE_PX} or more" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_the_measured_ink_is_all_the_ink(text: str, size: int) -> None:
 
 def test_lines_stand_apart_as_the_font_says() -> None:
     setting = set_("a\na", size=20)
-    assert setting.pitch == sum(setting.font.getmetrics())
-    assert 20 <= setting.pitch <= 30
+    assert setting.line_height == sum(setting.font.getmetrics())
+    assert 20 <= setting.line_height <= 30
 
 
 def test_no_size_is_proposed_that_nobody_could_read() -> None:

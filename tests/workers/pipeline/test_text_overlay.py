@@ -11,7 +11,7 @@ from shared.errors import ImageError, ParameterError
 from shared.geometry.box import Box
 from shared.images import DecodedImage
 from shared.images.image import from_rgb, full_scale, has_alpha
-from workers.pipeline.text_overlay import Lettering, built_in_font, draw, text_box
+from workers.pipeline.text_overlay import TextOverlay, built_in_font, draw_text, resolve_text_box
 
 BOX = Box(20, 10, 180, 70)
 MODES = ["1", "L", "LA", "RGB", "RGBA", "CMYK", "I;16", "LA;16", "RGB;16", "RGBA;16"]
@@ -32,7 +32,7 @@ def picture(mode: str, *, alpha: int = 255, grey: int = 255) -> DecodedImage:
 
 
 def lettered(source: DecodedImage, text: str = "Sale", **options: Any) -> DecodedImage:
-    return draw(source, Lettering(text=text, **({"box": BOX} | options)))
+    return draw_text(source, TextOverlay(text=text, **({"box": BOX} | options)))
 
 
 def changed(before: DecodedImage, after: DecodedImage) -> NDArray[np.bool_]:
@@ -123,14 +123,14 @@ def test_half_transparent_pixels_lie_under_the_text() -> None:
 def test_the_box_is_the_mask_s_unless_it_is_given() -> None:
     mask = np.zeros((80, 200), np.bool_)
     mask[10:20, 30:40] = mask[50, 60] = True
-    assert text_box("", mask) == Box(30, 10, 61, 51)
-    assert text_box("1, 2,3,4", mask) == Box(1, 2, 3, 4)
+    assert resolve_text_box("", mask) == Box(30, 10, 61, 51)
+    assert resolve_text_box("1, 2,3,4", mask) == Box(1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "5,5,5,9", ""])
 def test_a_box_that_is_none_is_an_error(text: str) -> None:
     with pytest.raises(ParameterError, match="text_box"):
-        text_box(text, np.zeros((8, 8), np.bool_))
+        resolve_text_box(text, np.zeros((8, 8), np.bool_))
 
 
 def test_a_box_past_the_edge_is_cut_and_one_outside_is_an_error() -> None:
