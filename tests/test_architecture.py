@@ -34,6 +34,8 @@ IMPORTED_IN = {
     "lxml": ("shared/images/provenance.py",),
     "alembic": ("shared/db/schema.py", "migrations/"),
 }
+# The one package whose code lies in its __init__.py.
+ENTRY_POINTS = "shared/entry_points/inpaint_batch/__init__.py"
 HEAVY = (
     *("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic"),
     *("skimage", "imagecodecs", "tifffile"),
@@ -166,3 +168,10 @@ def test_every_module_has_a_docstring() -> None:
         if path.name != "__init__.py" and not ast.get_docstring(tree(path))
     ]
     assert undocumented == []
+
+
+def test_every_module_has_its_line_in_the_architecture_page_and_every_line_its_module() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text("utf-8")
+    lines = re.findall(r"^\| `([\w/]+\.py)` \| \S", page, re.MULTILINE)
+    expected = {short(path) for path in every_module() if path.name != "__init__.py"}
+    assert sorted(lines) == sorted(expected | {ENTRY_POINTS})
