@@ -20,7 +20,7 @@ from PIL import Image
 
 from shared.geometry.box import Box
 from shared.params import Params
-from tests.benchmarks.side_by_side import in_turns, row, seconds
+from tests.benchmarks.side_by_side import measure_alternately, measure_seconds, print_row
 from tests.tiny_pipeline import build
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
@@ -28,7 +28,7 @@ from workers.engines.stable_diffusion.components import Components, load_compone
 from workers.engines.stable_diffusion.engine import DiffusionEngine
 from workers.engines.stable_diffusion.schedulers import SCHEDULER_CLASSES
 
-SIDE, JOBS, ROUNDS, MAX_BATCH = 128, 24, 3, 16
+SIDE, JOBS, REPEATS, MAX_BATCH = 128, 24, 3, 16
 PROMPTS = ("a red cat", "blue sky", "wooden table")
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m", "unipc")
 
@@ -55,22 +55,22 @@ def _compare(components: Components, pipeline: Any) -> None:
     _one_by_one(pipeline, works)
     ours_calls.clear()
     their_calls.clear()
-    pair = in_turns(
-        lambda: seconds(lambda: ours.extend(_together(engine, works))),
-        lambda: seconds(lambda: theirs.extend(_one_by_one(pipeline, works))),
-        rounds=ROUNDS,
+    pair = measure_alternately(
+        lambda: measure_seconds(lambda: ours.extend(_together(engine, works))),
+        lambda: measure_seconds(lambda: theirs.extend(_one_by_one(pipeline, works))),
+        repeats=REPEATS,
     )
     engine.close()
-    row(f"{JOBS} mixed jobs, {SIDE}x{SIDE}", "ours", "diffusers, one by one", "ratio")
+    print_row(f"{JOBS} mixed jobs, {SIDE}x{SIDE}", "ours", "diffusers, one by one", "ratio")
     rates = [f"{JOBS / min(spent):.1f}" for spent in (pair.ours, pair.theirs)]
-    row("  images a second", *rates, f"{pair.ratio:.1f}x")
+    print_row("  images a second", *rates, f"{pair.ratio:.1f}x")
     for part in ("UNet forwards", "VAE encodings", "VAE decodings", "prompts encoded"):
-        spent, saved = ours_calls[part] // ROUNDS, their_calls[part] // ROUNDS
-        row(f"  {part}", spent, saved, f"{saved / max(spent, 1):.1f}x")
+        spent, saved = ours_calls[part] // REPEATS, their_calls[part] // REPEATS
+        print_row(f"  {part}", spent, saved, f"{saved / max(spent, 1):.1f}x")
     worst = max(np.abs(a.astype(int) - b).max() for a, b in zip(ours, theirs, strict=True))
     same = sum(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    row("  pictures the same to the last bit", f"{same} of {len(ours)}")
-    row("  largest difference of a pixel, of 255", worst)
+    print_row("  pictures the same to the last bit", f"{same} of {len(ours)}")
+    print_row("  largest difference of a pixel, of 255", worst)
 
 
 def _work(n: int) -> RegionWork:

@@ -32,7 +32,7 @@ from shared import jobs
 from shared.engines import engine_spec
 from shared.jobs.queue import Queue
 from tests import servers
-from tests.benchmarks.side_by_side import row
+from tests.benchmarks.side_by_side import print_row
 from tests.benchmarks.simulated_device import Clock, simulate
 from tests.benchmarks.tile_loop import PARAMS, TILE, paint_tile, pipeline, tile_boxes
 from tests.tiny_pipeline import build
@@ -118,16 +118,18 @@ def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
     _submit(shop, engine, image, mask, count=asked.photographs, prefix="large", **params)
     seconds, said = _run(shop, engine)
     ours = 60 * asked.photographs / seconds
-    row(f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each")
-    row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
+    print_row(
+        f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each"
+    )
+    print_row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
     if not engine_spec(engine).is_trained:
         return
     boxes = tile_boxes(LARGE)
     theirs = 60 / _loop_seconds(image, mask, model, tiles=asked.tiles)
-    row(f"  tile loop ({asked.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
-    row("  ratio", f"{ours / theirs:.0f}x")
+    print_row(f"  tile loop ({asked.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
+    print_row("  ratio", f"{ours / theirs:.0f}x")
     found = IDLE.search(said)
-    row("  the CPU as the device, idle", f"{found[1]}%" if found else "-")
+    print_row("  the CPU as the device, idle", f"{found[1]}%" if found else "-")
 
 
 def _watch_device(shop: Shop, engine: str, asked: Any) -> None:
@@ -136,9 +138,9 @@ def _watch_device(shop: Shop, engine: str, asked: Any) -> None:
     seconds, said = _run(shop, engine, tflops=asked.tflops)
     found = SIMULATED.search(said)
     idle, gaps = (f"{found[2]}%", found[3]) if found else ("-", "-")
-    row(f"{asked.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
-    row(f"  a device of {asked.tflops:g} TFLOP/s", f"{asked.jobs / seconds:.2f}", idle)
-    row("  its longest gaps, ms", gaps)
+    print_row(f"{asked.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
+    print_row(f"  a device of {asked.tflops:g} TFLOP/s", f"{asked.jobs / seconds:.2f}", idle)
+    print_row("  its longest gaps, ms", gaps)
 
 
 def _photograph(size: Size, mark: tuple[int, int, int, int]) -> tuple[bytes, bytes]:

@@ -20,7 +20,7 @@ from shared.geometry import regions
 from shared.images import DecodedImage
 from shared.masks import Mask, dilate
 from tests import sample_images
-from tests.benchmarks.side_by_side import row
+from tests.benchmarks.side_by_side import print_row
 from workers.pipeline import quality_gates
 
 Rgb = NDArray[np.uint8]  # (h, w, 3)
@@ -32,7 +32,7 @@ PHOTOGRAPHS = (
     *("hubble_deep_field.jpg", "motorcycle_left.png", "camera.png", "moon.png", "coins.png"),
     *("brick.png", "grass.png", "gravel.png", "page.png", "text.png", "cell.png"),
 )
-ROUNDS = 10
+REPEATS = 10
 WINDOW_PX = 320
 PAINTS = ((255, 255, 255), (20, 20, 20), (200, 30, 30))
 # What is worse than this, in levels and in parts of the contrast around, nobody overlooks.
@@ -66,12 +66,12 @@ def main() -> None:
             if name in GOOD or name in ALWAYS_GROSS or _is_gross(case, after):
                 gross[name] += 1
                 caught[name, code] += 1
-    row("fill", "judged of all", "refused", "by")
+    print_row("fill", "judged of all", "refused", "by")
     for name in GOOD | BAD:
         codes = {code: n for (of, code), n in caught.items() if of == name and code}
         share = sum(codes.values()) / gross[name]
         said = ", ".join(f"{code.removeprefix('gate_')} {n}" for code, n in codes.items())
-        row(name, f"{gross[name]} of {examined[name]}", f"{share:.1%}", said)
+        print_row(name, f"{gross[name]} of {examined[name]}", f"{share:.1%}", said)
     _time()
 
 
@@ -107,7 +107,7 @@ def _is_gross(case: Case, after: Rgb) -> bool:
 def _cases() -> Iterator[Case]:
     for number, name in enumerate(PHOTOGRAPHS):
         whole = np.asarray(sample_images.read_photograph(name).convert("RGB"))
-        for turn in range(ROUNDS):
+        for turn in range(REPEATS):
             random = np.random.default_rng([number, turn, 7])
             truth = _window(whole, random)
             for draw in (_text, _box, _disc, _scratch, _dot):
@@ -266,7 +266,7 @@ def _time() -> None:
             start = time.perf_counter()
             quality_gates.examine(one, other, mask, plan, ())
             spent.append(time.perf_counter() - start)
-        row(f"24 megapixels, {name}", f"{min(spent) * 1000:.1f} ms")
+        print_row(f"24 megapixels, {name}", f"{min(spent) * 1000:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from shared.params import Params
 from tests.benchmarks.gpu.cases import Bench
 from tests.benchmarks.gpu.measuring import Run, Work
 from tests.benchmarks.gpu.models import tiny
-from tests.benchmarks.side_by_side import row
+from tests.benchmarks.side_by_side import print_row
 from tests.benchmarks.simulated_device import UNET_ROW, VAE_DECODING, VAE_ENCODING, simulate
 from workers.worker_process import SWITCH_SECONDS
 
@@ -38,7 +38,7 @@ def main() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     subject = replace(tiny(torch.device("cpu")), steps=50, side=512, max_batch=64)
     bench = Bench(subject, WORK, seconds=asked.seconds, compile="off")
-    row("64 rows, 50 steps, 512x512", "images a second", "device idle", "longest gap, ms")
+    print_row("64 rows, 50 steps, 512x512", "images a second", "device idle", "longest gap, ms")
     for tflops in asked.tflops:
         _measure(bench, tflops)
 
@@ -54,7 +54,7 @@ def _measure(bench: Bench, tflops: float) -> None:
             clock = simulate(engine, tflops=tflops)
             run = bench._through(Run(name=name), engine, params)
         cells = f"{run.images / run.seconds:.2f}", f"{clock.idle_share:.1%}"
-        row(f"  {tflops:g} TFLOP/s, {name}", *cells, f"{1000 * max(clock.gaps):.0f}")
+        print_row(f"  {tflops:g} TFLOP/s, {name}", *cells, f"{1000 * max(clock.gaps):.0f}")
 
 
 def _reusing(bench: Bench, cache_interval: int, n: int) -> Params:

@@ -18,12 +18,12 @@ import redis
 from shared import jobs
 from shared.jobs.queue import TASK, Message, Queue, celery_app, queue_name
 from tests import servers
-from tests.benchmarks.side_by_side import in_turns, row
+from tests.benchmarks.side_by_side import measure_alternately, print_row
 from tests.workers.worker_harness import WorkerHarness
 from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
 
-COUNT, ROUNDS, THREADS = 500, 3, 2
+COUNT, REPEATS, THREADS = 500, 3, 2
 # The name decides the plan: OpenCV gets the 64x64 image as one region.
 ENGINE = "opencv"
 
@@ -58,7 +58,7 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     harness = WorkerHarness(url, folder)
     image = harness.write_image("in.png", (64, 64))
     mask = harness.write_mask("mask.png", (64, 64), (20, 20, 40, 40))
-    rounds = iter(range(ROUNDS + 1))
+    rounds = iter(range(REPEATS + 1))
 
     def ours() -> float:
         number = next(rounds)
@@ -83,11 +83,11 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     }
     with _worker("ours", environment), _worker("bare", environment):
         ours()
-        pair = in_turns(ours, lambda: _bare(redis_url), rounds=ROUNDS)
+        pair = measure_alternately(ours, lambda: _bare(redis_url), repeats=REPEATS)
     harness.close()
-    row(f"cost of a job, {kind}, ms", "ours", "bare Celery no-op", "times")
+    print_row(f"cost of a job, {kind}, ms", "ours", "bare Celery no-op", "times")
     ours_ms, bare_ms = min(pair.ours) / COUNT * 1000, min(pair.theirs) / COUNT * 1000
-    row("", f"{ours_ms:.2f}", f"{bare_ms:.2f}", f"{1 / pair.ratio:.1f}x")
+    print_row("", f"{ours_ms:.2f}", f"{bare_ms:.2f}", f"{1 / pair.ratio:.1f}x")
 
 
 def _left(harness: WorkerHarness) -> int:

@@ -22,7 +22,7 @@ from sqlalchemy import func, select
 from shared.db.models import Job
 from shared.jobs import submissions
 from tests import servers
-from tests.benchmarks.side_by_side import machine, row
+from tests.benchmarks.side_by_side import machine, print_row
 from tests.job_table import new_job
 from tests.workers.worker_harness import WorkerHarness
 
@@ -116,7 +116,7 @@ def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
 def _watch(
     harness: WorkerHarness, worker: psutil.Process, *, count: int, every: int
 ) -> Iterator[Sample]:
-    row("jobs", "jobs a second", "resident, MB; open files", "threads")
+    print_row("jobs", "jobs a second", "resident, MB; open files", "threads")
     while not (done := _done(harness)):
         time.sleep(POLL_SECONDS)  # the worker starts
     start = moved = time.monotonic()
@@ -133,7 +133,7 @@ def _watch(
         sample = _sample(worker, done, now - start)
         rate = (sample.jobs - last.jobs) / (sample.seconds - last.seconds)
         held = f"{sample.resident_mb:.1f}; {sample.files}"
-        row(f"{sample.jobs:,}", f"{rate:.1f}", held, sample.threads)
+        print_row(f"{sample.jobs:,}", f"{rate:.1f}", held, sample.threads)
         yield sample
         last = sample
 
@@ -165,12 +165,12 @@ def _summarise(samples: list[Sample]) -> None:
     first = (early.jobs - samples[0].jobs) / max(early.seconds - samples[0].seconds, 1e-9)
     before = samples[-1 - quarter] if len(samples) > quarter else early
     final = (late.jobs - before.jobs) / max(late.seconds - before.seconds, 1e-9)
-    row("first quarter, jobs a second", f"{first:.1f}")
-    row("last quarter, jobs a second", f"{final:.1f}")
-    row("resident, MB, after a quarter and at the end",
+    print_row("first quarter, jobs a second", f"{first:.1f}")
+    print_row("last quarter, jobs a second", f"{final:.1f}")
+    print_row("resident, MB, after a quarter and at the end",
         f"{early.resident_mb:.1f}", f"{late.resident_mb:.1f}")  # fmt: skip
-    row("open files", early.files, late.files)
-    row("threads", early.threads, late.threads)
+    print_row("open files", early.files, late.files)
+    print_row("threads", early.threads, late.threads)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from shared.geometry import coarse_to_fine, regions
 from shared.params import Params
-from tests.benchmarks.side_by_side import seconds
+from tests.benchmarks.side_by_side import measure_seconds
 
 PHOTO, WINDOW, OVERLAP = (6000, 4000), 512, 64
-ROUNDS = 3
+REPEATS = 3
 REFINED = Params(refine_strength=0.4)
 Mask = NDArray[np.bool_]
 
@@ -30,8 +30,8 @@ def main() -> None:
     for name, mask in masks().items():
         plan = regions.plan(mask, mode="auto", window=(WINDOW, WINDOW))
         took = min(
-            seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
-            for _ in range(ROUNDS)
+            measure_seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
+            for _ in range(REPEATS)
         )
         again = [step.regions for step in coarse_to_fine.steps(mask, plan, REFINED)]
         windows, tiles = windows_of(plan), loop_tiles(mask)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from shared.jobs.queue import TASK, Message, Queue, celery_app, queue_name
 from tests import servers
-from tests.benchmarks.side_by_side import in_turns, row, seconds
+from tests.benchmarks.side_by_side import measure_alternately, measure_seconds, print_row
 
-OURS, THEIRS, ROUNDS = 20_000, 2_000, 5
+OURS, THEIRS, REPEATS = 20_000, 2_000, 5
 
 
 def main() -> None:
@@ -23,15 +23,17 @@ def main() -> None:
             for number in range(THEIRS):
                 app.send_task(TASK, args=(number, 0), queue=name)
 
-        pair = in_turns(
-            lambda: seconds(lambda: queue.publish(messages)) / OURS,
-            lambda: seconds(theirs) / THEIRS,
-            rounds=ROUNDS,
+        pair = measure_alternately(
+            lambda: measure_seconds(lambda: queue.publish(messages)) / OURS,
+            lambda: measure_seconds(theirs) / THEIRS,
+            repeats=REPEATS,
         )
         queue.close()
         app.close()
-    row("publishing, messages a second", "ours", "send_task loop", "ratio")
-    row("", f"{1 / min(pair.ours):,.0f}", f"{1 / min(pair.theirs):,.0f}", f"{pair.ratio:.1f}x")
+    print_row("publishing, messages a second", "ours", "send_task loop", "ratio")
+    print_row(
+        "", f"{1 / min(pair.ours):,.0f}", f"{1 / min(pair.theirs):,.0f}", f"{pair.ratio:.1f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import redis
 
 from tests import servers
-from tests.benchmarks.side_by_side import row
+from tests.benchmarks.side_by_side import print_row
 from tests.faults.site import Site, make_catalog
 from tests.workers.fleet import Fleet, wait_for
 
@@ -25,14 +25,14 @@ DEFAULTS = ("INPAINT_MAINTENANCE_SECONDS", "INPAINT_LEASE_SECONDS", "INPAINT_HEA
 
 
 def main() -> None:
-    row("recovery", "seconds", "aim")
+    print_row("recovery", "seconds", "aim")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         folder.chmod(0o755)
         with servers.redis_server(folder) as broker, servers.postgres_server(folder) as cluster:
             for number, (what, aim, measure) in enumerate(MEASURED):
                 with _site(folder / str(number), broker, cluster) as site:
-                    row(f"  {what}", f"{measure(site, broker):.1f}", aim)
+                    print_row(f"  {what}", f"{measure(site, broker):.1f}", aim)
 
 
 @contextmanager

@@ -25,17 +25,19 @@ class Pair:
         return statistics.median(t / o for t, o in zip(self.theirs, self.ours, strict=True))
 
 
-def in_turns(ours: Callable[[], float], theirs: Callable[[], float], *, rounds: int) -> Pair:
+def measure_alternately(
+    ours: Callable[[], float], theirs: Callable[[], float], *, repeats: int
+) -> Pair:
     """Each callable returns the seconds of one run; they alternate, so that a drift of the
     machine's speed meets both."""
     pair = Pair(ours=[], theirs=[])
-    for _ in range(rounds):
+    for _ in range(repeats):
         pair.theirs.append(theirs())
         pair.ours.append(ours())
     return pair
 
 
-def seconds(work: Callable[[], object]) -> float:
+def measure_seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -51,7 +53,7 @@ def machine() -> str:
     )
 
 
-def row(*cells: object) -> None:
+def print_row(*cells: object) -> None:
     print(
         "  ".join(
             f"{cell!s:<{width}}" for cell, width in zip(cells, (44, 22, 22, 14), strict=False)

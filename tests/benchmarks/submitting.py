@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from tests import servers
-from tests.benchmarks.side_by_side import row
+from tests.benchmarks.side_by_side import print_row
 
 ROWS = 1_000_000
 
@@ -27,7 +27,7 @@ def main(rows: int = ROWS) -> None:
                 "SQLite": f"sqlite:///{folder / 'jobs.db'}",
                 "PostgreSQL": servers.create_database(cluster.url),
             }
-            row(f"submitting {rows:,} rows", "rows a second", "peak memory, MB", "seconds")
+            print_row(f"submitting {rows:,} rows", "rows a second", "peak memory, MB", "seconds")
             for kind, url in urls.items():
                 _measure(kind, manifest, rows, url, redis.url)
 
@@ -60,7 +60,7 @@ def _measure(kind: str, manifest: Path, rows: int, url: str, redis_url: str) -> 
     spent = time.perf_counter() - start
     if status:
         raise SystemExit(f"inpaint-submit ended with {status}")
-    row(f"  {kind}", f"{rows / spent:,.0f}", f"{usage.ru_maxrss / 1024:,.0f}", f"{spent:.1f}")
+    print_row(f"  {kind}", f"{rows / spent:,.0f}", f"{usage.ru_maxrss / 1024:,.0f}", f"{spent:.1f}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from shared import masks
 from shared.geometry import regions
 from shared.images import decode, encode
 from shared.params import Params
-from tests.benchmarks.side_by_side import in_turns, row, seconds
+from tests.benchmarks.side_by_side import measure_alternately, measure_seconds, print_row
 from tests.tiny_pipeline import build
 from workers.engines import load_engine
 from workers.engines.protocol import RegionWork
@@ -29,7 +29,7 @@ from workers.pipeline import compositing
 
 SIZE, TILE, OVERLAP = (3000, 2000), 512, 64
 MARK = (2400, 1700, 2600, 1760)
-ROUNDS = 3
+REPEATS = 3
 PARAMS = Params(
     num_inference_steps=10, guidance_scale=7.5, strength=0.8, mask_dilation=1, mask_feather=2
 )
@@ -45,15 +45,15 @@ def main() -> None:
         theirs = pipeline(model)
         windows: list[int] = []
         tiles: list[int] = []
-        pair = in_turns(
-            lambda: seconds(lambda: windows.append(_ours(engine, source, mask))),
-            lambda: seconds(lambda: tiles.append(_loop(theirs, source, mask))),
-            rounds=ROUNDS,
+        pair = measure_alternately(
+            lambda: measure_seconds(lambda: windows.append(_ours(engine, source, mask))),
+            lambda: measure_seconds(lambda: tiles.append(_loop(theirs, source, mask))),
+            repeats=REPEATS,
         )
         engine.close()
-    row("3000x2000 with a small mark, seconds", "auto", "tile loop", "ratio")
-    row("", f"{min(pair.ours):.2f}", f"{min(pair.theirs):.2f}", f"{pair.ratio:.1f}x")
-    row("  pipeline windows", windows[0], tiles[0], f"{tiles[0] / windows[0]:.0f}x")
+    print_row("3000x2000 with a small mark, seconds", "auto", "tile loop", "ratio")
+    print_row("", f"{min(pair.ours):.2f}", f"{min(pair.theirs):.2f}", f"{pair.ratio:.1f}x")
+    print_row("  pipeline windows", windows[0], tiles[0], f"{tiles[0] / windows[0]:.0f}x")
 
 
 def _photograph(folder: Path) -> tuple[bytes, bytes]:
