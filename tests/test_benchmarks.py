@@ -1,4 +1,4 @@
-"""The benchmark that needs a GPU is tried on a CPU, so that it runs the day there is one."""
+"""The GPU benchmark, run on a CPU with the tiny pipeline, so that it works when there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """Benchmarks measure and print; tests assert. ``python -m tests.benchmarks`` runs them all.
 
-Each compares two ways of doing the same in one run, in turns, and prints their ratio.
+Each compares two implementations in one process, alternately, and prints their ratio.
 """

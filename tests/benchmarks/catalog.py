@@ -1,9 +1,9 @@
 """A catalog through a real worker process, from an S3 server and back to it.
 
-First photographs of 24 megapixels with a small mark, in images a minute, against the loop over
-every tile of ``tile_loop.py``, of which only some tiles are run. Then many small photographs on
-a simulated device, which takes the time of a GPU and leaves the cores to the job threads: how long
-did it have to wait for them?
+First photographs of 24 megapixels with a small mark, in images a minute, compared with the loop
+over every tile of ``tile_loop.py``, of which only some tiles are run. Then many small photographs
+on a simulated device, which takes the time of a GPU and leaves the cores to the job threads: for
+how long is it idle because they are too slow?
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ LARGE, LARGE_MARK = (6000, 4000), (5200, 3600, 5600, 3750)
 SMALL, SMALL_MARK = (1200, 900), (1100, 850, 1140, 870)
 BUCKET = "catalog"
 POLL_SECONDS = 0.05
-IDLE = re.compile(r"idle in between for (\S+)%")
+IDLE = re.compile(r"idle (?:in between )?for (\S+)%")
 SIMULATED = re.compile(r"simulated device: (\S+) s, idle (\S+)%, longest gaps (.*)")
 
 
 def main() -> None:
-    asked = _arguments()
+    options = _arguments()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         model = build(folder / "model")
         shop = stack.enter_context(_open_shop(folder))
-        engine = asked.engine or f"diffusers:{model}"
-        _compare_loop(shop, engine, model, asked)
+        engine = options.engine or f"diffusers:{model}"
+        _compare_loop(shop, engine, model, options)
         if engine_spec(engine).is_trained:
-            _watch_device(shop, engine, asked)
+            _watch_device(shop, engine, options)
 
 
 def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photographs", type=int, default=6, help="of 24 megapixels")
-    parser.add_argument("--tiles", type=int, default=3, help="that the loop runs of its 126")
-    parser.add_argument("--jobs", type=int, default=100, help="on the simulated device")
-    parser.add_argument("--tflops", type=float, default=50, help="of the simulated device")
+    parser.add_argument("--photographs", type=int, default=6, help="how many of 24 megapixels")
+    parser.add_argument("--tiles", type=int, default=3, help="tiles that the loop runs, of its 126")
+    parser.add_argument("--jobs", type=int, default=100, help="how many on the simulated device")
+    parser.add_argument("--tflops", type=float, default=50, help="speed of the simulated device")
     parser.add_argument("--engine", help="such as opencv; the tiny pipeline by default")
-    parser.add_argument("--keep", type=Path, help="folder for a photograph and its mask")
+    parser.add_argument("--keep", type=Path, help="folder to keep a photograph and its mask in")
     return parser.parse_args()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shop:
-    """Servers, and the job table."""
+    """The servers, and the job table."""
 
     folder: Path
     harness: WorkerHarness
@@ -109,37 +109,37 @@ def _open_shop(folder: Path) -> Iterator[Shop]:
         harness.close()
 
 
-def _compare_loop(shop: Shop, engine: str, model: Path, asked: Any) -> None:
+def _compare_loop(shop: Shop, engine: str, model: Path, options: Any) -> None:
     image, mask = _photograph(LARGE, LARGE_MARK)
-    if asked.keep:
-        (asked.keep / "photograph.jpg").write_bytes(image)
-        (asked.keep / "photograph.png").write_bytes(mask)
+    if options.keep:
+        (options.keep / "photograph.jpg").write_bytes(image)
+        (options.keep / "photograph.png").write_bytes(mask)
     params = {**vars(PARAMS), "width": TILE, "height": TILE}
-    _submit(shop, engine, image, mask, count=asked.photographs, prefix="large", **params)
-    seconds, said = _run(shop, engine)
-    ours = 60 * asked.photographs / seconds
+    _submit(shop, engine, image, mask, count=options.photographs, prefix="large", **params)
+    seconds, log = _run(shop, engine)
+    ours = 60 * options.photographs / seconds
     print_row(
-        f"{asked.photographs} photographs of 24 megapixels", "images a minute", "windows each"
+        f"{options.photographs} photographs of 24 megapixels", "images a minute", "windows each"
     )
     print_row(f"  ours, {engine.partition(':')[0]}", f"{ours:.1f}", 1)
     if not engine_spec(engine).is_trained:
         return
     boxes = tile_boxes(LARGE)
-    theirs = 60 / _loop_seconds(image, mask, model, tiles=asked.tiles)
-    print_row(f"  tile loop ({asked.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
+    theirs = 60 / _loop_seconds(image, mask, model, tiles=options.tiles)
+    print_row(f"  tile loop ({options.tiles} tiles run)", f"{theirs:.2f}", len(boxes))
     print_row("  ratio", f"{ours / theirs:.0f}x")
-    found = IDLE.search(said)
-    print_row("  the CPU as the device, idle", f"{found[1]}%" if found else "-")
+    idle = IDLE.search(log)
+    print_row("  the CPU as the device, idle", f"{idle[1]}%" if idle else "-")
 
 
-def _watch_device(shop: Shop, engine: str, asked: Any) -> None:
+def _watch_device(shop: Shop, engine: str, options: Any) -> None:
     image, mask = _photograph(SMALL, SMALL_MARK)
-    _submit(shop, engine, image, mask, count=asked.jobs, prefix="small", strength=1.0)
-    seconds, said = _run(shop, engine, tflops=asked.tflops)
-    found = SIMULATED.search(said)
-    idle, gaps = (f"{found[2]}%", found[3]) if found else ("-", "-")
-    print_row(f"{asked.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
-    print_row(f"  a device of {asked.tflops:g} TFLOP/s", f"{asked.jobs / seconds:.2f}", idle)
+    _submit(shop, engine, image, mask, count=options.jobs, prefix="small", strength=1.0)
+    seconds, log = _run(shop, engine, tflops=options.tflops)
+    reported = SIMULATED.search(log)
+    idle, gaps = (f"{reported[2]}%", reported[3]) if reported else ("-", "-")
+    print_row(f"{options.jobs} photographs of 1200x900, 50 steps", "images a second", "device idle")
+    print_row(f"  a device of {options.tflops:g} TFLOP/s", f"{options.jobs / seconds:.2f}", idle)
     print_row("  its longest gaps, ms", gaps)
 
 
@@ -176,7 +176,7 @@ def _submit(
 
 
 def _run(shop: Shop, engine: str, *, tflops: float = 0) -> tuple[float, str]:
-    """Seconds from the first job's start to the last one's end, and what the worker said."""
+    """Seconds from the start of the first job to the end of the last, and the worker's log."""
     before = _count(shop, "succeeded")
     log = shop.folder / "worker.log"
     with log.open("w") as file:
@@ -184,15 +184,17 @@ def _run(shop: Shop, engine: str, *, tflops: float = 0) -> tuple[float, str]:
         command = [sys.executable, "-m", "tests.benchmarks.catalog", "worker"]
         process = subprocess.Popen(command, env=environment, stderr=file)
         try:
-            _await(process, log, lambda: _count(shop, "running") > 0 or not _left(shop))
+            _await(process, log, lambda: _count(shop, "running") > 0 or not _unfinished(shop))
             start = time.perf_counter()
-            _await(process, log, lambda: not _left(shop))
+            _await(process, log, lambda: not _unfinished(shop))
             seconds = time.perf_counter() - start
         finally:
             process.terminate()
             process.wait(20)
     if failed := _count(shop, "failed"):
-        raise RuntimeError(f"{failed} jobs failed; the worker said:\n{log.read_text()[-2000:]}")
+        raise RuntimeError(
+            f"{failed} jobs failed; the worker's log ends with:\n{log.read_text()[-2000:]}"
+        )
     assert _count(shop, "succeeded") > before
     return seconds, log.read_text()
 
@@ -200,41 +202,41 @@ def _run(shop: Shop, engine: str, *, tflops: float = 0) -> tuple[float, str]:
 def _await(process: subprocess.Popen[bytes], log: Path, ready: Any) -> None:
     while not ready():
         if process.poll() is not None:
-            raise RuntimeError(f"the worker ended; it said:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(f"the worker exited; its log ends with:\n{log.read_text()[-2000:]}")
         time.sleep(POLL_SECONDS)
 
 
-def _left(shop: Shop) -> int:
+def _unfinished(shop: Shop) -> int:
     return sum(_count(shop, state) for state in ("pending", "queued", "running"))
 
 
 def _count(shop: Shop, state: str) -> int:
     with shop.harness.db.read() as connection:
-        found = connection.exec_driver_sql(f"SELECT count(*) FROM jobs WHERE state = '{state}'")
-        return int(found.scalar_one())
+        counted = connection.exec_driver_sql(f"SELECT count(*) FROM jobs WHERE state = '{state}'")
+        return int(counted.scalar_one())
 
 
 def _loop_seconds(image: bytes, mask: bytes, model: Path, *, tiles: int) -> float:
-    """Of one photograph: decoding and encoding once, and every tile as slow as those run."""
+    """Seconds for one photograph: decoding, encoding, and the tiles run, scaled up to all."""
     pipe = pipeline(model)
     torch.set_num_threads(os.cpu_count() or 1)
     start = time.perf_counter()
     source = Image.open(io.BytesIO(image)).convert("RGB")
     marked = Image.open(io.BytesIO(mask))
     source.save(io.BytesIO(), format="JPEG", quality=92)
-    files = time.perf_counter() - start
+    file_seconds = time.perf_counter() - start
     boxes = tile_boxes(LARGE)
     result = source.copy()
-    paint_tile(pipe, source.crop(boxes[0]), marked.crop(boxes[0]))  # fills caches
+    paint_tile(pipe, source.crop(boxes[0]), marked.crop(boxes[0]))  # warms up
     start = time.perf_counter()
     for box in boxes[:tiles]:
         painted = paint_tile(pipe, source.crop(box), marked.crop(box))
         result.paste(painted.resize((box[2] - box[0], box[3] - box[1])), box[:2])
-    return files + (time.perf_counter() - start) * len(boxes) / tiles
+    return file_seconds + (time.perf_counter() - start) * len(boxes) / tiles
 
 
 def _work() -> None:
-    """The product's worker process; with a simulated device where one is asked for."""
+    """The product's worker process; with a simulated device if CATALOG_TFLOPS is not 0."""
     from workers.worker_process import main as worker
 
     name, tflops = os.environ["CATALOG_ENGINE"], float(os.environ["CATALOG_TFLOPS"])
@@ -248,7 +250,7 @@ def _work() -> None:
     torch.set_num_threads(1 if tflops else os.cpu_count() or 1)
     if tflops:
         sd_loaders.load_diffusers = load_simulated
-    atexit.register(_say, clocks)
+    atexit.register(_print_clocks, clocks)
     os.environ |= {
         "INPAINT_MAX_BATCH": "32" if tflops else "16",
         "INPAINT_MEGAPIXEL_BUDGET": "300",
@@ -256,12 +258,12 @@ def _work() -> None:
     worker(["--engine", name, "--device", "cpu", "--name", "bench", "--worker", "bench-1"])
 
 
-def _say(clocks: list[Clock]) -> None:
+def _print_clocks(clocks: list[Clock]) -> None:
     for clock in clocks:
         seconds = clock.free_at - (clock.first or clock.free_at)
         gaps = ", ".join(f"{1000 * gap:.0f}" for gap in sorted(clock.gaps)[:-6:-1])
-        said = f"{seconds:.1f} s, idle {100 * clock.idle_share:.1f}%, longest gaps {gaps}"
-        print(f"simulated device: {said}", file=sys.stderr)
+        figures = f"{seconds:.1f} s, idle {100 * clock.idle_share:.1f}%, longest gaps {gaps}"
+        print(f"simulated device: {figures}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a person sees at the mask's edge: ours against IOPaint's paste, diffusers' and a hard one.
+"""Quality at the mask's edge: our compositing, IOPaint's, diffusers' and a hard paste.
 
-The engine here returns the true picture with a cast of colour, softened and with noise, so
-that nothing but the compositing is measured. Every method gets the same mask and the same
-result. ``--pictures FILE`` writes crops of all four side by side.
+The engine is simulated: it returns the true image with a colour cast, softened and with noise,
+so that only the compositing is measured. Every method gets the same mask and the same result.
+``--images FILE`` writes crops of all four next to each other.
 """
 
 from __future__ import annotations
@@ -37,29 +37,31 @@ from tests.benchmarks.marked_photographs import (
 from workers.pipeline.compositing import composite
 
 Method = Callable[[Pixels, Grey, Pixels], Pixels]
-"""From the marked picture, the mask and the engine's whole result to the finished picture."""
+"""method(marked image, mask, engine's result for the whole image) -> finished image"""
 
 OURS = Params(mask_dilation=1, mask_feather=2)
 BAND_PX, EYE_PX = 4, 1.0
 NEAR_PX = 8
 
 
-def main(pictures: Path | None = None) -> None:
-    """Prints a table for each photograph and one for all; ``pictures``: a JPEG to write."""
-    if pictures:
-        _write_sheet(pictures)
-    found = {name: [measure(case) for case in cases(photograph(name))] for name in PHOTOGRAPHS}
-    everything = [scores for each in found.values() for scores in each]
-    for title, each in [*found.items(), ("all", everything)]:
-        _line(title, "PSNR in mask, dB", "seam, levels/px", "leak, %", "changed outside, px")
+def main(sheet: Path | None = None) -> None:
+    """Prints a table for each photograph and one for all; sheet: a JPEG of crops to write."""
+    if sheet:
+        _write_sheet(sheet)
+    by_photograph = {
+        name: [measure(case) for case in cases(photograph(name))] for name in PHOTOGRAPHS
+    }
+    all_scores = [scores for group in by_photograph.values() for scores in group]
+    for title, group in [*by_photograph.items(), ("all", all_scores)]:
+        _print_line(title, "PSNR in mask, dB", "seam, levels/px", "leak, %", "changed outside, px")
         for method in METHODS:
-            mean = mean_scores(scores[method] for scores in each)
+            mean = mean_scores(scores[method] for scores in group)
             figures = f"{mean.psnr:.2f}", f"{mean.seam:.3f}", f"{mean.leak:.2f}"
-            _line(f"  {method}", *figures, f"{mean.changed:.0f}")
-    _line(f"ours at least as good, of {len(everything)}", *map(str, _wins(everything)))
+            _print_line(f"  {method}", *figures, f"{mean.changed:.0f}")
+    _print_line(f"ours at least as good, of {len(all_scores)}", *map(str, _wins(all_scores)))
 
 
-def _line(*cells: str) -> None:
+def _print_line(*cells: str) -> None:
     widths = (34, 18, 17, 9, 20)
     print("".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)))
 
@@ -68,12 +70,12 @@ def _line(*cells: str) -> None:
 
 
 def ours(marked: Pixels, mask: Grey, painted: Pixels, params: Params = OURS) -> Pixels:
-    """The product's own steps, with the whole picture as the only region, at 1:1."""
-    picture = decode(_as_png(marked), max_pixels=10**8)
+    """The product's own steps, with the whole image as the only region, at 1:1."""
+    original = decode(_as_png(marked), max_pixels=10**8)
     repainted = dilate(apply_threshold(mask, threshold=params.mask_threshold), params.mask_dilation)
-    whole = Box(0, 0, *picture.size)
+    whole = Box(0, 0, *original.size)
     region = Region(box=whole, size=whole.size, windows=(whole,))
-    return np.asarray(composite(picture, repainted, [region], [painted], params).pixels)
+    return np.asarray(composite(original, repainted, [region], [painted], params).pixels)
 
 
 def with_a_ring(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
@@ -90,7 +92,7 @@ def iopaint(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
 
 
 def apply_overlay(marked: Pixels, mask: Grey, painted: Pixels) -> Pixels:
-    """diffusers' own, with the mask blurred as its guide to inpainting does it."""
+    """diffusers' own method, with the mask blurred as in its inpainting guide."""
     processor = _processor()
     blurred = processor.blur(Image.fromarray(mask), blur_factor=33)
     original, result = Image.fromarray(marked), Image.fromarray(painted)
@@ -116,18 +118,18 @@ PEERS: Mapping[str, Method] = {
 METHODS: Mapping[str, Method] = {"ours": ours, "ours, colour_fit=ring": with_a_ring, **PEERS}
 
 
-def _as_png(picture: Pixels) -> bytes:
+def _as_png(image: Pixels) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=0)
+    Image.fromarray(image).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
-# --- the figures ---------------------------------------------------------------------------
+# --- the metrics ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """psnr: dB, the more the better; of the others less is better. changed: pixels."""
+    """psnr: dB, higher is better. seam: levels per pixel, leak: %, changed: pixels; lower is."""
 
     psnr: float
     seam: float
@@ -135,7 +137,7 @@ class Scores:
     changed: float
 
     def is_as_good_as(self, other: Scores) -> tuple[bool, bool, bool]:
-        """In PSNR, seam and leak; ties count, and so does what no printed digit shows."""
+        """In PSNR, seam and leak; differences below the printed precision count as ties."""
         return (
             self.psnr > other.psnr - 0.005,
             self.seam < other.seam + 0.0005,
@@ -144,9 +146,9 @@ class Scores:
 
 
 def mean_scores(many: Iterable[Scores]) -> Scores:
-    each = tuple(many)
-    names = [one.name for one in fields(Scores)]
-    return Scores(**{name: float(np.mean([getattr(s, name) for s in each])) for name in names})
+    scores = tuple(many)
+    names = [metric.name for metric in fields(Scores)]
+    return Scores(**{name: float(np.mean([getattr(s, name) for s in scores])) for name in names})
 
 
 def measure(case: Case) -> dict[str, Scores]:
@@ -172,11 +174,10 @@ def _psnr(result: Pixels, true: Pixels, where: Mask) -> float:
 
 
 def _seam(result: Pixels, true: Pixels, mask: Mask) -> float:
-    """Levels a pixel by which gradients beside the mask's edge are not the true picture's.
+    """The mean absolute error of gradients within 4 px of the mask's edge, in levels per pixel.
 
-    The mean absolute difference of gradients, which Levin, Zomet, Peleg and Weiss (2004)
-    minimise to hide a seam, within 4 px of the edge. The pictures are blurred by 1 px first:
-    grain is no edge.
+    Levin, Zomet, Peleg and Weiss (2004) minimise it to hide a seam. The error is blurred by
+    1 px first, so that grain does not count as an edge.
     """
     error = cv2.GaussianBlur(result.astype(np.float32) - true, (0, 0), EYE_PX)
     band = dilate(mask, BAND_PX) & dilate(~mask, BAND_PX)
@@ -186,27 +187,27 @@ def _seam(result: Pixels, true: Pixels, mask: Mask) -> float:
 
 
 def _leak(result: Pixels, unmarked: Pixels, case: Case, mask: Mask) -> float:
-    """Percent of the mark that is still there, in the mask and within 8 px of it.
+    """Percent of the mark that remains, in the mask and within 8 px of it.
 
-    ``unmarked`` is what the same method makes of the same engine's result where there never
-    was a mark. The difference, projected on the mark, is the mark's doing and nobody else's.
+    |<result - unmarked, mark>| / <mark, mark>, where ``unmarked`` is the same method's result
+    for the image without the mark. The difference is due to the mark alone.
     """
     near = dilate(mask, NEAR_PX)
     mark = case.marked[near].astype(np.float64) - case.true[near]
-    left = result[near].astype(np.float64) - unmarked[near]
-    return float(100 * abs((left * mark).sum()) / np.square(mark).sum())
+    rest = result[near].astype(np.float64) - unmarked[near]
+    return float(100 * abs((rest * mark).sum()) / np.square(mark).sum())
 
 
-def _wins(found: Sequence[Mapping[str, Scores]]) -> list[int]:
+def _wins(cases_scores: Sequence[Mapping[str, Scores]]) -> list[int]:
     """In how many cases ours is as good as the best in PSNR, seam and leak."""
     as_good = [
         np.all([scores["ours"].is_as_good_as(scores[peer]) for peer in PEERS], axis=0)
-        for scores in found
+        for scores in cases_scores
     ]
     return [int(total) for total in np.sum(as_good, axis=0)]
 
 
-# --- the pictures --------------------------------------------------------------------------
+# --- the crops --------------------------------------------------------------------------
 
 _SHOWN = (  # photograph, case, left and top of the crop
     ("coffee", "lettering, soft mask, strong cast", (100, 100)),
@@ -217,15 +218,15 @@ _CROP_PX, _ZOOM, _GAP, _CAPTION = 88, 3, 8, 24
 
 
 def _write_sheet(path: Path) -> None:
-    """A row for each case: the marked picture, the four methods, the true picture."""
+    """A row per case: the marked image, the four methods, the true image."""
     side = _CROP_PX * _ZOOM
-    titles = ("marked", *PEERS, "ours", "true picture")
+    titles = ("marked", *PEERS, "ours", "true image")
     size = (len(titles) * (side + _GAP) + _GAP, len(_SHOWN) * (side + _CAPTION) + _CAPTION + _GAP)
     sheet = Image.new("RGB", size, "#f7f6f3")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
-    for line, (name, wanted, corner) in enumerate(_SHOWN):
-        case = next(one for one in cases(photograph(name)) if one.name == wanted)
-        shown = {"marked": case.marked, "true picture": case.true}
+    for line, (name, case_name, corner) in enumerate(_SHOWN):
+        case = next(case for case in cases(photograph(name)) if case.name == case_name)
+        shown = {"marked": case.marked, "true image": case.true}
         for title in (*PEERS, "ours"):
             shown[title] = METHODS[title](case.marked, case.mask, case.painted)
         top = _CAPTION + line * (side + _CAPTION)
@@ -233,17 +234,17 @@ def _write_sheet(path: Path) -> None:
             left = _GAP + column * (side + _GAP)
             draw.text((left, 4), title, fill="#222222", font=font)
             sheet.paste(_enlarged(shown[title], corner), (left, top))
-        draw.text((_GAP, top + side + 3), f"{name}: {wanted}", fill="#8a8780", font=font)
+        draw.text((_GAP, top + side + 3), f"{name}: {case_name}", fill="#8a8780", font=font)
     sheet.save(path, quality=90)
 
 
-def _enlarged(picture: Pixels, corner: tuple[int, int]) -> Image.Image:
+def _enlarged(image: Pixels, corner: tuple[int, int]) -> Image.Image:
     left, top = corner
-    crop = Image.fromarray(picture).crop((left, top, left + _CROP_PX, top + _CROP_PX))
+    crop = Image.fromarray(image).crop((left, top, left + _CROP_PX, top + _CROP_PX))
     return crop.resize((_CROP_PX * _ZOOM, _CROP_PX * _ZOOM), Image.Resampling.BICUBIC)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=Path, metavar="FILE", help="a JPEG to write")
-    main(parser.parse_args().pictures)
+    parser.add_argument("--images", type=Path, metavar="FILE", help="a JPEG to write")
+    main(parser.parse_args().images)

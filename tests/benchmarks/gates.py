@@ -1,7 +1,7 @@
-"""How well the gates tell good fills from broken ones, on photographs whose truth is known.
+"""How well the quality gates separate good fills from broken ones.
 
-Each photograph gets a mark of each shape, in many places; each marked one is filled in ways
-that a person would accept, and in ways that nobody would.
+Photographs get a mark of each shape at several places. Each mark is replaced by fills that a
+person would accept, and by fills that nobody would. The unmarked photograph is the truth.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ PHOTOGRAPHS = (
     *("hubble_deep_field.jpg", "motorcycle_left.png", "camera.png", "moon.png", "coins.png"),
     *("brick.png", "grass.png", "gravel.png", "page.png", "text.png", "cell.png"),
 )
-REPEATS = 10
+PLACES = 10  # of each photograph
 WINDOW_PX = 320
 PAINTS = ((255, 255, 255), (20, 20, 20), (200, 30, 30))
-# What is worse than this, in levels and in parts of the contrast around, nobody overlooks.
+# An error that nobody overlooks: RMS in levels, and as a share of the contrast around the mask.
 GROSS_LEVELS, GROSS_SHARE = 12, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """truth: without the mark; marked: with it, as it would be submitted."""
+    """truth: without the mark; marked: with it, as a user would submit it."""
 
     photograph: str
     truth: Rgb
@@ -60,22 +60,22 @@ def main() -> None:
         for name, fill in (GOOD | BAD).items():
             if name in THIN_ONLY and not case.small:
                 continue
-            after = _composed(case, fill(case, random))
-            code = _code(case, after)
+            after = _composite(case, fill(case, random))
+            code = _failed_gate(case, after)
             examined[name] += 1
             if name in GOOD or name in ALWAYS_GROSS or _is_gross(case, after):
                 gross[name] += 1
                 caught[name, code] += 1
     print_row("fill", "judged of all", "refused", "by")
     for name in GOOD | BAD:
-        codes = {code: n for (of, code), n in caught.items() if of == name and code}
+        codes = {code: n for (fill, code), n in caught.items() if fill == name and code}
         share = sum(codes.values()) / gross[name]
-        said = ", ".join(f"{code.removeprefix('gate_')} {n}" for code, n in codes.items())
-        print_row(name, f"{gross[name]} of {examined[name]}", f"{share:.1%}", said)
-    _time()
+        by_gate = ", ".join(f"{code.removeprefix('gate_')} {n}" for code, n in codes.items())
+        print_row(name, f"{gross[name]} of {examined[name]}", f"{share:.1%}", by_gate)
+    _measure_speed()
 
 
-def _code(case: Case, after: Rgb) -> str:
+def _failed_gate(case: Case, after: Rgb) -> str:
     before, result = (
         DecodedImage(pixels=pixels, mode="RGB", format="PNG") for pixels in (case.marked, after)
     )
@@ -86,8 +86,8 @@ def _code(case: Case, after: Rgb) -> str:
     return error.code if error else ""
 
 
-def _composed(case: Case, fill: Rgb) -> Rgb:
-    """The fill pasted into the mask, and into a feather around it."""
+def _composite(case: Case, fill: Rgb) -> Rgb:
+    """Pastes the fill into the mask, and into a feather of ``feather_px`` around it."""
     outside = (~case.mask).astype(np.uint8)
     distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     weight = np.clip(1 - distance / (case.feather_px + 1), 0, 1)[..., None]
@@ -95,10 +95,10 @@ def _composed(case: Case, fill: Rgb) -> Rgb:
 
 
 def _is_gross(case: Case, after: Rgb) -> bool:
-    wrong = np.sqrt(np.mean((after[case.mask].astype(float) - case.truth[case.mask]) ** 2))
+    error = np.sqrt(np.mean((after[case.mask].astype(float) - case.truth[case.mask]) ** 2))
     around = dilate(case.mask, 12) & ~case.mask
     contrast = case.truth[around].astype(float).std(axis=0).mean()
-    return bool(wrong > max(GROSS_LEVELS, GROSS_SHARE * contrast))
+    return bool(error > max(GROSS_LEVELS, GROSS_SHARE * contrast))
 
 
 # --- marks -----------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def _is_gross(case: Case, after: Rgb) -> bool:
 def _cases() -> Iterator[Case]:
     for number, name in enumerate(PHOTOGRAPHS):
         whole = np.asarray(sample_images.read_photograph(name).convert("RGB"))
-        for turn in range(REPEATS):
-            random = np.random.default_rng([number, turn, 7])
+        for place in range(PLACES):
+            random = np.random.default_rng([number, place, 7])
             truth = _window(whole, random)
             for draw in (_text, _box, _disc, _scratch, _dot):
                 yield _case(name, truth, draw, random)
@@ -193,7 +193,7 @@ def _tinted(case: Case, random: Random) -> Rgb:
 
 
 def _decoded(case: Case, random: Random) -> Rgb:
-    """A little of all three, as a VAE's decoder does."""
+    """Softer, with some noise and a colour cast, as a VAE's decoder returns it."""
     soft = cv2.GaussianBlur(case.truth, (0, 0), 0.8).astype(float)
     return _levels(soft + random.normal(0, 2, soft.shape) + random.uniform(-3, 3, 3))
 
@@ -208,7 +208,7 @@ def _cast(case: Case, random: Random) -> Rgb:
     return _levels(case.truth + cast)
 
 
-def _left_in(case: Case, random: Random) -> Rgb:
+def _mark_remains(case: Case, random: Random) -> Rgb:
     return _levels(case.marked + random.normal(0, 1, case.truth.shape))
 
 
@@ -216,15 +216,15 @@ def _noise(case: Case, random: Random) -> Rgb:
     return random.integers(0, 256, case.truth.shape).astype(np.uint8)
 
 
-def _another(case: Case, random: Random) -> Rgb:
+def _other_photograph(case: Case, random: Random) -> Rgb:
     others = [name for name in PHOTOGRAPHS if name != case.photograph]
     other = sample_images.read_photograph(str(random.choice(others))).convert("RGB")
     return np.asarray(other.resize((case.truth.shape[1], case.truth.shape[0])))
 
 
 def _shifted(case: Case, random: Random) -> Rgb:
-    by = random.integers(24, 80, 2) * random.choice([-1, 1], 2)
-    return np.roll(case.truth, tuple(int(px) for px in by), axis=(0, 1))
+    offset = random.integers(24, 80, 2) * random.choice([-1, 1], 2)
+    return np.roll(case.truth, tuple(int(px) for px in offset), axis=(0, 1))
 
 
 Fills = Mapping[str, Callable[[Case, Random], Rgb]]
@@ -241,32 +241,32 @@ BAD: Fills = {
     "black": lambda case, _: np.zeros_like(case.truth),
     "black, lifted by 24": lambda case, _: np.full_like(case.truth, 24),
     "the mark left in": lambda case, _: case.marked,
-    "the mark left in, noise of 1": _left_in,
+    "the mark left in, noise of 1": _mark_remains,
     "noise": _noise,
-    "another photograph": _another,
+    "another photograph": _other_photograph,
     "a cast of 25 in one channel": _cast,
-    "another place of the picture": _shifted,
+    "another place of the same image": _shifted,
 }
 ALWAYS_GROSS = ("the mark left in", "the mark left in, noise of 1")
 THIN_ONLY = ("good: OpenCV, Telea", "good: OpenCV, Navier-Stokes")
 
 
-def _time() -> None:
-    """The fastest of five, as everything else on the machine only adds to it."""
+def _measure_speed() -> None:
+    """Prints the fastest of five runs: other load on the machine only adds to the others."""
     large = np.random.default_rng(0).integers(0, 256, (4000, 6000, 3), np.uint8)
     whole, mark = np.ones(large.shape[:2], np.bool_), np.zeros(large.shape[:2], np.bool_)
     mark[1000:1060, 2000:2200] = True
     for name, mask in (("a mark of 200x60", mark), ("all of it", whole)):
         plan = regions.plan(mask, mode="auto", window=(512, 512))
-        one, other = (
-            DecodedImage(pixels=p, mode="RGB", format="PNG") for p in (large, 255 - large)
+        before, after = (
+            DecodedImage(pixels=pixels, mode="RGB", format="PNG") for pixels in (large, 255 - large)
         )
-        spent = []
+        seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            quality_gates.examine(one, other, mask, plan, ())
-            spent.append(time.perf_counter() - start)
-        print_row(f"24 megapixels, {name}", f"{min(spent) * 1000:.1f} ms")
+            quality_gates.examine(before, after, mask, plan, ())
+            seconds.append(time.perf_counter() - start)
+        print_row(f"24 megapixels, {name}", f"{min(seconds) * 1000:.1f} ms")
 
 
 if __name__ == "__main__":

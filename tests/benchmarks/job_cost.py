@@ -1,5 +1,5 @@
-"""What a job costs besides its pixels: a 64x64 image and an engine that does nothing, against
-a bare Celery task that does nothing, through the same kind of worker process."""
+"""The overhead of a job: a 64x64 image with an engine that does nothing, compared with a Celery
+task that does nothing, in the same kind of worker process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
 
 COUNT, REPEATS, THREADS = 500, 3, 2
-# The name decides the plan: OpenCV gets the 64x64 image as one region.
+# The engine's name decides the plan of regions: OpenCV gets the image as one.
 ENGINE = "opencv"
 
 
-class Nothing:
-    """Returns the region as it came."""
+class IdentityEngine:
+    """Returns the region unchanged."""
 
     name, revision, device = ENGINE, "1", "cpu"
 
@@ -58,10 +58,10 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     harness = WorkerHarness(url, folder)
     image = harness.write_image("in.png", (64, 64))
     mask = harness.write_mask("mask.png", (64, 64), (20, 20, 40, 40))
-    rounds = iter(range(REPEATS + 1))
+    runs = iter(range(REPEATS + 1))
 
     def ours() -> float:
-        number = next(rounds)
+        number = next(runs)
         for index in range(COUNT):
             harness.add(
                 image=image,
@@ -73,7 +73,7 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
         queue = Queue(redis_url)
         jobs.dispatch(harness.db, queue, ENGINE, bound=COUNT)
         queue.close()
-        return _drained(lambda: _left(harness))
+        return _seconds_until_drained(lambda: _unfinished(harness))
 
     environment = {
         **os.environ,
@@ -82,7 +82,7 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
         "INPAINT_ROOTS": str(folder),
     }
     with _worker("ours", environment), _worker("bare", environment):
-        ours()
+        ours()  # warms up
         pair = measure_alternately(ours, lambda: _bare(redis_url), repeats=REPEATS)
     harness.close()
     print_row(f"cost of a job, {kind}, ms", "ours", "bare Celery no-op", "times")
@@ -90,27 +90,27 @@ def _compare(kind: str, url: str, redis_url: str, folder: Path) -> None:
     print_row("", f"{ours_ms:.2f}", f"{bare_ms:.2f}", f"{1 / pair.ratio:.1f}x")
 
 
-def _left(harness: WorkerHarness) -> int:
+def _unfinished(harness: WorkerHarness) -> int:
     with harness.db.read() as connection:
-        found = connection.exec_driver_sql(
+        counted = connection.exec_driver_sql(
             "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running', 'pending')"
         )
-        return int(found.scalar_one())
+        return int(counted.scalar_one())
 
 
 def _bare(redis_url: str) -> float:
-    """Publishes as fast as ours does, so that only the workers differ."""
+    """Seconds for the bare tasks; published in the same way as ours, so only the workers differ."""
     client = redis.Redis.from_url(redis_url)
     client.set("done", 0)
     queue = Queue(redis_url)
     queue.publish([Message(job=n, attempt=0, engine="bare") for n in range(COUNT)])
     queue.close()
-    spent = _drained(lambda: COUNT - int(client.get("done") or 0))
+    seconds = _seconds_until_drained(lambda: COUNT - int(client.get("done") or 0))
     client.close()
-    return spent
+    return seconds
 
 
-def _drained(left: Callable[[], int]) -> float:
+def _seconds_until_drained(left: Callable[[], int]) -> float:
     start = time.perf_counter()
     while left():
         time.sleep(0.05)
@@ -132,7 +132,7 @@ def _worker(kind: str, environment: dict[str, str]) -> Iterator[None]:
 def _run_ours() -> None:
     from workers.worker_process import main as worker
 
-    opencv.load = lambda _name, _options: Nothing()  # type: ignore[assignment,return-value]
+    opencv.load = lambda _name, _options: IdentityEngine()  # type: ignore[assignment,return-value]
     os.environ |= {
         "INPAINT_CONCURRENCY": str(THREADS),
         "INPAINT_MAX_BATCH": "1",
@@ -142,7 +142,7 @@ def _run_ours() -> None:
 
 
 def _run_bare() -> None:
-    """A counter in Redis is the least a task can do and still be seen to be done."""
+    """The task increments a counter in Redis: the least from which its end can be seen."""
     url = os.environ["INPAINT_BROKER_URL"]
     app = celery_app(url, engines=["bare"])
     counter = redis.Redis.from_url(url)

@@ -1,4 +1,4 @@
-"""Many small jobs through one worker: what it holds on to, and whether it slows down.
+"""Many small jobs through one worker: does its memory grow, and does it slow down?
 
 ``python -m tests.benchmarks.long_run --jobs 20000 --database postgresql``
 """
@@ -30,13 +30,13 @@ ENGINE = "opencv"
 FOLDERS = 100
 CHUNK = 1000
 READY_SECONDS = 60.0
-STUCK_SECONDS = 120.0
+STALL_SECONDS = 120.0
 POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The worker process after so many jobs."""
+    """The worker process after ``jobs`` jobs."""
 
     jobs: int
     seconds: float
@@ -91,7 +91,7 @@ def _submit(harness: WorkerHarness, count: int) -> None:
 
 @contextmanager
 def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
-    """The process that runs the jobs; its launcher is its parent."""
+    """The worker process, which its supervisor starts."""
     environment = {
         **os.environ,
         "INPAINT_DATABASE_URL": url,
@@ -100,17 +100,17 @@ def _worker(url: str, redis_url: str, folder: Path) -> Iterator[psutil.Process]:
         "INPAINT_LOG_LEVEL": "WARNING",
     }
     command = [sys.executable, "-m", "workers.supervisor", "--engine", ENGINE, "--concurrency", "2"]
-    launcher = subprocess.Popen(command, env=environment)
+    supervisor = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + READY_SECONDS
-        while not (children := psutil.Process(launcher.pid).children()):
+        while not (children := psutil.Process(supervisor.pid).children()):
             if time.monotonic() > deadline:
-                raise RuntimeError("no worker process")
+                raise RuntimeError(f"no worker process after {READY_SECONDS:g} s")
             time.sleep(0.05)
         yield children[0]
     finally:
-        launcher.terminate()
-        launcher.wait(20)
+        supervisor.terminate()
+        supervisor.wait(20)
 
 
 def _watch(
@@ -119,21 +119,21 @@ def _watch(
     print_row("jobs", "jobs a second", "resident, MB; open files", "threads")
     while not (done := _done(harness)):
         time.sleep(POLL_SECONDS)  # the worker starts
-    start = moved = time.monotonic()
+    start = last_progress = time.monotonic()
     last = _sample(worker, done, 0)
     while done < count:
         time.sleep(POLL_SECONDS)
-        now, found = time.monotonic(), _done(harness)
-        moved = now if found > done else moved
-        if now - moved > STUCK_SECONDS:
-            raise RuntimeError(f"nothing moves after {done} jobs")
-        done = found
+        now, done_now = time.monotonic(), _done(harness)
+        last_progress = now if done_now > done else last_progress
+        if now - last_progress > STALL_SECONDS:
+            raise RuntimeError(f"no job finished for {STALL_SECONDS:g} s, after {done} jobs")
+        done = done_now
         if done - last.jobs < every and done < count:
             continue
         sample = _sample(worker, done, now - start)
         rate = (sample.jobs - last.jobs) / (sample.seconds - last.seconds)
-        held = f"{sample.resident_mb:.1f}; {sample.files}"
-        print_row(f"{sample.jobs:,}", f"{rate:.1f}", held, sample.threads)
+        resources = f"{sample.resident_mb:.1f}; {sample.files}"
+        print_row(f"{sample.jobs:,}", f"{rate:.1f}", resources, sample.threads)
         yield sample
         last = sample
 
@@ -159,7 +159,7 @@ def _sample(worker: psutil.Process, jobs: int, seconds: float) -> Sample:
 
 
 def _summarise(samples: list[Sample]) -> None:
-    """The second half against the first, each without its beginning."""
+    """Compares the last quarter with the first, from its first sample on."""
     quarter = max(len(samples) // 4, 1)
     early, late = samples[quarter - 1], samples[-1]
     first = (early.jobs - samples[0].jobs) / max(early.seconds - samples[0].seconds, 1e-9)

@@ -1,7 +1,7 @@
-"""Photographs with a mark, masks for it as people make them, and what an engine would return.
+"""Photographs with a mark, masks as users make them, and a simulated engine's result.
 
-The engine is one that errs in colour and grain alone: it returns the true picture everywhere
-with a cast, softened and with noise.
+The simulated engine errs only in colour and grain: it returns the true image everywhere, with a
+colour cast, softened and with noise.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def photograph(name: str) -> Pixels:
     return np.asarray(read_photograph(file).convert("RGB").crop(box))
 
 
-def cases(picture: Pixels) -> Iterator[Case]:
+def cases(image: Pixels) -> Iterator[Case]:
     """Every mark with every mask, and every cast with each of them once."""
     for first, (mark, draw) in enumerate(MARKS.items()):
-        cover, colour = draw(picture.shape[1], picture.shape[0])
-        marked = _rounded(picture + (np.array(colour) - picture) * cover[..., None])
-        true = picture
+        cover, colour = draw(image.shape[1], image.shape[0])
+        marked = _rounded(image + (np.array(colour) - image) * cover[..., None])
+        true = image
         if mark == "lettering in a JPEG":
             true, marked = _as_jpeg(true), _as_jpeg(marked)
         for second, (kind, mask) in enumerate(_masks(cover).items()):
@@ -107,7 +107,7 @@ MARKS = {
 
 
 def _masks(cover: NDArray[np.float64]) -> dict[str, Grey]:
-    """Masks as they are made: all of the mark, half covered pixels lost, brushed, and wide."""
+    """exact; tight: without half-covered pixels; soft: blurred; wide: dilated by 2 px."""
     whole = cover > 0
     brushed = cv2.GaussianBlur(grey(dilate(whole, 1)), (0, 0), 1.2)
     return {
@@ -118,7 +118,7 @@ def _masks(cover: NDArray[np.float64]) -> dict[str, Grey]:
     }
 
 
-# Gain and offset of each channel, and by how many levels the light changes over the picture.
+# Gain and offset per channel, and by how many levels the light varies over the image.
 CASTS: Mapping[str, tuple[Sequence[float], Sequence[float], float]] = {
     "no": ((1, 1, 1), (0, 0, 0), 0),
     "weak": ((0.98, 1, 1.02), (2, -1, 1.5), 0),
@@ -128,7 +128,7 @@ CASTS: Mapping[str, tuple[Sequence[float], Sequence[float], float]] = {
 
 
 def _paint(true: Pixels, cast: str, *, seed: int) -> Pixels:
-    """What the engine returns: everywhere repainted, as a latent model does."""
+    """The engine's result: every pixel differs, as with a latent diffusion model."""
     gain, offset, height = CASTS[cast]
     rows, columns = (np.linspace(-1, 1, side) for side in true.shape[:2])
     x, y = columns[None, :, None], rows[:, None, None]
@@ -138,9 +138,9 @@ def _paint(true: Pixels, cast: str, *, seed: int) -> Pixels:
     return _rounded(soft * gain + offset + light + noise)
 
 
-def _as_jpeg(picture: Pixels) -> Pixels:
+def _as_jpeg(image: Pixels) -> Pixels:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    Image.fromarray(image).save(buffer, "JPEG", quality=90)
     return np.asarray(Image.open(buffer))
 
 

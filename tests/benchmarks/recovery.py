@@ -1,4 +1,4 @@
-"""How soon work goes on after a fault, with the default settings: lease, heartbeat, upkeep.
+"""How soon work continues after a fault, with the default settings.
 
 python -m tests.benchmarks.recovery
 """
@@ -30,9 +30,9 @@ def main() -> None:
         folder = Path(name).resolve()
         folder.chmod(0o755)
         with servers.redis_server(folder) as broker, servers.postgres_server(folder) as cluster:
-            for number, (what, aim, measure) in enumerate(MEASURED):
+            for number, (fault, aim, measure) in enumerate(FAULTS):
                 with _site(folder / str(number), broker, cluster) as site:
-                    print_row(f"  {what}", f"{measure(site, broker):.1f}", aim)
+                    print_row(f"  {fault}", f"{measure(site, broker):.1f}", aim)
 
 
 @contextmanager
@@ -50,34 +50,34 @@ def _site(folder: Path, broker: servers.Redis, cluster: servers.Postgres) -> Ite
     fleet.close()
 
 
-def _since(happened: Callable[[], bool]) -> float:
+def _seconds_until(happened: Callable[[], bool]) -> float:
     start = time.monotonic()
     wait_for(happened, seconds=300)
     return time.monotonic() - start
 
 
 def _process_killed(site: Site, _broker: servers.Redis) -> float:
-    """Its launcher lives, and starts another."""
+    """Its supervisor sees that, and starts another."""
     (job,) = site.add(1, prompt=LONG)
     site.fleet.start("--concurrency", "1")
     wait_for(lambda: site.count("running") == 1)
     (child,) = site.fleet.children()
     os.kill(child, signal.SIGKILL)
-    return _since(lambda: _attempts_started(site, job) == 2)
+    return _seconds_until(lambda: _attempts_started(site, job) == 2)
 
 
 def _machine_lost(site: Site, _broker: servers.Redis) -> float:
-    """Launcher and process are gone; another machine has to notice by the lease."""
+    """Supervisor and worker process are gone; another machine detects it by the expired lease."""
     (job,) = site.add(1, prompt=LONG)
     lost = site.fleet.start("--concurrency", "1")
     wait_for(lambda: site.count("running") == 1)
     children = site.fleet.children()
     site.fleet.start("--concurrency", "1")
     wait_for(lambda: len(site.fleet.children()) == 2)
-    lost.send_signal(signal.SIGSTOP)  # else it would see its process end, and say so
+    lost.send_signal(signal.SIGSTOP)  # else it would see its process exit, and reap it at once
     for child in children:
         os.kill(child, signal.SIGKILL)
-    return _since(lambda: _attempts_started(site, job) == 2)
+    return _seconds_until(lambda: _attempts_started(site, job) == 2)
 
 
 def _attempts_started(site: Site, job: int) -> int:
@@ -86,7 +86,7 @@ def _attempts_started(site: Site, job: int) -> int:
 
 
 def _flushed(site: Site, broker: servers.Redis) -> float:
-    """A thousand jobs are queued; FLUSHALL; all messages are there again."""
+    """FLUSHALL while a thousand jobs are queued, until all messages are published again."""
     site.add(1, prompt=LONG)
     site.fleet.start("--concurrency", "1")
     wait_for(lambda: site.count("running") == 1)
@@ -94,11 +94,11 @@ def _flushed(site: Site, broker: servers.Redis) -> float:
     wait_for(lambda: site.fleet.queue.length("opencv") == 1000)
     with redis.Redis.from_url(broker.url) as client:
         client.flushall()
-    return _since(lambda: site.fleet.queue.length("opencv") >= 1000)
+    return _seconds_until(lambda: site.fleet.queue.length("opencv") >= 1000)
 
 
 def _redis_back(site: Site, broker: servers.Redis) -> float:
-    """Killed for five seconds; from its first answer until a worker takes a message again."""
+    """Redis is down for five seconds; from its restart until a worker finishes a job again."""
     site.add(500, prompt="steps 5")
     site.fleet.start("--concurrency", "1")
     site.await_some(5)
@@ -106,14 +106,14 @@ def _redis_back(site: Site, broker: servers.Redis) -> float:
     time.sleep(5)
     broker.start()
     done = site.count("succeeded")
-    return _since(lambda: site.count("succeeded") > done)
+    return _seconds_until(lambda: site.count("succeeded") > done)
 
 
-MEASURED = (
+FAULTS = (
     ("a worker process is killed: its job runs again", "75", _process_killed),
     ("a machine is lost: its job runs elsewhere", "75", _machine_lost),
     ("FLUSHALL: the queue is full again", "30", _flushed),
-    ("Redis is back: jobs are taken again", "2", _redis_back),
+    ("Redis is back: jobs are acquired again", "2", _redis_back),
 )
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measuring two ways in turns, and printing what came of it."""
+"""Measures two implementations alternately, and prints rows of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Seconds of each run, ours and theirs, in the order they were taken."""
+    """Seconds of each run, ours and theirs, in the order of measurement."""
 
     ours: list[float]
     theirs: list[float]
@@ -28,8 +28,10 @@ class Pair:
 def measure_alternately(
     ours: Callable[[], float], theirs: Callable[[], float], *, repeats: int
 ) -> Pair:
-    """Each callable returns the seconds of one run; they alternate, so that a drift of the
-    machine's speed meets both."""
+    """Each callable returns the seconds of one run.
+
+    They alternate, so that a machine that slows down slows both.
+    """
     pair = Pair(ours=[], theirs=[])
     for _ in range(repeats):
         pair.theirs.append(theirs())
@@ -38,12 +40,14 @@ def measure_alternately(
 
 
 def measure_seconds(work: Callable[[], object]) -> float:
+    """The seconds of wall-clock time that one call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def machine() -> str:
+    """Cores, memory, system and the versions of what is measured."""
     names = ("celery", "kombu", "redis", "sqlalchemy", "pillow", "diffusers", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     memory = psutil.virtual_memory().total / 2**30

@@ -1,4 +1,4 @@
-"""Submitting a million rows: rows a second and peak memory, into SQLite and into PostgreSQL.
+"""Submitting a million rows: rows a second and peak memory, with SQLite and with PostgreSQL.
 
 python -m tests.benchmarks.submitting [ROWS]
 """
@@ -34,7 +34,7 @@ def main(rows: int = ROWS) -> None:
 
 def _manifest(path: Path, rows: int) -> Path:
     with path.open("w") as file:
-        file.write("id,image,mask,product\n")
+        file.write("key,image,mask,product\n")
         for n in range(rows):
             file.write(f"sku-{n:07d},images/{n % 1000:03d}/{n}.jpg,masks/{n}.png,product {n}\n")
     return path
@@ -56,11 +56,14 @@ def _measure(kind: str, manifest: Path, rows: int, url: str, redis_url: str) -> 
         environment,
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
     )
+    # wait4 gives this child's peak memory; RUSAGE_CHILDREN would include the upgrade's.
     _, status, usage = os.wait4(child, 0)
-    spent = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     if status:
-        raise SystemExit(f"inpaint-submit ended with {status}")
-    print_row(f"  {kind}", f"{rows / spent:,.0f}", f"{usage.ru_maxrss / 1024:,.0f}", f"{spent:.1f}")
+        raise SystemExit(f"inpaint-submit exited with status {status}")
+    print_row(
+        f"  {kind}", f"{rows / seconds:,.0f}", f"{usage.ru_maxrss / 1024:,.0f}", f"{seconds:.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A 3000x2000 photograph with a small mark: a loop over every tile, against ``auto``.
+"""A 3000x2000 photograph with a small mark: ``auto`` compared with a loop over every tile.
 
-The loop is the one that guides to SD2 print for large pictures: tiles of 512 with an overlap
-of 64, each resized to 512 and given to the pipeline, the result pasted back. Both sides use
-the same tiny pipeline, the same steps, guidance and strength.
+The loop is what guides to Stable Diffusion 2 recommend for large images: tiles of 512 with an
+overlap of 64, each resized to 512, passed to the pipeline, and the result pasted back. Both
+sides use the same tiny pipeline, the same steps, guidance and strength.
 """
 
 from __future__ import annotations
@@ -74,16 +74,16 @@ def pipeline(model: Path) -> Any:
 
 
 def _ours(engine: Any, source: bytes, mask_source: bytes) -> int:
-    picture = decode(source, max_pixels=10**8)
+    whole = decode(source, max_pixels=10**8)
     mask = masks.apply_threshold(masks.decode_mask(mask_source, max_pixels=10**8), threshold=128)
     plan = regions.plan(mask, mode="auto", window=(TILE, TILE))
     futures = []
     for region in plan:
-        image, cut_mask = compositing.cut(picture.rgb(), mask, region)
+        image, cut_mask = compositing.cut(whole.rgb(), mask, region)
         work = RegionWork(image=image, mask=cut_mask, windows=region.windows, params=PARAMS, seed=1)
         futures.append(engine.submit(work))
     results = [future.result() for future in futures]
-    encode(compositing.composite(picture, mask, plan, results, PARAMS))
+    encode(compositing.composite(whole, mask, plan, results, PARAMS))
     return sum(len(region.windows) for region in plan)
 
 
