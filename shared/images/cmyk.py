@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 Pixels = NDArray[np.uint8]
 
+# As Photoshop converts by default.
 _FLAGS = ImageCms.Flags.BLACKPOINTCOMPENSATION
 _INTENT = ImageCms.Intent.RELATIVE_COLORIMETRIC
 
@@ -32,6 +33,7 @@ def from_rgb(rgb: NDArray[np.float32], profile: bytes) -> NDArray[np.float32]:
     transforms = _transforms(profile)
     if transforms is None:
         return _separated(rgb)
+    # ImageCms takes images only: the colours become one row.
     row = np.rint(rgb).clip(0, 255).astype(np.uint8).reshape(1, -1, 3)
     if row.size == 0:
         return np.zeros((*rgb.shape[:-1], 4), np.float32)
@@ -47,6 +49,7 @@ def _separated(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
     light = rgb / np.float32(255)
     black = (1 - light.max(axis=-1, keepdims=True)) ** 2
     inks = 1 - light / np.maximum(1 - black, np.float32(1e-6))
+    # Full black leaves no light that an ink could absorb.
     inks[np.broadcast_to(black > 1 - 1e-6, inks.shape)] = 0
     both = np.concatenate([inks, black], axis=-1)
     return np.asarray(both.clip(0, 1) * np.float32(255), np.float32)

@@ -102,6 +102,7 @@ class Codec:
 
 def load_codec(format: ImageFormat) -> Codec:
     """Imports the format's module at its first use."""
+    # The names come from FORMATS, so nothing from outside is imported.
     codec: Codec = import_module(f"shared.images.{format.codec}").CODEC
     return codec
 

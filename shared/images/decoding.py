@@ -39,6 +39,7 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     _check_size(header, max_pixels)
     decoded = _decode_pixels(format, header)
     pixels = apply_orientation(decoded.pixels, header.orientation)
+    # Compositing compares its result with these pixels; nobody may write into them.
     pixels.flags.writeable = False
     return DecodedImage(
         pixels=pixels,
@@ -91,4 +92,5 @@ def _decode_pixels(format: ImageFormat, header: Header) -> DecodedPixels:
     except Image.DecompressionBombError as error:
         raise ObjectTooLarge(one_line(error)) from error
     except DAMAGE as error:
+        # Decoders do not say whether data is missing or wrong.
         raise truncated(format.name) from error

@@ -89,6 +89,7 @@ def _encode_like_source(codec: Codec, image: DecodedImage) -> bytes | None:
 
 def _verified(spliced: Spliced, image: DecodedImage) -> bytes:
     """The spliced file; raises FidelityError where a pixel out of reach decodes differently."""
+    # The one guarantee users rely on, so it is checked on every file and not only in tests.
     result = decode(spliced.data, max_pixels=spliced.reach.size)
     differs = result.pixels != image.pixels
     differs = differs if differs.ndim == 2 else differs.any(axis=-1)
@@ -104,6 +105,7 @@ def _repaint_palette(image: DecodedImage) -> Image.Image | None:
     if repainted is None:
         return None
     indices, colours = repainted
+    # Entries behind the last one in use would only make the file larger.
     used = int(indices.max()) + 1
     indexed = Image.fromarray(indices)
     indexed.putpalette(colours[:used, :3].tobytes(), "RGB")
@@ -125,6 +127,7 @@ def _encode_whole(format: ImageFormat, image: DecodedImage, quality: int | None)
 def _convert_mode(image: DecodedImage, format: ImageFormat) -> tuple[Array, str]:
     """The pixels in a mode that the format stores, without loss; raises ImageError."""
     pixels, mode = image.pixels, image.mode
+    # Each step loses nothing: opaque alpha says nothing, black and white is grey, grey is colour.
     if mode not in format.modes and image.has_alpha and _is_opaque(pixels):
         pixels, mode = pixels[..., :-1], mode.replace("A", "")
         pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels

@@ -38,9 +38,9 @@ QUALITY = 95
 
 _EXIF, _ICC, _PHOTOSHOP = b"Exif\0\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0"
 _JFIF = b"JFIF\0"
-_PROFILE_PIECE_BYTES = 65519
+_PROFILE_PIECE_BYTES = 65519  # what ICC_PROFILE, number and count leave of a segment
 _MOST_BYTES = 65533  # in the body of a segment
-_MOST_SCANS = 100
+_MOST_SCANS = 100  # a progressive file has about ten
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others undo themselves
 
 

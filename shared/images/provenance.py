@@ -1,9 +1,9 @@
-"""Provenance: a result says in its XMP packet that it was edited, by what, and how.
+"""Provenance: a result's XMP packet records that it was edited, by what software, and how.
 
-What others read: IPTC's digital source type (search engines, picture desks, tools for content
-credentials), ``xmp:CreatorTool``, and an event in ``xmpMM:History``. What is only ours: the
-job, its seed, engine and parameters, in a namespace of its own; ``exiftool -XMP-inpaint:all``
-shows them. There are no time stamps: the same job always writes the same bytes.
+Other programs read IPTC's digital source type (search engines, photo desks, tools for content
+credentials), ``xmp:CreatorTool``, and an event in ``xmpMM:History``. The job, its seed, engine
+and parameters are in the product's own namespace; ``exiftool -XMP-inpaint:all`` shows them.
+There are no timestamps: the same job always writes the same bytes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _SPACES = {
     "inpaint": NAMESPACE,
 }
 _SOURCE_TYPE = "Iptc4xmpExt:DigitalSourceType"
-# What XML 1.0 cannot hold.
+# Characters that XML 1.0 does not allow.
 _UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
-# IPTC's terms for media with parts from a trained model: no later edit makes them untrue.
+# IPTC's terms for media with parts from a trained model: they stay true after any later edit.
 _GENERATED = (
     *("trainedAlgorithmicMedia", "compositeSynthetic"),
     "compositeWithTrainedAlgorithmicMedia",
@@ -48,7 +48,7 @@ _PACKET = b'<?xpacket begin="\xef\xbb\xbf" id="W5M0MpCehiHzreSzNTczkc9d"?>\n%b\n
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What is said about one result. trained: the engine runs a trained model."""
+    """What the packet records about one result. trained: the engine runs a trained model."""
 
     job: int
     seed: int
@@ -59,113 +59,116 @@ class Provenance:
 
 
 def add_provenance(xmp: bytes, note: Provenance) -> bytes:
-    """The source's XMP packet, which may be empty, with the note in it: a whole packet, UTF-8.
+    """Adds the note to the source's XMP packet, which may be empty; returns a packet in UTF-8.
 
     Everything else in it stays. An earlier note is replaced; ``xmp:CreatorTool`` is only set
-    where there is none; a source type that already tells of generative AI stays, whatever the
-    engine; the history gains one event a job, so marking twice changes nothing. A packet that
-    is damaged, or has a DOCTYPE, is replaced by a new one, with a warning in the log.
+    where there is none; a source type that declares generative AI stays, whatever the engine;
+    the history gains one event per job, so that adding a note twice changes nothing. A packet
+    that is damaged, or has a DOCTYPE, is replaced by a new one, with a warning in the log.
     """
-    return _PACKET % _merged(_parsed(xmp), note)
+    return _PACKET % _merge(_parse(xmp), note)
 
 
-def _parsed(xmp: bytes) -> etree._Element:
+def _parse(xmp: bytes) -> etree._Element:
     """The packet's root element, with an rdf:RDF in it."""
-    text = _repaired(xmp)
+    text = _repair(xmp)
     # No entity is expanded, nothing is fetched, and libxml2's limits on depth and size stay on.
     parser = etree.XMLParser(resolve_entities=False, no_network=True, strip_cdata=False)
     try:
         root = etree.fromstring(text or _EMPTY, parser)
     except etree.XMLSyntaxError as error:
-        return _replaced(str(error))
+        return _new_packet(str(error))
     if root.getroottree().docinfo.doctype:
-        return _replaced("it has a DOCTYPE")
+        return _new_packet("it has a DOCTYPE")
     if next(root.iter(_name("rdf:RDF")), None) is None:
-        return _replaced("it has no rdf:RDF")
+        return _new_packet("it has no rdf:RDF")
     return root
 
 
-def _replaced(reason: str) -> etree._Element:
+def _new_packet(reason: str) -> etree._Element:
     log.warning("the source's XMP packet is damaged and replaced: %s", reason)
     return etree.fromstring(_EMPTY)
 
 
-def _repaired(xmp: bytes) -> str:
+def _repair(xmp: bytes) -> str:
     """The packet's text without padding; empty where there is none.
 
-    Bytes that are no UTF-8 are read as Windows-1252 and control characters as spaces, which is
-    what Adobe's toolkit makes of them.
+    Bytes that are not UTF-8 are read as Windows-1252 and control characters as spaces, as
+    Adobe's toolkit does.
     """
     encoding = detect_encoding(xmp)
     text = xmp.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "replace")
-    text = re.sub("[\udc80-\udcff]+", _from_windows, text)
+    text = re.sub("[\udc80-\udcff]+", _decode_windows_1252, text)
     text = re.sub(r"<\?xml\s[^>]*>", "", _UNWRITABLE.sub(" ", text))
     return text[text.find("<") : text.rfind(">") + 1] if "<" in text else text.strip()
 
 
-def _from_windows(match: re.Match[str]) -> str:
+def _decode_windows_1252(match: re.Match[str]) -> str:
     return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
-def _merged(root: etree._Element, note: Provenance) -> bytes:
+def _merge(root: etree._Element, note: Provenance) -> bytes:
     rdf = next(root.iter(_name("rdf:RDF")))
-    about = next((one.get(_name("rdf:about"), "") for one in _descriptions(rdf)), "")
-    kind = "compositeWithTrainedAlgorithmicMedia" if note.trained else "algorithmicallyEnhanced"
+    abouts = (element.get(_name("rdf:about"), "") for element in _descriptions(rdf))
+    about = next(abouts, "")
+    source_type = (
+        "compositeWithTrainedAlgorithmicMedia" if note.trained else "algorithmicallyEnhanced"
+    )
     for value in _values(rdf, _SOURCE_TYPE):
         term = re.split("[/:]", value.strip())[-1]
-        kind = term if term in _GENERATED else kind
+        source_type = term if term in _GENERATED else source_type
     _remove_note(rdf)
     _add_event(rdf, about, note)
     if not any(_values(rdf, "xmp:CreatorTool")):
         _add(_describe(rdf, about, "xmp"), "xmp:CreatorTool", _software())
-    ours = _describe(rdf, about, "Iptc4xmpExt", "inpaint")
-    _add(ours, _SOURCE_TYPE, SOURCE_TYPES + kind)
+    own = _describe(rdf, about, "Iptc4xmpExt", "inpaint")
+    _add(own, _SOURCE_TYPE, SOURCE_TYPES + source_type)
     for name in ("job", "seed", "engine", "revision"):
-        _add(ours, f"inpaint:{name}", str(getattr(note, name)))
-    _add(ours, "inpaint:parameters", note.params_json)
-    merged: bytes = etree.tostring(root, encoding="utf-8", xml_declaration=False)
-    return merged
+        _add(own, f"inpaint:{name}", str(getattr(note, name)))
+    _add(own, "inpaint:parameters", note.params_json)
+    packet: bytes = etree.tostring(root, encoding="utf-8", xml_declaration=False)
+    return packet
 
 
 def _remove_note(rdf: etree._Element) -> None:
     for description in _descriptions(rdf):
-        names = [name for name in description.attrib if _is_ours(name)]
+        names = [name for name in description.attrib if _is_own(name)]
         for name in names:
             del description.attrib[name]
-        elements = [one for one in description.iterchildren("*") if _is_ours(one.tag)]
+        elements = [child for child in description.iterchildren("*") if _is_own(child.tag)]
         for element in elements:
             description.remove(element)
-        is_left = len(description) or set(description.attrib) - {_name("rdf:about")}
-        if (names or elements) and not is_left:
+        is_used = len(description) or set(description.attrib) - {_name("rdf:about")}
+        if (names or elements) and not is_used:
             rdf.remove(description)
 
 
-def _is_ours(name: str) -> bool:
+def _is_own(name: str) -> bool:
     return name == _name(_SOURCE_TYPE) or name.startswith(f"{{{NAMESPACE}}}")
 
 
 def _add_event(rdf: etree._Element, about: str, note: Provenance) -> None:
-    """One event a job, at the end of the list, in the shape Photoshop gives its own."""
+    """One event per job, at the end of the list, in the form that Photoshop writes."""
     history = rdf.find(f"{_name('rdf:Description')}/{_name('xmpMM:History')}")
     if history is None:
         history = etree.SubElement(_describe(rdf, about, "xmpMM"), _name("xmpMM:History"))
     events = next(history.iterchildren("*"), None)
     if events is None:
         events = etree.SubElement(history, _name("rdf:Seq"))
-    what = f"inpainted by job {note.job}, engine {note.engine}, seed {note.seed}"
-    what = _UNWRITABLE.sub(" ", what)
-    if any(what in (one.text, *one.attrib.values()) for one in events.iter("*")):
+    text = f"inpainted by job {note.job}, engine {note.engine}, seed {note.seed}"
+    text = _UNWRITABLE.sub(" ", text)
+    if any(text in (element.text, *element.attrib.values()) for element in events.iter("*")):
         return
     event = etree.SubElement(events, _name("rdf:li"), nsmap={"stEvt": _SPACES["stEvt"]})
     event.set(_name("rdf:parseType"), "Resource")
     _add(event, "stEvt:action", "edited")
     _add(event, "stEvt:softwareAgent", _software())
-    _add(event, "stEvt:parameters", what)
+    _add(event, "stEvt:parameters", text)
     _add(event, "stEvt:changed", "/")
 
 
 def _values(rdf: etree._Element, name: str) -> Iterator[str]:
-    """The property's values, in whichever of RDF's three ways they are written."""
+    """The property's values: RDF writes one as an attribute, an element or a resource."""
     for description in _descriptions(rdf):
         yield description.get(_name(name), "")
         for element in description.iterchildren(_name(name)):
@@ -177,7 +180,7 @@ def _descriptions(rdf: etree._Element) -> list[etree._Element]:
 
 
 def _describe(rdf: etree._Element, about: str, *prefixes: str) -> etree._Element:
-    """A new description of the picture at the end, that knows these namespaces."""
+    """Appends a description of the image that declares these namespaces."""
     spaces = {prefix: _SPACES[prefix] for prefix in ("rdf", *prefixes)}
     description = etree.SubElement(rdf, _name("rdf:Description"), nsmap=spaces)
     description.set(_name("rdf:about"), about)
@@ -190,7 +193,7 @@ def _add(parent: etree._Element, name: str, text: str) -> None:
 
 
 def _name(name: str) -> str:
-    """``prefix:local`` as lxml writes it."""
+    """``{namespace}local``, lxml's notation, from ``prefix:local``."""
     prefix, _, local = name.partition(":")
     return f"{{{_SPACES[prefix]}}}{local}"
 

@@ -1,7 +1,8 @@
-"""XMP packets: how each format frames one, and the pieces that JPEG cuts a long one into.
+"""XMP packets: how JPEG and PNG frame them, and how JPEG splits a long one over segments.
 
-JPEG's framing is the XMP specification's, part 3, section 1.1.3: what does not fit into one
-segment follows in others, which the first one names by the MD5 of what they hold together.
+JPEG's framing is the XMP specification's, part 3, section 1.1.3: the standard packet fits into
+one segment. The rest, the extended packet, follows in more segments; the standard packet names
+the MD5 of the extended one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ PNG_KEYWORD = b"XML:com.adobe.xmp\0"
 
 _MOST_BYTES = 65533  # in the body of a JPEG segment
 _PIECE_BYTES = 65400
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20  # of a packet that PNG compressed
+# The two ways in which RDF may write the property that names the extended packet.
 _NOTE = re.compile(
     rb"\s+xmpNote:HasExtendedXMP\s*=\s*[\"']([0-9A-Fa-f]{32})[\"']"
     rb"|<xmpNote:HasExtendedXMP>\s*([0-9A-Fa-f]{32})\s*</xmpNote:HasExtendedXMP>"
@@ -44,19 +46,19 @@ def is_jpeg_body(body: bytes) -> bool:
 
 
 def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
-    """The packet of a JPEG file, with its extension put back in; b"" where there is none."""
+    """The packet of a JPEG file, merged with its extended packet; b"" where there is none."""
     packets = [body[len(STANDARD) :] for body in bodies if body.startswith(STANDARD)]
     if not packets:
         return b""
     note = _NOTE.search(packets[0])
     if note is None:
         return packets[0]
-    extension = _assembled(bodies, (note[1] or note[2]).upper())
-    return _merged(packets[0], extension) if extension else packets[0]
+    extended = _join_pieces(bodies, (note[1] or note[2]).upper())
+    return _merge(packets[0], extended) if extended else packets[0]
 
 
-def _assembled(bodies: Sequence[bytes], guid: bytes) -> bytes:
-    """The extension of that name; nothing where a piece is missing."""
+def _join_pieces(bodies: Sequence[bytes], guid: bytes) -> bytes:
+    """The extended packet with that MD5; b"" where a piece is missing."""
     start = len(EXTENSION)
     pieces = []
     for body in bodies:
@@ -67,9 +69,9 @@ def _assembled(bodies: Sequence[bytes], guid: bytes) -> bytes:
     return whole if pieces and len(whole) == pieces[0][2] else b""
 
 
-def _merged(packet: bytes, extension: bytes) -> bytes:
+def _merge(packet: bytes, extended: bytes) -> bytes:
     """Both in one packet; the packet alone where the two do not make well-formed XML."""
-    inner, end = _INNER.search(extension), packet.rfind(b"</rdf:RDF>")
+    inner, end = _INNER.search(extended), packet.rfind(b"</rdf:RDF>")
     if inner is None or end < 0:
         return packet
     merged = _NOTE.sub(b"", packet[:end]) + inner[1] + packet[end:]
@@ -82,23 +84,24 @@ def _merged(packet: bytes, extension: bytes) -> bytes:
 
 def make_jpeg_bodies(packet: bytes) -> list[bytes]:
     """The bodies of the APP1 segments that hold the packet."""
+    # Kilobytes of padding, for editing in place, would force a packet into the extended form.
     packet = _PADDING.sub(b"\n", packet)
     if len(STANDARD) + len(packet) <= _MOST_BYTES:
         return [STANDARD + packet]
-    first, extension = _split(_WRAPPER.sub(b"", packet).strip())
-    guid = hashlib.md5(extension, usedforsecurity=False).hexdigest().upper().encode()
-    bodies = [STANDARD + first % guid]
-    for offset in range(0, len(extension), _PIECE_BYTES):
-        place = struct.pack(">II", len(extension), offset)
-        bodies.append(EXTENSION + guid + place + extension[offset : offset + _PIECE_BYTES])
+    template, extended = _split(_WRAPPER.sub(b"", packet).strip())
+    guid = hashlib.md5(extended, usedforsecurity=False).hexdigest().upper().encode()
+    bodies = [STANDARD + template % guid]
+    for offset in range(0, len(extended), _PIECE_BYTES):
+        place = struct.pack(">II", len(extended), offset)
+        bodies.append(EXTENSION + guid + place + extended[offset : offset + _PIECE_BYTES])
     return bodies
 
 
 def _split(packet: bytes) -> tuple[bytes, bytes]:
-    """What readers of the first segment alone shall see, and the rest.
+    """The standard packet, as a template for the MD5 of the extended one; and the extended packet.
 
-    The descriptions stay in the first as long as they fit, the small ones first: a long one
-    holds a picture or a depth map. The first is a template for the extension's name.
+    Many programs read only the standard packet. It gets as many descriptions as fit, short ones
+    first, because long ones hold thumbnails or depth maps.
     """
     spans = sorted(_descriptions(packet), key=lambda span: span[1] - span[0])
     if not spans:
@@ -112,32 +115,33 @@ def _split(packet: bytes) -> tuple[bytes, bytes]:
         room -= end - start if fits else 0
         (kept if fits else moved).append((start, end))
 
-    def joined(chosen: list[tuple[int, int]]) -> bytes:
+    def join(chosen: list[tuple[int, int]]) -> bytes:
         return b"".join(packet[start:end] for start, end in sorted(chosen))
 
-    first = (head + joined(kept)).replace(b"%", b"%%") + _POINTER + tail.replace(b"%", b"%%")
-    return first, head + joined(moved) + tail
+    template = (head + join(kept)).replace(b"%", b"%%") + _POINTER + tail.replace(b"%", b"%%")
+    return template, head + join(moved) + tail
 
 
 def _descriptions(packet: bytes) -> list[tuple[int, int]]:
-    """Where each child of rdf:RDF starts and ends; nothing where the XML is not well-formed."""
+    """(start, end) of each child of rdf:RDF; empty where the XML is not well-formed."""
     parser = expat.ParserCreate(namespace_separator=" ")
     open_tags: list[str] = []
     starts: list[int] = []
     spans: list[tuple[int, int]] = []
 
-    def opens(name: str, _attributes: object) -> None:
+    def open_tag(name: str, _attributes: object) -> None:
         if open_tags and open_tags[-1] == f"{_RDF} RDF":
             starts.append(parser.CurrentByteIndex)
         open_tags.append(name)
 
-    def closes(_name: str) -> None:
+    def close_tag(_name: str) -> None:
         open_tags.pop()
         if open_tags and open_tags[-1] == f"{_RDF} RDF":
+            # Expat reports where the end tag starts.
             end = packet.index(b">", parser.CurrentByteIndex) + 1
             spans.append((starts[-1], end))
 
-    parser.StartElementHandler, parser.EndElementHandler = opens, closes
+    parser.StartElementHandler, parser.EndElementHandler = open_tag, close_tag
     try:
         parser.Parse(packet, True)
     except expat.ExpatError:
@@ -148,6 +152,7 @@ def _descriptions(packet: bytes) -> list[tuple[int, int]]:
 def read_png_text(body: bytes) -> bytes:
     """The packet in an iTXt chunk with XMP's keyword; b"" where it is damaged."""
     start = len(PNG_KEYWORD)
+    # Compression flag and method, language and translated keyword, then the text.
     text = body[start + 2 :].split(b"\0", 2)[-1]
     return inflate(text, _MAX_BYTES) if body[start : start + 1] == b"\1" else text
 
@@ -158,10 +163,10 @@ def make_png_text(packet: bytes) -> bytes:
 
 
 def inflate(data: bytes, most_bytes: int) -> bytes:
-    """What zlib packed, unless it is damaged or larger than that: then nothing."""
+    """Decompresses zlib data; b"" where it is damaged or decompresses to more than most_bytes."""
     try:
         inflater = zlib.decompressobj()
-        found = inflater.decompress(data, most_bytes)
+        inflated = inflater.decompress(data, most_bytes)
     except zlib.error:
         return b""
-    return found if inflater.eof else b""
+    return inflated if inflater.eof else b""
