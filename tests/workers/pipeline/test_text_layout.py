@@ -15,21 +15,21 @@ WIDE = (10_000, 1000)
 NEEDS_RAQM = pytest.mark.skipif(not features.check("raqm"), reason="no FriBiDi")
 
 
-def set_(
+def laid_out(
     text: str, *, size: int = 20, box: tuple[int, int] = WIDE, font: bytes = DEJAVU
 ) -> TextLayout:
-    setting = typeset(text, font=font, size=size, box=box)
-    assert setting is not None
-    return setting
+    layout = typeset(text, font=font, size=size, box=box)
+    assert layout is not None
+    return layout
 
 
 def lines(text: str, *, width: int) -> list[str]:
-    return [line.text for line in set_(text, box=(width, 1000)).lines]
+    return [line.text for line in laid_out(text, box=(width, 1000)).lines]
 
 
-def refused(text: str, **options: object) -> ParameterError:
+def error_of(text: str, **options: object) -> ParameterError:
     with pytest.raises(ParameterError) as caught:
-        set_(text, **options)  # type: ignore[arg-type]
+        laid_out(text, **options)  # type: ignore[arg-type]
     return caught.value
 
 
@@ -42,16 +42,16 @@ def test_words_wrap_to_the_width_of_the_box() -> None:
 
 
 @pytest.mark.parametrize("text", ["up\ndown", r"up\ndown", "up\r\ndown", "up\u2028down"])
-def test_line_breaks_are_kept_however_they_are_written(text: str) -> None:
+def test_a_line_break_may_be_written_in_several_ways(text: str) -> None:
     assert lines(text, width=500) == ["up", "down"]
 
 
-def test_a_doubled_backslash_is_a_backslash() -> None:
+def test_a_doubled_backslash_is_one_backslash() -> None:
     assert unescape(r"C:\\new\nline \t") == "C:\\new\nline \\t"
 
 
 def test_an_empty_line_keeps_its_height() -> None:
-    apart, together = set_("a\n\na"), set_("a\na")
+    apart, together = laid_out("a\n\na"), laid_out("a\na")
     assert apart.size[1] - together.size[1] == apart.line_height
 
 
@@ -61,15 +61,15 @@ def test_a_hyphen_ends_a_line_but_a_minus_does_not() -> None:
 
 
 def test_ideographs_break_anywhere_but_before_closing_marks() -> None:
-    pieces = list(text_layout._pieces("「日本。」ー語の小っ話 ok"))
+    pieces = list(text_layout._split("「日本。」ー語の小っ話 ok"))
     assert pieces == ["「日", "本。」ー", "語", "の", "小っ", "話 ", "ok"]
 
 
 @NEEDS_RAQM
 def test_the_first_letter_decides_the_direction_of_all_its_lines() -> None:
-    setting = set_("שלום iPhone iPhone iPhone", box=(80, 1000))
-    assert {line.direction for line in setting.lines} == {"rtl"}
-    assert set_("iPhone שלום").lines[0].direction == "ltr"
+    layout = laid_out("שלום iPhone iPhone iPhone", box=(80, 1000))
+    assert {line.direction for line in layout.lines} == {"rtl"}
+    assert laid_out("iPhone שלום").lines[0].direction == "ltr"
 
 
 # Size
@@ -78,24 +78,24 @@ def test_the_first_letter_decides_the_direction_of_all_its_lines() -> None:
 @pytest.mark.parametrize(
     "text", ["Sale", "one two three\nfour", pytest.param("مرحبا بالعالم", marks=NEEDS_RAQM)]
 )
-def test_size_0_is_the_largest_that_fits(text: str) -> None:
+def test_size_0_is_the_largest_size_that_fits(text: str) -> None:
     box = (150, 60)
-    found = set_(text, size=0, box=box)
-    assert found.size[0] <= box[0]
-    assert found.size[1] <= box[1]
-    assert refused(text, size=int(found.font.size) + 1, box=box).code == "text_does_not_fit"
+    layout = laid_out(text, size=0, box=box)
+    assert layout.size[0] <= box[0]
+    assert layout.size[1] <= box[1]
+    assert error_of(text, size=int(layout.font.size) + 1, box=box).code == "text_does_not_fit"
 
 
-def test_a_size_that_does_not_fit_is_an_error_that_names_one_that_does() -> None:
-    error = refused("one two three", size=60, box=(150, 60))
-    largest = int(set_("one two three", size=0, box=(150, 60)).font.size)
+def test_the_error_for_a_size_that_does_not_fit_names_one_that_does() -> None:
+    error = error_of("one two three", size=60, box=(150, 60))
+    largest = int(laid_out("one two three", size=0, box=(150, 60)).font.size)
     assert error.code == "text_does_not_fit"
     assert f"the largest size that fits is {largest};" in str(error)
-    set_("one two three", size=largest, box=(150, 60))
+    laid_out("one two three", size=largest, box=(150, 60))
 
 
-def test_nothing_too_small_to_read_is_drawn() -> None:
-    error = refused("far too many words " * 50, size=0, box=(60, 30))
+def test_text_too_small_to_read_is_not_drawn() -> None:
+    error = error_of("far too many words " * 50, size=0, box=(60, 30))
     assert error.code == "text_does_not_fit"
     assert f"{MIN_SIZE_PX} or more" in str(error)
 
@@ -106,21 +106,21 @@ def test_nothing_too_small_to_read_is_drawn() -> None:
     + [pytest.param(text, marks=NEEDS_RAQM) for text in ("Ǻg̃ Z̃̓", "مرحبا", "שָׁלוֹם")],
 )
 @pytest.mark.parametrize("size", [9, 31])
-def test_the_measured_ink_is_all_the_ink(text: str, size: int) -> None:
-    setting = set_(text, size=size)
-    image = setting.image("left", setting.size[0])
-    whole = bytes(setting.font.getmask(text, direction=setting.lines[0].direction))
+def test_the_measured_ink_is_the_drawn_ink(text: str, size: int) -> None:
+    layout = laid_out(text, size=size)
+    image = layout.render("left", layout.size[0])
+    whole = bytes(layout.font.getmask(text, direction=layout.lines[0].direction))
     assert np.asarray(image).sum(dtype=int) == sum(whole) > 0
 
 
-def test_lines_stand_apart_as_the_font_says() -> None:
-    setting = set_("a\na", size=20)
-    assert setting.line_height == sum(setting.font.getmetrics())
-    assert 20 <= setting.line_height <= 30
+def test_lines_are_spaced_by_the_fonts_metrics() -> None:
+    layout = laid_out("a\na", size=20)
+    assert layout.line_height == sum(layout.font.getmetrics())
+    assert 20 <= layout.line_height <= 30
 
 
-def test_no_size_is_proposed_that_nobody_could_read() -> None:
-    assert "the largest size" not in str(refused("far too many words " * 50, size=9, box=(60, 30)))
+def test_no_unreadable_size_is_proposed() -> None:
+    assert "the largest size" not in str(error_of("far too many words " * 50, size=9, box=(60, 30)))
 
 
 # Glyphs
@@ -135,7 +135,7 @@ def test_no_size_is_proposed_that_nobody_could_read() -> None:
     ],
 )
 def test_a_missing_glyph_is_an_error_that_names_the_character(text: str, name: str) -> None:
-    error = refused(text)
+    error = error_of(text)
     assert error.code == "text_glyph_missing"
     assert name in str(error)
     assert "'DejaVu Sans'" in str(error)
@@ -143,41 +143,41 @@ def test_a_missing_glyph_is_an_error_that_names_the_character(text: str, name: s
 
 
 def test_another_font_has_other_glyphs() -> None:
-    assert refused("шкаф", font=SMALL).code == "text_glyph_missing"
-    assert set_("cupboard…", font=SMALL).lines
+    assert error_of("шкаф", font=SMALL).code == "text_glyph_missing"
+    assert laid_out("cupboard…", font=SMALL).lines
 
 
 @NEEDS_RAQM
 @pytest.mark.parametrize("text", ["a\u00a0b\u2003c\u202fd", "a\u200bb", "x\ufe0f", "a\tb"])
-def test_spaces_and_joiners_need_no_glyph_of_their_own(text: str) -> None:
-    assert set_(text, font=SMALL).lines
+def test_spaces_and_joiners_need_no_glyph(text: str) -> None:
+    assert laid_out(text, font=SMALL).lines
 
 
-def test_an_accent_is_taken_with_its_letter() -> None:
-    assert set_("e\u0301\tx").lines[0].text == "é x"
-
-
-@NEEDS_RAQM
-def test_a_letter_may_be_made_of_the_parts_that_the_font_has() -> None:
-    assert set_("\u06c0").lines  # DejaVu Sans has only heh and hamza
+def test_an_accent_is_composed_with_its_letter() -> None:
+    assert laid_out("e\u0301\tx").lines[0].text == "é x"
 
 
 @NEEDS_RAQM
-def test_letters_join_as_their_script_asks() -> None:
-    joined = set_("ببب", size=40).size[0]
-    apart = set_("ب\u200cب\u200cب", size=40).size[0]
+def test_a_letter_may_be_composed_of_glyphs_that_the_font_has() -> None:
+    assert laid_out("\u06c0").lines  # DejaVu Sans has only heh and hamza
+
+
+@NEEDS_RAQM
+def test_letters_join_in_scripts_that_need_it() -> None:
+    joined = laid_out("ببب", size=40).size[0]
+    apart = laid_out("ب\u200cب\u200cب", size=40).size[0]
     assert joined < apart
 
 
 def test_a_script_that_needs_shaping_is_refused_without_raqm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text_layout, "_raqm", lambda: False)
-    error = refused("مرحبا")
+    monkeypatch.setattr(text_layout, "_has_raqm", lambda: False)
+    error = error_of("مرحبا")
     assert error.code == "text_layout_missing"
     assert "libfribidi0" in str(error)
-    assert set_("Ελλάδα, Київ, é e\u0301").lines
+    assert laid_out("Ελλάδα, Київ, é e\u0301").lines
 
 
-def test_no_text_is_nothing_to_draw() -> None:
+def test_a_blank_text_has_no_layout() -> None:
     assert typeset(" \n ", font=DEJAVU, size=0, box=WIDE) is None
