@@ -108,6 +108,7 @@ def _catch(job: JobContext, work: Callable[[], Result]) -> Result | InpaintError
         return work()
     except InpaintError as error:
         return error
+    # A decoder that fails to allocate does not end the process: other jobs may need less.
     except MemoryError:
         return HostOutOfMemory("this machine is out of memory")
     except Exception as error:
@@ -155,6 +156,7 @@ def _put(worker: WorkerContext, job: JobContext, rendered: Rendered) -> str:
             try:
                 return _put_once(worker, job.leased, rendered.data, version)
             except OutputConflict:
+                # _put_once renews the lease before it writes over the version read here.
                 current = worker.storage.stat(output)
                 version = current.version if current else None
         return _put_once(worker, job.leased, rendered.data, version)

@@ -55,7 +55,8 @@ class PendingWrites:
         self._retry_seconds = retry_seconds
         self._max_results, self._max_bytes = max_results, max_bytes
         self._changed = threading.Condition()
-        self._began: dict[object, float] = {}  # in the order of their beginning
+        # Monotonic seconds when each pending write began; in that order, as dicts keep it.
+        self._began: dict[object, float] = {}
         self._bytes = 0
         self._succeeded_at = 0.0
 
@@ -84,11 +85,10 @@ class PendingWrites:
         One result always fits.
         """
         with self._changed:
-            if len(self._began) >= self._max_results or (
-                self._began and self._bytes + size > self._max_bytes
-            ):
+            if not self._has_room(size):
                 return False
             entry = object()
+            # A daemon: leases, not this thread, keep a result from being lost at exit.
             thread = threading.Thread(
                 target=self._run, args=(work, entry, size), name="pending write", daemon=True
             )
@@ -96,6 +96,11 @@ class PendingWrites:
             self._bytes += size
         thread.start()
         return True
+
+    def _has_room(self, size: int) -> bool:
+        if not self._began:
+            return True
+        return len(self._began) < self._max_results and self._bytes + size <= self._max_bytes
 
     def _run(self, work: Callable[[], object], entry: object, size: int) -> None:
         try:
@@ -115,6 +120,7 @@ class PendingWrites:
                 log.warning("job %s: write failed, retrying: %s", write.job, error)
                 write.report_blocked(error)
                 is_reported = True
+            # Raises if the job was cancelled, lost its lease or is released at shutdown.
             write.interruption.wait(pause)
             try:
                 version = write.put()

@@ -11,6 +11,7 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any
 
 import click
 import numpy as np
@@ -67,6 +68,7 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     """
     recorded = _load_recorded(configured, job)
     engine = _load_engine(configured, recorded, device)
+    # Nothing of a lease or a database: the pipeline cannot publish or record.
     pipeline = PipelineContext(
         settings=configured,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
@@ -78,6 +80,7 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     finally:
         engine.close()
     record = rerun.record
+    # Whole files: an encoder of another version may differ where the pixels do not.
     same = record.result_sha256 == recorded.result_sha256
     difference = 0 if same else _largest_difference(pipeline, recorded, rendered.data)
     return {
@@ -126,7 +129,12 @@ def _read_recorded(db: Database, job: int) -> RecordedAttempt:
         raise InputError(f"job {job} does not exist; see inpaint-jobs list")
     if attempt is None:
         raise InputError(f"job {job} has no result to compare with; see inpaint-jobs show {job}")
-    # Parameters and seed of the attempt: the job's may have been changed since.
+    return _recorded_attempt(row, attempt)
+
+
+def _recorded_attempt(row: Any, attempt: Any) -> RecordedAttempt:
+    """row, attempt: of the tables of jobs and attempts."""
+    # Engine, parameters and seed of the attempt: a retry may have changed the job's since.
     leased = LeasedJob(
         id=row.id,
         attempt=attempt.attempt,
@@ -154,6 +162,7 @@ def _largest_difference(
     """Largest absolute difference of a channel, in levels; None without the recorded output."""
     settings = pipeline.settings
     try:
+        # The record has a hash only, so the pixels come from the output if it is unchanged.
         output = pipeline.storage.get(recorded.leased.output, max_bytes=settings.max_object_bytes)
     except InputError:
         return None

@@ -120,6 +120,7 @@ class DeviceSlot:
         """worker: the slot's name plus what is unique to this process."""
         device = "cpu" if self.cuda_index is None else "cuda"
         return [
+            # -P: the current folder is the user's; a workers/ in it must not be imported.
             *(sys.executable, "-P", "-m", "workers.worker_process", "--engine", engine),
             *("--device", device, "--name", self.name, "--worker", worker),
         ]
@@ -234,6 +235,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
+            # Before any worker: they would only log that the broker does not answer.
             self._redis.ensure()
             while not self._stopping:
                 self._restart_what_died()
@@ -264,6 +266,7 @@ class Supervisor:
             print_error(PROGRAM, f"job {lost.job}: {reason}; now {lost.state}")
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        # A terminal and a service manager may both deliver one request to stop.
         if self._stopping and time.monotonic() - self._first_signal_at > SAME_SIGNAL_SECONDS:
             for child in self._children:
                 child.kill()
@@ -366,6 +369,7 @@ class _Child:
         """Wait for the end of a process that was asked to end; kill it after ``seconds``."""
         if self._process is not None:
             status = processes.wait_or_kill(self._process, grace_seconds=seconds)
+            # With status 0 it has released its jobs itself.
             if status:
                 self._reap(self._worker, f"the worker was killed (status {status})")
 

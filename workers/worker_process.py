@@ -108,30 +108,37 @@ def _consume(worker: WorkerContext, name: str) -> int:
     _install_signal_handlers(worker, health)
     maintenance = Maintenance(worker, Queue(url))
     maintenance.start()
-    concurrency = worker.settings.concurrency or _default_concurrency(worker.engine)
-    log.info("%s on %s: %s jobs at a time", worker.engine.name, worker.engine.device, concurrency)
-    consumer = app.Worker(
+    celery_worker = _celery_worker(app, worker, name)
+    try:
+        celery_worker.start()
+    finally:
+        worker.active_jobs.request_stop()
+        if not worker.pending_writes.join(GRACE_SECONDS):
+            release_all(worker)
+        # Maintenance ends last: leases need their heartbeats until the engine has let go.
+        worker.engine.close()
+        maintenance.stop()
+        worker.db.close()
+    return health.status or int(celery_worker.exitcode or 0)
+
+
+def _celery_worker(app: Celery, worker: WorkerContext, name: str) -> Any:
+    engine = worker.engine
+    concurrency = worker.settings.concurrency or _default_concurrency(engine)
+    log.info("%s on %s: %s jobs at a time", engine.name, engine.device, concurrency)
+    return app.Worker(
         consumer_cls=Consumer,
         hostname=f"inpaint@{name}",
         pool="threads",
         concurrency=concurrency,
-        queues=[queue_name(worker.engine.name)],
+        queues=[queue_name(engine.name)],
+        # Leases in the database replace Celery's messages between workers.
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,
         loglevel=worker.settings.log_level,
         quiet=True,
     )
-    try:
-        consumer.start()
-    finally:
-        worker.active_jobs.request_stop()
-        if not worker.pending_writes.join(GRACE_SECONDS):
-            release_all(worker)
-        worker.engine.close()
-        maintenance.stop()
-        worker.db.close()
-    return health.status or int(consumer.exitcode or 0)
 
 
 def _default_concurrency(engine: Engine) -> int:

@@ -124,6 +124,7 @@ def _run_pass(
     image, spec = before.image, engine_spec(worker.engine.name)
     mask, params = masked_pass.mask, masked_pass.params
     with job.stage("plan"):
+        # Refinements are planned here too: a mask that cannot be planned fails before it costs.
         regions = plan_for(mask, params, any_size=spec.any_size)
         refinements = list(coarse_to_fine.steps(mask, regions, params))
     if not regions:
@@ -177,25 +178,40 @@ def _inpaint_regions(
     record.regions = first_region + len(regions)
     record.windows = (record.windows or 0) + sum(len(region.windows) for region in regions)
     with job.stage("inpaint"):
-        rgb, futures = image.rgb(), []
+        rgb = image.rgb()
         # All are submitted before the first is awaited, so that they share batches.
-        for number, region in enumerate(regions, first_region):
-            region_image, region_mask = compositing.cut(rgb, masked_pass.mask, region)
-            work = RegionWork(
-                image=region_image,
-                mask=region_mask,
-                windows=region.windows,
-                params=masked_pass.params,
-                seed=(seed + number) % (MAX_SEED + 1),
-                priority=job.leased.priority,
-                interruption=job.interruption,
-                report=report,
+        futures = [
+            worker.engine.submit(
+                _region_work(job, rgb, masked_pass, region, seed=seed + number, report=report)
             )
-            futures.append(worker.engine.submit(work))
+            for number, region in enumerate(regions, first_region)
+        ]
         # A region that fails leaves the others running; none may outlive its job.
         wait(futures)
         record.memory_mode = report.memory or record.memory_mode
         return [np.asarray(future.result()) for future in futures]
+
+
+def _region_work(
+    job: JobContext,
+    rgb: Pixels,
+    masked_pass: MaskedPass,
+    region: Region,
+    *,
+    seed: int,
+    report: Report,
+) -> RegionWork:
+    image, mask = compositing.cut(rgb, masked_pass.mask, region)
+    return RegionWork(
+        image=image,
+        mask=mask,
+        windows=region.windows,
+        params=masked_pass.params,
+        seed=seed % (MAX_SEED + 1),
+        priority=job.leased.priority,
+        interruption=job.interruption,
+        report=report,
+    )
 
 
 def _composite(
