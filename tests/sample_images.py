@@ -20,7 +20,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 Box = tuple[int, int, int, int]
 Layer = Image.Image
-"""An RGBA picture of a mark alone, of the photograph's size."""
+"""An RGBA image of a mark alone, of the photograph's size."""
 
 JPEG_QUALITY = 92
 STUDIO = "SAMPLE STUDIO"
@@ -28,7 +28,7 @@ STUDIO = "SAMPLE STUDIO"
 
 @dataclass(frozen=True, kw_only=True)
 class Photograph:
-    """A file to write: a source picture, its crop and scale, and the mark it gets."""
+    """A file to write: a source image, its crop and scale, and the mark it gets."""
 
     file: str
     source: str
@@ -40,7 +40,7 @@ class Photograph:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One picture on a contact sheet; ``mask`` is 255 where it was repainted."""
+    """One image on a contact sheet; ``mask`` is 255 where it was repainted."""
 
     name: str
     note: str
@@ -50,7 +50,7 @@ class Row:
 
 
 def write_catalog(folder: Path) -> Path:
-    """Write eight watermarked product pictures, their masks and clean originals.
+    """Write eight watermarked product images, their masks and clean originals.
 
     Returns the manifest: columns id, image, mask, product, paths relative to it.
     """
@@ -80,13 +80,13 @@ def write_archive(folder: Path) -> Path:
 
 
 def read_photograph(name: str) -> Image.Image:
-    """One of scikit-image's bundled pictures, for instance ``coffee.png``; L or RGB."""
+    """One of scikit-image's bundled images, for instance ``coffee.png``; L or RGB."""
     with resources.files("skimage.data").joinpath(name).open("rb") as file:
         return Image.open(file).copy()
 
 
 def changed(one: Image.Image, other: Image.Image) -> Image.Image:
-    """255 where two pictures of a size and mode differ, in any channel."""
+    """255 where two images of a size and mode differ, in any channel."""
     difference = np.asarray(ImageChops.difference(one, other))
     differs = difference if difference.ndim == 2 else difference.max(axis=2)
     return Image.fromarray(np.where(differs > 0, 255, 0).astype(np.uint8))
@@ -121,14 +121,14 @@ def _catalog() -> tuple[Photograph, ...]:
 
 
 def _load(one: Photograph) -> Image.Image:
-    picture = read_photograph(one.source)
-    picture = picture.crop(one.crop) if one.crop else picture
-    size = (picture.width * one.scale, picture.height * one.scale)
-    return picture.resize(size, Image.Resampling.LANCZOS) if one.scale > 1 else picture
+    image = read_photograph(one.source)
+    image = image.crop(one.crop) if one.crop else image
+    size = (image.width * one.scale, image.height * one.scale)
+    return image.resize(size, Image.Resampling.LANCZOS) if one.scale > 1 else image
 
 
 def _diagonal(size: tuple[int, int]) -> Layer:
-    """The studio's name large across the picture, from corner to corner."""
+    """The studio's name large across the image, from corner to corner."""
     width, height = size
     text = _lettering(STUDIO, 0.085 * math.hypot(*size))
     turned = text.rotate(
@@ -253,9 +253,9 @@ _ARCHIVE = (
 _SEPIA = ("#1c120b", "#8a6a45", "#efe0c0")
 
 
-def _age(picture: Image.Image, *, sepia: bool, random: np.random.Generator) -> Image.Image:
+def _age(image: Image.Image, *, sepia: bool, random: np.random.Generator) -> Image.Image:
     """A faded print: grey or sepia, low contrast, paler to one side, with film grain."""
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)
+    grey = np.asarray(image.convert("L"), dtype=np.float32)
     height, width = grey.shape
     across = np.linspace(0, 1, width)[None, :] * np.linspace(0.4, 1, height)[:, None]
     grain = random.normal(0, 4, grey.shape)
@@ -343,9 +343,9 @@ def _tear(draw: ImageDraw.ImageDraw, size: tuple[int, int], random: np.random.Ge
 # --- files ---------------------------------------------------------------------------------
 
 
-def _stamp(picture: Image.Image, layer: Layer) -> Image.Image:
-    """The picture under the layer, in the picture's own mode."""
-    return Image.alpha_composite(picture.convert("RGBA"), layer).convert(picture.mode)
+def _stamp(image: Image.Image, layer: Layer) -> Image.Image:
+    """The image under the layer, in the image's own mode."""
+    return Image.alpha_composite(image.convert("RGBA"), layer).convert(image.mode)
 
 
 def _save_all(
@@ -353,18 +353,18 @@ def _save_all(
 ) -> None:
     """Write ``originals/``, ``images/`` and ``masks/``: what the damage changed, and a margin."""
     mask = changed(clean, damaged).filter(ImageFilter.MaxFilter(2 * dilation_px + 1))
-    for name, picture in (("originals", clean), ("images", damaged), ("masks", mask)):
+    for name, image in (("originals", clean), ("images", damaged), ("masks", mask)):
         (folder / name).mkdir(parents=True, exist_ok=True)
-        _save(picture, folder / name / (Path(file).stem + ".png" if name == "masks" else file))
+        _save(image, folder / name / (Path(file).stem + ".png" if name == "masks" else file))
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     options: dict[str, Any] = {}
     if path.suffix == ".jpg":
         options = {"quality": JPEG_QUALITY}
     elif path.suffix == ".tif":
         options = {"compression": "tiff_lzw", "dpi": (300, 300)}
-    picture.save(path, **options)
+    image.save(path, **options)
 
 
 def _paths(file: str) -> tuple[str, str]:
@@ -386,7 +386,7 @@ _PAPER, _INK, _FAINT, _OVERLAY = "#f7f6f3", "#222222", "#8a8780", (230, 0, 126)
 
 
 def contact_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG, 1576 px wide, with a line per picture: before, mask, after, enlarged damage."""
+    """Write a PNG, 1576 px wide, with a line per image: before, mask, after, enlarged damage."""
     strips = [_strip(row) for row in rows]
     width = 2 * _MARGIN + len(_COLUMNS) * _CELL + (len(_COLUMNS) - 1) * _GAP
     height = _HEADER + sum(strip.height + _GAP for strip in strips) + _MARGIN
@@ -421,7 +421,7 @@ def _strip(row: Row) -> Image.Image:
 
 
 def _worst(mask: Image.Image) -> Box:
-    """The box, of the picture's shape and a quarter of its sides, that holds the most mask."""
+    """The box, of the image's shape and a quarter of its sides, that holds the most mask."""
     width, height = max(1, mask.width // 4), max(1, mask.height // 4)
     sums = np.pad(np.asarray(mask, dtype=np.int64) // 255, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     high = sums[height:] - sums[:-height]
@@ -430,18 +430,18 @@ def _worst(mask: Image.Image) -> Box:
     return int(left), int(top), int(left) + width, int(top) + height
 
 
-def _overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    tint = Image.blend(picture, Image.new("RGB", picture.size, _OVERLAY), 0.85)
-    return Image.composite(tint, picture, mask)
+def _overlay(image: Image.Image, mask: Image.Image) -> Image.Image:
+    tint = Image.blend(image, Image.new("RGB", image.size, _OVERLAY), 0.85)
+    return Image.composite(tint, image, mask)
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    return ImageOps.contain(picture, (_CELL, _CELL), Image.Resampling.LANCZOS)
+def _fit(image: Image.Image) -> Image.Image:
+    return ImageOps.contain(image, (_CELL, _CELL), Image.Resampling.LANCZOS)
 
 
-def _enlarge(picture: Image.Image, box: Box) -> Image.Image:
-    cell = _fit(picture).size
-    return picture.crop(box).resize(cell, Image.Resampling.BICUBIC)
+def _enlarge(image: Image.Image, box: Box) -> Image.Image:
+    cell = _fit(image).size
+    return image.crop(box).resize(cell, Image.Resampling.BICUBIC)
 
 
 def _write(

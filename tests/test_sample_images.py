@@ -1,4 +1,4 @@
-"""The pictures that the demo and other tests use are what they say."""
+"""The images that the demo and other tests use are what they say."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests import sample_images
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.copy()
+    with Image.open(path) as image:
+        return image.copy()
 
 
 WRITERS = [sample_images.write_catalog, sample_images.write_archive]
@@ -56,10 +56,10 @@ def test_all_damage_lies_inside_the_mask(write: Callable[[Path], Path], tmp_path
             assert not (differs & (np.asarray(mask) == 0)).any(), row
 
 
-def test_a_contact_sheet_has_a_line_for_each_picture(tmp_path: Path) -> None:
-    picture, mask = Image.new("L", (300, 200), 90), Image.new("L", (300, 200))
+def test_a_contact_sheet_has_a_line_for_each_image(tmp_path: Path) -> None:
+    image, mask = Image.new("L", (300, 200), 90), Image.new("L", (300, 200))
     mask.paste(255, (10, 10, 40, 40))
-    row = sample_images.Row(name="a.png", note="", before=picture, mask=mask, after=picture)
+    row = sample_images.Row(name="a.png", note="", before=image, mask=mask, after=image)
     sample_images.contact_sheet([row], tmp_path / "one.png")
     sample_images.contact_sheet([row, row], tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:

@@ -67,14 +67,14 @@ class Kept:
 
 def compare(file: bytes) -> Kept:
     """Repaints a mark in the file and looks at both files with other decoders."""
-    picture = images.decode(file, max_pixels=10**9)
-    touched = mark(picture.size)
-    result = images.encode(picture.replace(repainted(picture, touched), touched=touched))
+    image = images.decode(file, max_pixels=10**9)
+    touched = mark(image.size)
+    result = images.encode(image.replace(repainted(image, touched), touched=touched))
     before, after = upright(file), upright(result)
     differs = np.ones(touched.shape, np.bool_)
     if before.shape == after.shape and before.dtype == after.dtype:
         differs = (before != after).reshape(*touched.shape, -1).any(axis=-1)
-    is_jpeg = picture.format == "JPEG"
+    is_jpeg = image.format == "JPEG"
     may_change = within_reach(file, touched) if is_jpeg else touched
     had, has = metadata(file), metadata(result)
     return Kept(
@@ -88,18 +88,18 @@ def compare(file: bytes) -> Kept:
 
 
 def mark(size: tuple[int, int]) -> Mask:
-    """(H, W): letters across the middle of a (width, height) picture."""
+    """(H, W): letters across the middle of a (width, height) image."""
     image = Image.new("1", size)
     font = ImageFont.load_default(max(10.0, min(size) / 8))
     ImageDraw.Draw(image).text((size[0] / 2, size[1] / 2), "SAMPLE", 1, font, anchor="mm")
     return np.asarray(image)
 
 
-def repainted(picture: images.DecodedImage, touched: Mask) -> Pixels:
-    """The picture's pixels with its own from elsewhere in the mark; alpha as it was."""
-    pixels = picture.pixels.copy()
+def repainted(image: images.DecodedImage, touched: Mask) -> Pixels:
+    """The image's pixels with its own from elsewhere in the mark; alpha as it was."""
+    pixels = image.pixels.copy()
     moved = np.roll(pixels, (41, 67), (0, 1))
-    if picture.has_alpha:
+    if image.has_alpha:
         moved[..., -1] = pixels[..., -1]
     pixels[touched] = moved[touched]
     return pixels
@@ -129,7 +129,7 @@ def orientation(file: bytes) -> int:
 
 
 def opened(file: bytes) -> Image.Image:
-    """By Pillow, which is not to look for further pictures behind a JPEG."""
+    """By Pillow, which is not to look for further images behind a JPEG."""
     is_jpeg = file[:3] == b"\xff\xd8\xff"
     data = io.BytesIO(file)
     return JpegImagePlugin.JpegImageFile(data) if is_jpeg else Image.open(data)
@@ -267,7 +267,7 @@ def sampled(image: Image.Image, *factors: tuple[int, int]) -> bytes:
 
 
 def with_trailer(file: bytes) -> bytes:
-    """A smaller picture behind the first, as phones write them, and a directory that says so."""
+    """A smaller image behind the first, as phones write them, and a directory that says so."""
     segment = struct.pack(">HH4s", 0xFFE2, 6, b"MPF\0")
     return file[:2] + segment + file[2:] + jpeg(Image.new("RGB", (320, 240)))
 
@@ -379,7 +379,7 @@ JPEGS: Mapping[str, Writer] = {
     "JPEG progressive restarts": lambda one: jpeg(one, restart_marker_rows=1, progressive=True),
     "JPEG quality 100": lambda one: jpeg(one, quality=100, subsampling=0),
     "JPEG quality 30": lambda one: jpeg(one, quality=30),
-    "JPEG and a second picture": lambda one: with_trailer(jpeg(one)),
+    "JPEG and a second image": lambda one: with_trailer(jpeg(one)),
     "JPEG without its end": lambda one: jpeg(one)[:-2],
     **{
         f"JPEG orientation {turn}": lambda one, t=turn: jpeg(one, orientation=t)
@@ -473,7 +473,7 @@ def main() -> None:
     photographs = [
         one.crop((0, 0, min(one.width, 701), min(one.height, 523))) for one in photographs
     ]
-    line("files", "pictures", "outside", "copied", "size", "kept")
+    line("files", "images", "outside", "copied", "size", "kept")
     for kind, write in KINDS.items():
         kept = [compare(write(one)) for one in photographs]
         copied = [one.copied for one in kept if one.copied is not None]

@@ -1,1 +1,1 @@
-"""Hostile files against the picture code: ``python -m tests.fuzz --minutes 10``."""
+"""Hostile files against the image code: ``python -m tests.fuzz --minutes 10``."""

@@ -25,7 +25,7 @@ def main(minutes: float, seed: int | None, keep: str) -> None:
     )
     seconds = time.monotonic() - started
     print(
-        f"{report.tried:,} files in {seconds:.0f} s, {report.pictures:,} of them pictures; "
+        f"{report.tried:,} files in {seconds:.0f} s, {report.images:,} of them images; "
         f"{len(report.findings)} findings"
     )
     sys.exit(1 if report.findings else 0)

@@ -247,7 +247,7 @@ def _change_frame(parts: _Parts, random: Random) -> None:
 
 
 def _more_scans(parts: _Parts, rest: bytes, random: Random) -> bytes:
-    """Scans again and again: each costs the decoder a walk over the whole picture."""
+    """Scans again and again: each costs the decoder a walk over the whole image."""
     scan = rest.removesuffix(b"\xff\xd9")
     if random.random() < 0.5:
         side = random.choice((256, 999))

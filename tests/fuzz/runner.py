@@ -52,7 +52,7 @@ class Finding:
 @dataclass(kw_only=True)
 class Report:
     tried: int = 0
-    pictures: int = 0
+    images: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -124,12 +124,12 @@ class _Child:
     def watch(self, report: Report, *, until: float, file_seconds: float) -> int:
         """Until the child has ended; returns the next number to try."""
         ended = self._ended(until, file_seconds)
-        number, pictures = struct.unpack("<qq", self._place[:])
+        number, images = struct.unpack("<qq", self._place[:])
         stderr = (Path(self._folder.name) / "stderr").read_text(errors="replace")
         if number == NOT_STARTED and ended != "stopped":
             raise RuntimeError(f"the child did not start: {stderr}")
         number = max(number, self._first)
-        report.pictures += pictures
+        report.images += images
         if self._said.exists():
             lines = self._said.read_text().splitlines()
             report.findings += [Finding(**json.loads(line)) for line in lines]
@@ -187,16 +187,16 @@ def main(arguments: list[str]) -> None:
     _limit_memory()
     with Path(arguments[4]).open("r+b") as file, Path(arguments[5]).open("a") as said:
         place = mmap.mmap(file.fileno(), 16)
-        pictures, before = 0, None
+        images, before = 0, None
         for number in range(first, first + count):
-            struct.pack_into("<qq", place, 0, number, pictures)
+            struct.pack_into("<qq", place, 0, number, images)
             found = _tried(attempt, seed, number)
-            pictures += found is True
+            images += found is True
             if isinstance(found, Finding):
                 _say(said, found)
             if number == first + WARM_UP_FILES:
                 before = _use()
-        struct.pack_into("<qq", place, 0, first + count, pictures)
+        struct.pack_into("<qq", place, 0, first + count, images)
         if before is not None and (text := _growth(before, _use())):
             _say(said, Finding(number=first + count, kind="leak", text=text))
 

@@ -20,7 +20,7 @@ def test_hostile_files_do_no_harm(tmp_path: Path) -> None:
     report = fuzz(seed=4, folder=tmp_path, files=900)
     assert report.findings == []
     assert report.tried == 900
-    assert report.pictures > 150, "most files are refused too early to try much"
+    assert report.images > 150, "most files are refused too early to try much"
 
 
 def crash(data: bytes, random: Random) -> bool:

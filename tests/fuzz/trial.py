@@ -19,19 +19,19 @@ class Defect(Exception):
 
 
 def attempt(data: bytes, random: Random) -> bool:
-    """Probes, decodes, repaints and encodes the file; whether it was a picture.
+    """Probes, decodes, repaints and encodes the file; whether it was an image.
 
     Raises what the product may not raise, and Defect.
     """
     shown = _probed(data, random)
     _as_mask(data)
     try:
-        picture = images.decode(data, max_pixels=MAX_PIXELS)
+        image = images.decode(data, max_pixels=MAX_PIXELS)
     except InputError:
         return False
-    if picture.size != shown:
-        raise Defect(f"probe says {shown}, decode {picture.size}")
-    _repaint(picture, random)
+    if image.size != shown:
+        raise Defect(f"probe says {shown}, decode {image.size}")
+    _repaint(image, random)
     return True
 
 
@@ -53,28 +53,28 @@ def _as_mask(data: bytes) -> None:
         pass
 
 
-def _repaint(picture: images.DecodedImage, random: Random) -> None:
-    """Writes a box of other pixels in the picture's own format, or in another one."""
-    width, height = picture.size
+def _repaint(image: images.DecodedImage, random: Random) -> None:
+    """Writes a box of other pixels in the image's own format, or in another one."""
+    width, height = image.size
     left, top = random.randrange(width), random.randrange(height)
     box = (slice(top, top + 1 + random.randrange(20)), slice(left, left + 1 + random.randrange(20)))
-    pixels, touched = picture.pixels.copy(), np.zeros((height, width), np.bool_)
+    pixels, touched = image.pixels.copy(), np.zeros((height, width), np.bool_)
     pixels[box] = pixels[box] ^ 1
     touched[box] = True
-    changed = picture.replace(pixels, touched=touched)
+    changed = image.replace(pixels, touched=touched)
     format = random.choice(FORMATS) if random.random() < 0.3 else None
     try:
         written = images.encode(changed, format=format)
     except (ImageError, FidelityError):
         # A damaged JPEG may decode and yet be refused, which its job then says.
-        if format is None and picture.format != "JPEG":
-            raise Defect(f"what came as {picture.format} cannot be written again") from None
+        if format is None and image.format != "JPEG":
+            raise Defect(f"what came as {image.format} cannot be written again") from None
         return
     again = images.decode(written, max_pixels=MAX_PIXELS)
-    if again.size != picture.size:
-        raise Defect(f"{picture.size} comes back as {again.size}")
-    if format in (None, picture.format) and picture.encoding.lossless:
-        _compare(picture, again, touched)
+    if again.size != image.size:
+        raise Defect(f"{image.size} comes back as {again.size}")
+    if format in (None, image.format) and image.encoding.lossless:
+        _compare(image, again, touched)
 
 
 def _compare(

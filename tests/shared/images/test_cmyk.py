@@ -1,4 +1,4 @@
-"""Inks: seen through the picture's profile, painted with a black channel, kept elsewhere."""
+"""Inks: seen through the image's profile, painted with a black channel, kept elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures with 16 bits a channel, palettes, transparent colours; and TIFFs that are refused."""
+"""Images with 16 bits a channel, palettes, transparent colours; and TIFFs that are refused."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def decode(file: bytes) -> images.DecodedImage:
     return images.decode(file, max_pixels=10**6)
 
 
-def painted(picture: images.DecodedImage, colour: Any, where: slice) -> images.DecodedImage:
-    """The picture with a square of one colour; alpha as it was, unless the colour has one."""
-    pixels = picture.pixels.copy()
+def painted(image: images.DecodedImage, colour: Any, where: slice) -> images.DecodedImage:
+    """The image with a square of one colour; alpha as it was, unless the colour has one."""
+    pixels = image.pixels.copy()
     pixels[where, where, : len(colour)] = colour
     touched = np.zeros(pixels.shape[:2], np.bool_)
     touched[where, where] = True
-    return picture.replace(pixels, touched=touched)
+    return image.replace(pixels, touched=touched)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_sixteen_bits_come_in_and_go_out(mode: str) -> None:
-    picture = decode(png(MODES[mode]))
-    assert picture.mode == mode
-    assert np.array_equal(picture.pixels, MODES[mode])
-    after = images.encode(painted(picture, [1, 2, 3][: 1 if mode == "LA;16" else 3], slice(5, 9)))
+    image = decode(png(MODES[mode]))
+    assert image.mode == mode
+    assert np.array_equal(image.pixels, MODES[mode])
+    after = images.encode(painted(image, [1, 2, 3][: 1 if mode == "LA;16" else 3], slice(5, 9)))
     read = imagecodecs.png_decode(after)
     assert read[6, 6, 0] == 1
     read[5:9, 5:9] = MODES[mode][5:9, 5:9]
@@ -68,11 +68,11 @@ def test_all_sixteen_bits_come_in_and_go_out(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_engines_see_eight_bits_and_masks_the_alpha(mode: str) -> None:
-    picture = decode(png(MODES[mode]))
+    image = decode(png(MODES[mode]))
     green = 0 if mode == "LA;16" else 1
-    assert np.array_equal(picture.rgb()[..., 1], MODES[mode][..., green] >> 8)
-    if picture.has_alpha:
-        assert np.array_equal(masks.alpha_to_mask(picture), 255 - (HOLES >> 8))
+    assert np.array_equal(image.rgb()[..., 1], MODES[mode][..., green] >> 8)
+    if image.has_alpha:
+        assert np.array_equal(masks.alpha_to_mask(image), 255 - (HOLES >> 8))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP", "BMP"])
@@ -116,11 +116,11 @@ def test_a_compression_that_pillow_lacks_is_read(pixels: Pixels, compression: st
         return
     options = {"lossless": True} if compression == "webp" else None
     file = tiff(pixels, compression=compression, compressionargs=options)
-    picture = decode(file)
+    image = decode(file)
     touched = np.zeros(pixels.shape[:2], np.bool_)
     touched[:9] = True
-    after = decode(images.encode(picture.replace(pixels[::-1].copy(), touched=touched)))
-    assert (after.mode, after.format) == (picture.mode, "TIFF")
+    after = decode(images.encode(image.replace(pixels[::-1].copy(), touched=touched)))
+    assert (after.mode, after.format) == (image.mode, "TIFF")
     assert np.array_equal(after.pixels, pixels[::-1])
     with pytest.raises(ImageError):
         decode(file[: len(file) // 2])
@@ -134,9 +134,9 @@ def test_a_fourth_channel_without_a_name_is_alpha(depth: Any, *, named: bool) ->
         file = tiff(pixels, photometric="rgb", extrasamples=["unspecified"])
     else:
         file = cv2.imencode(".tif", pixels[..., [2, 1, 0, 3]])[1].tobytes()
-    picture = decode(file)
-    assert (picture.has_alpha, np.array_equal(picture.pixels, pixels)) == (True, True)
-    after = images.encode(painted(picture, [1, 2, 3], slice(5, 9)))
+    image = decode(file)
+    assert (image.has_alpha, np.array_equal(image.pixels, pixels)) == (True, True)
+    after = images.encode(painted(image, [1, 2, 3], slice(5, 9)))
     with tifffile.TiffFile(io.BytesIO(after)) as read:
         assert read.pages[0].extrasamples == ((0,) if named else ())
         assert np.array_equal(read.pages[0].asarray()[10:], pixels[10:])
@@ -189,7 +189,7 @@ def test_what_could_not_be_written_back_is_refused(case: str) -> None:
         decode(file)
 
 
-def test_photoshops_layers_which_hold_the_old_picture_go() -> None:
+def test_photoshops_layers_which_hold_the_old_image_go() -> None:
     layers = b"Adobe Photoshop Document Data Block\0"
     file = tiff(CAT, photometric="rgb", extratags=[(37724, 7, len(layers), layers, True)])
     assert layers not in images.encode(painted(decode(file), [1, 2, 3], slice(5, 9)))
@@ -221,19 +221,19 @@ def test_a_palette_with_room_takes_new_colours_exactly() -> None:
 
 
 def test_a_full_palette_takes_the_nearest_of_its_colours() -> None:
-    picture = decode(indexed(256))
-    colour = picture.pixels[50, 70]
-    after = opened(images.encode(painted(picture, colour, slice(5, 9))))
+    image = decode(indexed(256))
+    colour = image.pixels[50, 70]
+    after = opened(images.encode(painted(image, colour, slice(5, 9))))
     assert (after.mode, len(after.getpalette() or ())) == ("P", 768)
     assert np.array_equal(np.asarray(after.convert("RGB"))[6, 6], colour)
 
 
 def test_more_new_colours_than_entries_are_quantised() -> None:
-    picture, touched = decode(indexed(200)), np.zeros((100, 150), np.bool_)
+    image, touched = decode(indexed(200)), np.zeros((100, 150), np.bool_)
     touched[20:80, 30:110] = True
-    pixels = picture.pixels.copy()
+    pixels = image.pixels.copy()
     pixels[touched] = data.coffee()[100:200, 100:250][touched]
-    after = opened(images.encode(picture.replace(pixels, touched=touched)))
+    after = opened(images.encode(image.replace(pixels, touched=touched)))
     seen = np.asarray(after.convert("RGB")).astype(int)
     assert after.mode == "P"
     assert np.array_equal(seen[~touched], pixels[~touched])
@@ -242,38 +242,38 @@ def test_more_new_colours_than_entries_are_quantised() -> None:
 
 def test_a_palettes_transparency_stays() -> None:
     before = indexed(16, transparency=bytes(range(0, 256, 16)))
-    picture = decode(before)
-    after = decode(images.encode(painted(picture, [1, 2, 3], slice(5, 25))))
-    assert opened(images.encode(painted(picture, [1, 2, 3], slice(5, 25)))).mode == "P"
-    assert np.array_equal(after.pixels[..., 3], picture.pixels[..., 3])
+    image = decode(before)
+    after = decode(images.encode(painted(image, [1, 2, 3], slice(5, 25))))
+    assert opened(images.encode(painted(image, [1, 2, 3], slice(5, 25)))).mode == "P"
+    assert np.array_equal(after.pixels[..., 3], image.pixels[..., 3])
 
 
 def test_a_transparency_that_the_palette_lacks_makes_it_rgba() -> None:
-    picture = decode(indexed(256, transparency=bytes([7] * 256)))
-    after = opened(images.encode(painted(picture, [1, 2, 3, 255], slice(5, 9))))
+    image = decode(indexed(256, transparency=bytes([7] * 256)))
+    after = opened(images.encode(painted(image, [1, 2, 3, 255], slice(5, 9))))
     assert after.mode == "RGBA"
     assert after.getpixel((6, 6)) == (1, 2, 3, 255)
-    assert after.getpixel((0, 0)) == tuple(picture.pixels[0, 0].tolist())
+    assert after.getpixel((0, 0)) == tuple(image.pixels[0, 0].tolist())
 
 
 def test_a_full_palette_without_a_colour_that_is_near_makes_it_rgba() -> None:
-    picture = decode(indexed(256, transparency=bytes(range(256))))
-    after = opened(images.encode(painted(picture, [0, 255, 0], slice(5, 9))))
+    image = decode(indexed(256, transparency=bytes(range(256))))
+    after = opened(images.encode(painted(image, [0, 255, 0], slice(5, 9))))
     assert after.mode == "RGBA"
-    assert after.getpixel((6, 6)) == (0, 255, 0, int(picture.pixels[6, 6, 3]))
+    assert after.getpixel((6, 6)) == (0, 255, 0, int(image.pixels[6, 6, 3]))
 
 
 def test_a_transparent_colour_stays_one_and_no_new_pixel_becomes_transparent() -> None:
     buffer = io.BytesIO()
     Image.fromarray(CAT).save(buffer, "PNG", transparency=tuple(CAT[0, 0].tolist()))
-    picture = decode(buffer.getvalue())
-    assert picture.mode == "RGBA"
-    clash = painted(picture, CAT[0, 0], slice(50, 60))
+    image = decode(buffer.getvalue())
+    assert image.mode == "RGBA"
+    clash = painted(image, CAT[0, 0], slice(50, 60))
     after = opened(images.encode(clash))
     assert after.mode == "RGB"
     assert after.info["transparency"] == tuple(CAT[0, 0].tolist())
     again = decode(images.encode(clash))
-    assert np.array_equal(again.pixels[..., 3], picture.pixels[..., 3])
+    assert np.array_equal(again.pixels[..., 3], image.pixels[..., 3])
     assert np.abs(again.pixels[55, 55, :3].astype(int) - CAT[0, 0]).max() == 1
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of every kind: a picture or an ImageError, nothing else."""
+"""Damaged files of every kind: an image or an ImageError, nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def damaged(file: bytes, random: np.random.Generator) -> bytes:
 
 
 @pytest.mark.parametrize("kind", fidelity.KINDS)
-def test_a_damaged_file_is_a_picture_or_an_image_error(kind: str) -> None:
+def test_a_damaged_file_is_an_image_or_an_image_error(kind: str) -> None:
     file, random = fidelity.KINDS[kind](SMALL), np.random.default_rng(5)
     for _ in range(12):
         with contextlib.suppress(ImageError, ObjectTooLarge):

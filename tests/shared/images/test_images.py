@@ -59,12 +59,12 @@ def decode(file: bytes) -> images.DecodedImage:
 
 def repainted(file: bytes, *, where: tuple[int, int] = (5, 7), **options: Any) -> bytes:
     """The file encoded again with one pixel, (row, column), black, or not black if it was."""
-    picture = decode(file)
-    pixels = picture.pixels.copy()
+    image = decode(file)
+    pixels = image.pixels.copy()
     pixels[where] = 0 if pixels[where].any() else 1
     touched = np.zeros(pixels.shape[:2], np.bool_)
     touched[where] = True
-    return images.encode(picture.replace(pixels, touched=touched), **options)
+    return images.encode(image.replace(pixels, touched=touched), **options)
 
 
 LOSSLESS = [
@@ -101,28 +101,28 @@ def test_the_mode_is_kept(format: str, mode: str, seen: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_a_picture_that_nothing_touched_leaves_as_its_own_bytes(format: str) -> None:
+def test_an_image_that_nothing_touched_leaves_as_its_own_bytes(format: str) -> None:
     file = save(CAT, format)
     assert images.encode(decode(file)) is file
 
 
 def test_a_transparent_palette_entry_becomes_alpha() -> None:
-    image = cat("P")
-    file = save(image, "PNG", transparency=int(np.asarray(image)[0, 0]))
-    picture = decode(file)
-    alpha = picture.alpha()
-    assert picture.mode == "RGBA"
+    source = cat("P")
+    file = save(source, "PNG", transparency=int(np.asarray(source)[0, 0]))
+    image = decode(file)
+    alpha = image.alpha()
+    assert image.mode == "RGBA"
     assert alpha is not None
     assert alpha[0, 0] == 0
-    assert np.array_equal(exact(file), picture.pixels)
+    assert np.array_equal(exact(file), image.pixels)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_colour_key_becomes_alpha(mode: str) -> None:
-    image = cat(mode)
-    file = save(image, "PNG", transparency=image.getpixel((0, 0)))
-    picture = decode(file)
-    alpha = picture.alpha()
+    source = cat(mode)
+    file = save(source, "PNG", transparency=source.getpixel((0, 0)))
+    image = decode(file)
+    alpha = image.alpha()
     assert alpha is not None
     assert alpha[0, 0] == 0
     assert alpha.any()
@@ -259,9 +259,9 @@ def test_orientation_is_applied_once_and_reset_unless_a_jpeg_keeps_its_blocks(
     options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
     before = save(CAT.resize((144, 96)), format, exif=exif, **options.get(format, {}))
     shown = np.asarray(ImageOps.exif_transpose(open_(before)).convert("RGB")).astype(int)
-    picture = decode(before)
-    assert np.array_equal(picture.rgb(), shown)
-    assert images.probe(before, max_pixels=LIMIT) == picture.size
+    image = decode(before)
+    assert np.array_equal(image.rgb(), shown)
+    assert images.probe(before, max_pixels=LIMIT) == image.size
     after = open_(repainted(before, where=(0, 0)))
     assert after.getexif().get(0x0112, 1) == (orientation if format == "JPEG" else 1)
     seen = np.asarray(ImageOps.exif_transpose(after).convert("RGB"))
@@ -269,7 +269,7 @@ def test_orientation_is_applied_once_and_reset_unless_a_jpeg_keeps_its_blocks(
     assert after.getexif()[0x010F] == "camera"
 
 
-def test_the_thumbnail_which_shows_the_old_picture_goes() -> None:
+def test_the_thumbnail_which_shows_the_old_image_goes() -> None:
     tiff = struct.pack("<2sHIH", b"II", 42, 8, 0) + struct.pack("<I", 14)
     second = struct.pack("<HHHIIHHIII", 2, 0x201, 4, 1, 44, 0x202, 4, 1, 9, 0)
     block = tiff + second
@@ -336,7 +336,7 @@ def test_truncated_files_are_refused(format: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_damage_anywhere_gives_a_picture_or_an_image_error(format: str) -> None:
+def test_damage_anywhere_gives_an_image_or_an_image_error(format: str) -> None:
     file, random = save(CAT, format), np.random.default_rng(0)
     for _ in range(60):
         damaged = bytearray(file)
@@ -386,7 +386,7 @@ def test_probe_says_when_it_needs_more_of_the_file() -> None:
 # Encoding to another format
 
 
-def test_another_format_is_written_where_it_can_hold_the_picture() -> None:
+def test_another_format_is_written_where_it_can_hold_the_image() -> None:
     exif = Image.Exif()
     exif[0x010F] = "camera"
     before = save(CAT, "JPEG", exif=exif, icc_profile=ICC, dpi=(300, 300))
@@ -405,7 +405,7 @@ def test_another_format_is_written_where_it_can_hold_the_picture() -> None:
 @pytest.mark.parametrize(
     ("mode", "format"), [("RGBA", "JPEG"), ("I;16", "WEBP"), ("LA", "JPEG"), ("I;16", "BMP")]
 )
-def test_a_format_that_cannot_hold_the_picture_is_refused(mode: str, format: str) -> None:
+def test_a_format_that_cannot_hold_the_image_is_refused(mode: str, format: str) -> None:
     with pytest.raises(ImageError, match="cannot hold"):
         images.encode(decode(save(cat(mode), "PNG")), format=format)
 
@@ -426,17 +426,17 @@ def test_the_name_decides_the_format() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16", "CMYK"])
 def test_engines_see_eight_bit_rgb(mode: str) -> None:
-    image = cat(mode)
-    picture = decode(save(image, "TIFF"))
-    expected = Image.fromarray((GREY16 >> 8).astype(np.uint8)) if mode == "I;16" else image
-    assert picture.rgb().dtype == np.uint8
-    assert np.array_equal(picture.rgb(), np.asarray(expected.convert("RGB")))
+    source = cat(mode)
+    image = decode(save(source, "TIFF"))
+    expected = Image.fromarray((GREY16 >> 8).astype(np.uint8)) if mode == "I;16" else source
+    assert image.rgb().dtype == np.uint8
+    assert np.array_equal(image.rgb(), np.asarray(expected.convert("RGB")))
 
 
 def test_pixels_are_read_only() -> None:
-    picture = decode(save(CAT, "PNG"))
+    image = decode(save(CAT, "PNG"))
     with pytest.raises(ValueError, match="read-only"):
-        picture.pixels[0, 0] = 1
+        image.pixels[0, 0] = 1
 
 
 def test_real_photographs_decode_as_pillow_decodes_them() -> None:

@@ -69,11 +69,11 @@ def boxed(shape: tuple[int, ...], box: Area) -> Mask:
 
 
 def repainted(file: bytes, touched: Mask) -> images.DecodedImage:
-    """The file's picture with other parts of itself where it is touched."""
-    picture = decode(file)
-    pixels = picture.pixels.copy()
+    """The file's image with other parts of itself where it is touched."""
+    image = decode(file)
+    pixels = image.pixels.copy()
     pixels[touched] = np.roll(pixels, (37, 53), (0, 1))[touched] ^ 1
-    return picture.replace(pixels, touched=touched)
+    return image.replace(pixels, touched=touched)
 
 
 def differs(one: Pixels, other: Pixels) -> Mask:
@@ -178,12 +178,12 @@ def assert_same_outside(before: bytes, after: bytes, touched: Mask) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
     before = FILES[name]
-    picture = repainted(before, boxed(decode(before).pixels.shape, BOX))
-    touched = picture.touched
+    image = repainted(before, boxed(decode(before).pixels.shape, BOX))
+    touched = image.touched
     if touched is None:
-        touched = boxed(picture.pixels.shape, (0, 0, 1, 1))
-        picture = repainted(before, touched)
-    after = images.encode(picture)
+        touched = boxed(image.pixels.shape, (0, 0, 1, 1))
+        image = repainted(before, touched)
+    after = images.encode(image)
     assert after != before
     assert_same_outside(before, after, touched)
     assert opened(after).layer == opened(before).layer
@@ -195,22 +195,22 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
     "name", ["4:4:4, baseline", "4:2:0, baseline", "4:2:0, progressive", "grey", "RGB", "coarse"]
 )
 def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
-    picture = repainted(FILES[name], boxed((171, 203), BOX))
-    spliced, whole = images.encode(picture), jpeg_format.encode(picture, None)
-    assert picture.touched is not None
+    image = repainted(FILES[name], boxed((171, 203), BOX))
+    spliced, whole = images.encode(image), jpeg_format.encode(image, None)
+    assert image.touched is not None
     ours, theirs = (
-        error(by_pillow(file), picture.pixels, picture.touched) for file in (spliced, whole)
+        error(by_pillow(file), image.pixels, image.touched) for file in (spliced, whole)
     )
     assert ours <= theirs * 1.03 + 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name[:3] in ("CMY", "YCC", "RGB")])
 def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
-    picture, touched = decode(FILES[name]), boxed((171, 203), BOX)
-    colour = (30, 90, 120, 60)[: picture.pixels.shape[2]]
-    pixels = picture.pixels.copy()
+    image, touched = decode(FILES[name]), boxed((171, 203), BOX)
+    colour = (30, 90, 120, 60)[: image.pixels.shape[2]]
+    pixels = image.pixels.copy()
     pixels[touched] = colour
-    after = by_pillow(images.encode(picture.replace(pixels, touched=touched)))
+    after = by_pillow(images.encode(image.replace(pixels, touched=touched)))
     whole_blocks = after[48:88, 64:96].astype(int)
     assert np.abs(whole_blocks - colour).max() <= 3
 
@@ -219,23 +219,23 @@ def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
 def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_as_a_whole(
     name: str,
 ) -> None:
-    picture = repainted(FILES[name], boxed((171, 203), BOX))
-    assert picture.touched is not None
-    beside = allowed(FILES[name], picture.touched) & ~picture.touched
+    image = repainted(FILES[name], boxed((171, 203), BOX))
+    assert image.touched is not None
+    beside = allowed(FILES[name], image.touched) & ~image.touched
     before = by_pillow(FILES[name])
-    ours = error(by_pillow(images.encode(picture)), before, beside)
-    assert ours < error(by_pillow(jpeg_format.encode(picture, None)), before, beside)
+    ours = error(by_pillow(images.encode(image)), before, beside)
+    assert ours < error(by_pillow(jpeg_format.encode(image, None)), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
     marked = np.zeros((64, 64, 3), np.uint8)
     marked[:, 3::7] = 255
     before = save(Image.fromarray(marked), quality=40)
-    picture = decode(before)
+    image = decode(before)
     touched = boxed((64, 64), (16, 16, 48, 48))
-    pixels = picture.pixels.copy()
+    pixels = image.pixels.copy()
     pixels[touched] = 128
-    after = by_pillow(images.encode(picture.replace(pixels, touched=touched)))
+    after = by_pillow(images.encode(image.replace(pixels, touched=touched)))
     assert np.abs(after[touched].astype(int) - 128).max() <= 2
 
 
@@ -243,8 +243,8 @@ def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
 def test_blocks_are_copied_and_the_file_keeps_its_size(name: str) -> None:
     before = FILES[name]
     touched = boxed(by_pillow(before).shape, BOX)
-    picture = repainted(before, touched)
-    spliced = jpeg_splice.splice(before, picture.pixels, touched, metadata=b"")
+    image = repainted(before, touched)
+    spliced = jpeg_splice.splice(before, image.pixels, touched, metadata=b"")
     blocks = touched.size / 64
     assert 1 - spliced.copied < 100 / blocks
     assert len(spliced.data) < len(before) * 1.05
@@ -307,12 +307,12 @@ def test_any_size_and_any_touched_pixels(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_a_turned_picture_stays_stored_as_it_was(orientation: int, subsampling: int) -> None:
+def test_a_turned_image_stays_stored_as_it_was(orientation: int, subsampling: int) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "camera"
     before = save(COFFEE, exif=exif, subsampling=subsampling)
-    picture = repainted(before, boxed(decode(before).pixels.shape, BOX))
-    after = images.encode(picture)
+    image = repainted(before, boxed(decode(before).pixels.shape, BOX))
+    after = images.encode(image)
     assert opened(after).getexif()[0x0112] == orientation
     assert opened(after).getexif()[0x010F] == "camera"
     old, new = (np.asarray(ImageOps.exif_transpose(opened(file))) for file in (before, after))
@@ -320,7 +320,7 @@ def test_a_turned_picture_stays_stored_as_it_was(orientation: int, subsampling: 
     outside = ~boxed(old.shape, (left - 18, top - 18, right + 18, bottom + 18))
     assert not (differs(old, new) & outside).any()
     inside = boxed(old.shape, BOX)
-    assert error(new, picture.pixels, inside) < error(new, old, inside) / 4
+    assert error(new, image.pixels, inside) < error(new, old, inside) / 4
     assert np.array_equal(decode(after).pixels, new)
 
 
@@ -350,10 +350,12 @@ def test_a_file_without_jfif_gets_none_and_keeps_its_component_names() -> None:
 
 def test_threads_do_not_disturb_each_other() -> None:
     names = ["4:2:0, baseline", "4:2:0, progressive", "grey, progressive", "CMYK", "restarts"] * 8
-    pictures = [repainted(FILES[name], boxed((171, 203), BOX)) for name in names]
-    alone = {name: images.encode(one) for name, one in zip(names[:5], pictures[:5], strict=True)}
+    repainted_images = [repainted(FILES[name], boxed((171, 203), BOX)) for name in names]
+    alone = {
+        name: images.encode(one) for name, one in zip(names[:5], repainted_images[:5], strict=True)
+    }
     with ThreadPoolExecutor(4) as threads:
-        together = list(threads.map(images.encode, pictures))
+        together = list(threads.map(images.encode, repainted_images))
     assert together == [alone[name] for name in names]
 
 
@@ -426,11 +428,11 @@ def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: 
     place = int(len(file) * share)
     file[place : place + 8] = b"\x5a" * 8
     try:
-        picture = repainted(bytes(file), boxed((171, 203), BOX))
+        image = repainted(bytes(file), boxed((171, 203), BOX))
     except ImageError:
         return
     try:
-        assert opened(images.encode(picture)).size == (203, 171)
+        assert opened(images.encode(image)).size == (203, 171)
     except FidelityError:
         pass
 
@@ -441,16 +443,16 @@ def test_a_file_that_would_decode_otherwise_is_not_handed_out(
     monkeypatch.setattr(
         jpeg_splice, "_reach", lambda image, rewritten, shape: np.zeros(shape, np.bool_)
     )
-    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    image = repainted(FILES["grey"], boxed((171, 203), BOX))
     with pytest.raises(FidelityError, match="outside the mask would have changed"):
-        images.encode(picture)
+        images.encode(image)
 
 
 def test_without_jpeglib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jpeglib", None)
-    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    image = repainted(FILES["grey"], boxed((171, 203), BOX))
     with pytest.raises(EngineUnavailable, match=r"inpaint-batch\[opencv\]"):
-        images.encode(picture)
+        images.encode(image)
 
 
 def test_a_full_disk_is_noticed_before_the_c_library_writes(
@@ -458,6 +460,6 @@ def test_a_full_disk_is_noticed_before_the_c_library_writes(
 ) -> None:
     full = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    picture = repainted(FILES["grey"], boxed((171, 203), BOX))
+    image = repainted(FILES["grey"], boxed((171, 203), BOX))
     with pytest.raises(StorageUnavailable, match="no room"):
-        images.encode(picture)
+        images.encode(image)

@@ -71,7 +71,7 @@ def source_type(term: str) -> bytes:
 # What the note says
 
 
-def test_a_picture_without_a_packet_gets_one() -> None:
+def test_an_image_without_a_packet_gets_one() -> None:
     marked = add_provenance(b"", NOTE)
     assert values(marked, IPTC, "DigitalSourceType") == [EDITED]
     assert values(marked, NAMESPACE, "job") == ["17"]
@@ -92,7 +92,7 @@ def test_an_engine_without_a_trained_model_is_no_generative_ai() -> None:
 
 @pytest.mark.parametrize("note", [NOTE, OPENCV])
 @pytest.mark.parametrize("prefix", [SOURCE_TYPES, "digsrctype:", ""])
-def test_a_generated_picture_stays_declared_as_generated(note: Provenance, prefix: str) -> None:
+def test_a_generated_image_stays_declared_as_generated(note: Provenance, prefix: str) -> None:
     marked = add_provenance(source_type(prefix + "trainedAlgorithmicMedia"), note)
     assert values(marked, IPTC, "DigitalSourceType") == [SOURCE_TYPES + "trainedAlgorithmicMedia"]
 
@@ -220,11 +220,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def encoded(format: str, packet: bytes) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 24), "teal").save(buffer, format, dpi=(72, 72))
-    picture = images.decode(buffer.getvalue(), max_pixels=10_000)
-    pixels, touched = picture.pixels.copy(), np.zeros((24, 32), np.bool_)
+    image = images.decode(buffer.getvalue(), max_pixels=10_000)
+    pixels, touched = image.pixels.copy(), np.zeros((24, 32), np.bool_)
     pixels[3, 3] = 0
     touched[3, 3] = True
-    return images.encode(picture.replace(pixels, touched=touched), xmp=packet)
+    return images.encode(image.replace(pixels, touched=touched), xmp=packet)
 
 
 @pytest.mark.parametrize("name", FORMATS)

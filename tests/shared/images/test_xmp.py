@@ -52,11 +52,11 @@ def decode(file: bytes) -> images.DecodedImage:
 
 
 def repainted(file: bytes) -> images.DecodedImage:
-    picture = decode(file)
-    pixels, touched = picture.pixels.copy(), np.zeros((48, 64), np.bool_)
+    image = decode(file)
+    pixels, touched = image.pixels.copy(), np.zeros((48, 64), np.bool_)
     pixels[3, 3] ^= 1
     touched[3, 3] = True
-    return picture.replace(pixels, touched=touched)
+    return image.replace(pixels, touched=touched)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -88,7 +88,7 @@ def test_bmp_holds_none() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_picture_that_nothing_touched_is_not_marked(format: str) -> None:
+def test_an_image_that_nothing_touched_is_not_marked(format: str) -> None:
     file = save(format)
     assert images.encode(decode(file), xmp=NEW) is file
 
