@@ -1,4 +1,4 @@
-"""inpaint-jobs doctor: is everything there that a run needs?"""
+"""inpaint-jobs doctor: checks everything that a run needs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from shared import embedded_redis
 from shared.command_errors import last_error
@@ -16,94 +17,101 @@ from shared.errors import DatabaseUnavailable, InpaintError, UnavailableError
 from shared.jobs.queue import Queue
 from shared.settings import Settings
 
-CHECK_SECONDS = 600
+# A model that is not in the cache yet is downloaded first.
+ENGINE_CHECK_SECONDS = 600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """``ok``, ``note`` (fine for some uses) or ``bad``; ``text`` ends with the remedy."""
+class Check:
+    """The outcome of one check.
 
-    what: str
+    verdict: ``ok``, ``note`` (a fault for some uses only) or ``bad``; the text of a bad one
+    ends with the remedy.
+    """
+
+    subject: str
     verdict: str
     text: str
 
     @property
-    def bad(self) -> bool:
+    def is_bad(self) -> bool:
         return self.verdict == "bad"
 
     def __str__(self) -> str:
-        return f"{self.what:<9} {self.verdict:<5} {self.text}"
+        return f"{self.subject:<9} {self.verdict:<5} {self.text}"
 
 
-def run_checks(settings: Settings, *, engine: str | None, devices: str) -> Iterator[Verdict]:
-    yield _verdict("database", lambda: _database(settings))
-    yield _broker(settings)
-    yield from _storage(settings)
-    yield _engine(engine or settings.engine, devices)
+def run_checks(settings: Settings, *, engine: str | None, devices: str) -> Iterator[Check]:
+    """Check database, broker, storage and engine; a bad one does not stop the others."""
+    yield _check("database", lambda: _check_database(settings))
+    yield _check_broker(settings)
+    yield from _check_storage(settings)
+    yield _check_engine(engine or settings.engine, devices)
 
 
-def _verdict(what: str, examined: Callable[[], str]) -> Verdict:
+def _check(subject: str, examine: Callable[[], str]) -> Check:
+    """ok with the text that ``examine`` returns, or bad with the error that it raises."""
     try:
-        return Verdict(what=what, verdict="ok", text=examined())
+        return Check(subject=subject, verdict="ok", text=examine())
     except InpaintError as error:
-        return Verdict(what=what, verdict="bad", text=str(error))
+        return Check(subject=subject, verdict="bad", text=str(error))
 
 
-def _database(settings: Settings) -> str:
+def _check_database(settings: Settings) -> str:
     db = Database(settings.database)
     try:
-        _reach(db)
+        _connect(db)
         schema.ensure(db)
         return f"{db}, revision {schema.current_revision(db)}"
     finally:
         db.close()
 
 
-def _reach(db: Database) -> None:
+def _connect(db: Database) -> None:
     try:
         schema.current_revision(db)
     except DatabaseUnavailable as error:
         raise DatabaseUnavailable(f"{error}; check INPAINT_DATABASE_URL and the server") from error
 
 
-def _broker(settings: Settings) -> Verdict:
+def _check_broker(settings: Settings) -> Check:
     queue = Queue(embedded_redis.broker_url(settings))
     try:
-        return Verdict(what="broker", verdict="ok", text=f"{queue}, version {queue.ping()}")
+        return Check(subject="broker", verdict="ok", text=f"{queue}, version {queue.ping()}")
     except UnavailableError as error:
         if settings.broker_url is not None:
-            return Verdict(what="broker", verdict="bad", text=f"{error}; start Redis there")
-        return _embedded_broker(settings)
+            return Check(subject="broker", verdict="bad", text=f"{error}; start Redis there")
+        return _check("broker", lambda: _start_embedded_redis(settings))
     finally:
         queue.close()
 
 
-def _embedded_broker(settings: Settings) -> Verdict:
-    def examined() -> str:
-        with embedded_redis.EmbeddedRedis(settings):
-            return "embedded, not running now; inpaint-worker and --local start it"
-
-    return _verdict("broker", examined)
+def _start_embedded_redis(settings: Settings) -> str:
+    with embedded_redis.EmbeddedRedis(settings):
+        return "embedded, not running now; inpaint-worker and --local start it"
 
 
-def _storage(settings: Settings) -> Iterator[Verdict]:
+def _check_storage(settings: Settings) -> Iterator[Check]:
     for root in settings.roots:
-        writable = os.access(root, os.R_OK | os.W_OK)
-        yield Verdict(
-            what="storage",
-            verdict="ok" if writable else "bad",
-            text=f"{root} can be read and written"
-            if writable
-            else f"{root} cannot be written; make it, give this user rights, or see INPAINT_ROOTS",
-        )
+        yield _check_root(root)
     for bucket in settings.buckets:
-        yield _verdict("storage", lambda bucket=bucket: _bucket(bucket))  # type: ignore[misc]
+        yield _check("storage", lambda bucket=bucket: _check_bucket(bucket))  # type: ignore[misc]
     if not settings.buckets:
-        text = "S3 not tried: INPAINT_BUCKETS names no bucket"
-        yield Verdict(what="storage", verdict="note", text=text)
+        text = "S3 was not checked: INPAINT_BUCKETS names no bucket"
+        yield Check(subject="storage", verdict="note", text=text)
 
 
-def _bucket(bucket: str) -> str:
+def _check_root(root: Path) -> Check:
+    if os.access(root, os.R_OK | os.W_OK):
+        return Check(subject="storage", verdict="ok", text=f"{root} can be read and written")
+    return Check(
+        subject="storage",
+        verdict="bad",
+        text=f"{root} cannot be written; create it, give this user access, or see INPAINT_ROOTS",
+    )
+
+
+def _check_bucket(bucket: str) -> str:
     from shared.storage import Storage
 
     try:
@@ -113,24 +121,24 @@ def _bucket(bucket: str) -> str:
     return f"s3://{bucket} answers"
 
 
-def _engine(engine: str, devices: str) -> Verdict:
-    """Loaded by the worker's own code, in a process of its own."""
+def _check_engine(engine: str, devices: str) -> Check:
+    """Load the engine with ``inpaint-worker --check``, since the producer loads none."""
     if find_spec("workers") is None:
-        text = "no worker is installed here; fine for a producer"
-        return Verdict(what="engine", verdict="note", text=text)
+        text = "no worker is installed here; a producer needs none"
+        return Check(subject="engine", verdict="note", text=text)
     command = [
         *(sys.executable, "-P", "-m", "workers.supervisor", "--check"),
         *("--engine", engine, "--devices", devices),
     ]
     try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False
+        process = subprocess.run(
+            command, capture_output=True, text=True, timeout=ENGINE_CHECK_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        return Verdict(what="engine", verdict="bad", text=f"did not load in {CHECK_SECONDS} s")
-    if answer.returncode == 0:
-        return Verdict(what="engine", verdict="ok", text="; ".join(answer.stdout.splitlines()))
-    reason = last_error(
-        answer.stderr, "inpaint-worker", default="the check exited without an error message"
-    )
-    return Verdict(what="engine", verdict="bad", text=reason)
+        text = f"did not load within {ENGINE_CHECK_SECONDS} s; see its output: {' '.join(command)}"
+        return Check(subject="engine", verdict="bad", text=text)
+    if process.returncode == 0:
+        return Check(subject="engine", verdict="ok", text="; ".join(process.stdout.splitlines()))
+    default = "the check exited without an error message"
+    reason = last_error(process.stderr, "inpaint-worker", default=default)
+    return Check(subject="engine", verdict="bad", text=reason)

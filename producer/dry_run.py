@@ -1,4 +1,4 @@
-"""``--dry-run``: what a submission would do, found out without recording anything."""
+"""``--dry-run``: shows what a submission would do, and records nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from producer.manifest import Problem
 from producer.validate import ValidatedManifest
 from shared import images, masks
 from shared.engines import engine_spec
-from shared.errors import ImageError, InpaintError, ObjectMissing
+from shared.errors import ImageTruncated, InpaintError, ObjectMissing
 from shared.geometry import coarse_to_fine, regions
 from shared.jobs.submissions import NewJob
 from shared.params import Params
@@ -20,14 +20,19 @@ from shared.settings import Settings
 from shared.storage import Storage
 
 THREADS = 8
-IN_FLIGHT = 64
+# Rows submitted to the threads at a time: bounds the memory, whatever the manifest's length.
+BATCH_ROWS = 64
+# Enough for the header of nearly every file; a JPEG's size may lie behind more metadata.
 HEADER_BYTES = 128 * 1024
-KEPT_MASKS = 4
+CACHED_MASKS = 4
 
 
 @dataclass(kw_only=True)
 class DryRunReport:
-    """Totals over the rows that would run. ``empty``: rows whose mask repaints nothing."""
+    """Totals. Regions and windows are of the rows that would run.
+
+    empty: rows whose mask repaints nothing. overwritten: rows whose output exists.
+    """
 
     rows: int = 0
     invalid: int = 0
@@ -36,80 +41,82 @@ class DryRunReport:
     empty: int = 0
     overwritten: int = 0
 
+    def add(self, plan: _RowPlan) -> None:
+        self.regions += len(plan.regions)
+        self.windows += sum(len(region.windows) for region in plan.regions)
+        self.empty += not plan.regions
+        self.overwritten += plan.output_exists
+
     def to_json(self) -> dict[str, int]:
         return dict(vars(self))
 
 
 def simulate(
-    checked: ValidatedManifest,
+    manifest: ValidatedManifest,
     storage: Storage,
     settings: Settings,
     *,
     report: Callable[[Problem], None],
 ) -> DryRunReport:
-    """Looks at every image and mask; reports what would fail, and counts what would run."""
-    total = DryRunReport(rows=checked.rows, invalid=checked.invalid)
-    stage = _RowPlanner(storage, settings)
+    """Plan every row as a worker would, from its mask and its image's header.
+
+    Nothing is recorded or written. Each row that would fail is reported.
+    """
+    total = DryRunReport(rows=manifest.rows, invalid=manifest.invalid)
+    planner = _RowPlanner(storage, settings)
     with ThreadPoolExecutor(THREADS) as pool:
-        for batch in _batches(checked.jobs()):
-            for found in pool.map(stage.look, batch):
-                if isinstance(found, Problem):
+        for batch in _batches(manifest.jobs()):
+            for plan in pool.map(planner.plan, batch):
+                if isinstance(plan, Problem):
                     total.invalid += 1
-                    report(found)
+                    report(plan)
                 else:
-                    _add(total, found)
+                    total.add(plan)
     return total
 
 
-def _batches(rows: Iterable[NewJob]) -> Iterator[list[NewJob]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, IN_FLIGHT)):
+def _batches(jobs: Iterable[NewJob]) -> Iterator[list[NewJob]]:
+    iterator = iter(jobs)
+    while batch := list(islice(iterator, BATCH_ROWS)):
         yield batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RowPlan:
-    """What one row would do. ``output_exists``: something lies at its output already."""
+    """What one row would do."""
 
-    plan: tuple[regions.Region, ...]
+    regions: tuple[regions.Region, ...]
     output_exists: bool
-
-
-def _add(total: DryRunReport, found: _RowPlan) -> None:
-    total.regions += len(found.plan)
-    total.windows += sum(len(region.windows) for region in found.plan)
-    total.empty += not found.plan
-    total.overwritten += found.output_exists
 
 
 class _RowPlanner:
     def __init__(self, storage: Storage, settings: Settings) -> None:
         self._storage = storage
         self._settings = settings
-        # One mask for all rows is common; it is read and decoded once.
-        self._mask_file = lru_cache(KEPT_MASKS)(self._read_mask)
+        # All rows often share one mask: it is read and decoded once.
+        self._cached_mask = lru_cache(CACHED_MASKS)(self._read_mask)
 
-    def look(self, job: NewJob) -> _RowPlan | Problem:
+    def plan(self, job: NewJob) -> _RowPlan | Problem:
         try:
             output_exists = self._storage.stat(job.output) is not None
-            return _RowPlan(plan=self._plan(job), output_exists=output_exists)
+            return _RowPlan(regions=self._plan_regions(job), output_exists=output_exists)
         except InpaintError as error:
             return Problem(line=job.line, text=f"{error.code}: {error}")
 
-    def _plan(self, job: NewJob) -> tuple[regions.Region, ...]:
-        rounds = Params.from_json(job.params, seed=job.seed).all_passes()
+    def _plan_regions(self, job: NewJob) -> tuple[regions.Region, ...]:
+        passes = Params.from_json(job.params, seed=job.seed).all_passes()
         return tuple(
             region
-            for mask, params in rounds
-            for region in self._round(job, mask or job.mask, params)
+            for mask, params in passes
+            for region in self._plan_pass(job, mask or job.mask, params)
         )
 
-    def _round(self, job: NewJob, name: str, params: Params) -> tuple[regions.Region, ...]:
+    def _plan_pass(self, job: NewJob, mask: str, params: Params) -> tuple[regions.Region, ...]:
         image = _StoredImage(job.image, self._storage, self._settings)
-        repainted = masks.load(name, image, params, read_file=self._mask_file)
+        repainted = masks.load(mask, image, params, read_file=self._cached_mask)
         plan = regions.plan_for(repainted, params, any_size=engine_spec(job.engine).any_size)
-        finer = coarse_to_fine.steps(repainted, plan, params)
-        return plan + tuple(region for step in finer for region in step.regions)
+        refinements = coarse_to_fine.steps(repainted, plan, params)
+        return plan + tuple(region for step in refinements for region in step.regions)
 
     def _read_mask(self, uri: str) -> masks.Grey:
         data = self._storage.get(uri, max_bytes=self._settings.max_object_bytes).data
@@ -132,9 +139,7 @@ class _StoredImage:
         try:
             head = self._storage.head(self._uri, max_bytes=HEADER_BYTES)
             return images.probe(head, max_pixels=self._settings.max_pixels)
-        except ImageError as error:
-            if error.code != "image_truncated":
-                raise
+        except ImageTruncated:
             return self._decode().size
 
     def alpha(self) -> images.Pixels | None:

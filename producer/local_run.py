@@ -1,4 +1,4 @@
-"""``--local``: everything that is missing, started for the length of one run."""
+"""``--local``: starts a Redis and workers for the length of one run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from shared.engines import engine_spec
 from shared.errors import EngineUnavailable
 from shared.settings import Settings
 
+# The supervisor gives its workers 10 s; a little more lets it report before it is killed.
 GRACE_SECONDS = 12.0
 
 
 def require_engines(engines: Iterable[str]) -> None:
-    """Raises EngineUnavailable where an engine cannot run here for want of a library.
+    """Raise EngineUnavailable if the library of an engine is not installed.
 
-    Nothing is imported: a worker says what else is wrong, this is known before any row is
-    recorded.
+    The library is looked up but not imported. Any other fault is reported by the worker, after
+    the rows are recorded; this one is known before.
     """
     for engine in sorted(engines):
         spec = engine_spec(engine)
@@ -35,14 +36,14 @@ def require_engines(engines: Iterable[str]) -> None:
 
 
 class LocalWorkers:
-    """``inpaint-worker`` once per engine; what they print goes to ``log``."""
+    """One ``inpaint-worker`` per engine; their output goes to the file ``log``."""
 
     def __init__(
         self, settings: Settings, *, engines: Iterable[str], devices: str, roots: Sequence[Path]
     ) -> None:
         self.log = settings.home / "worker.log"
         self._stack = ExitStack()
-        file = self._stack.enter_context(self.log.open("wb"))
+        log_file = self._stack.enter_context(self.log.open("wb"))
         allowed = ",".join(str(root) for root in roots)
         self._processes = [
             processes.spawn(
@@ -51,40 +52,39 @@ class LocalWorkers:
                     *("--engine", engine, "--devices", devices),
                 ],
                 env={**os.environ, "INPAINT_ROOTS": allowed},
-                stdout=file,
-                stderr=file,
+                stdout=log_file,
+                stderr=log_file,
             )
             for engine in sorted(engines)
         ]
 
     def check(self) -> None:
-        """Raises EngineUnavailable with the worker's own reason where one has given up."""
+        """Raise EngineUnavailable with the worker's own message if one has exited."""
         if any(process.poll() is not None for process in self._processes):
-            raise EngineUnavailable(f"{self._reason()} (see {self.log})")
-
-    def _reason(self) -> str:
-        return last_error(
-            self.log.read_text(errors="replace"),
-            "inpaint-worker",
-            default="the worker exited without an error message",
-        )
+            reason = last_error(
+                self.log.read_text(errors="replace"),
+                "inpaint-worker",
+                default="the worker exited without an error message",
+            )
+            raise EngineUnavailable(f"{reason} (see {self.log})")
 
     def close(self) -> None:
+        # All are asked to stop before the first is waited for, so that they stop together.
         for process in self._processes:
             if process.poll() is None:
                 process.terminate()
         for process in self._processes:
-            _reap(process)
+            _wait_for_exit(process)
         self._stack.close()
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
+def _wait_for_exit(process: subprocess.Popen[bytes]) -> None:
     processes.wait_or_kill(process, grace_seconds=GRACE_SECONDS)
 
 
 @contextmanager
 def running_redis(settings: Settings) -> Iterator[None]:
-    """The embedded Redis, unless a broker is configured."""
+    """Run the embedded Redis, unless a broker is configured."""
     with embedded_redis.EmbeddedRedis(settings):
         yield
 
@@ -93,6 +93,7 @@ def running_redis(settings: Settings) -> Iterator[None]:
 def running_workers(
     settings: Settings, *, engines: Iterable[str], devices: str, roots: Sequence[Path]
 ) -> Iterator[LocalWorkers]:
+    """Start the workers, and stop them at the end."""
     workers = LocalWorkers(settings, engines=engines, devices=devices, roots=roots)
     try:
         yield workers

@@ -1,4 +1,4 @@
-"""``inpaint-jobs replay``: a finished job run again here, by a worker's own code."""
+"""``inpaint-jobs replay``: runs a finished job again on this machine, with the worker's code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shared.command_errors import last_error
 from shared.errors import EngineUnavailable, InpaintError
@@ -16,24 +16,39 @@ from shared.processes import EX_UNAVAILABLE
 from shared.settings import Settings
 
 
-def replay(settings: Settings, job: int, *, device: str, roots: Sequence[Path]) -> dict[str, Any]:
-    """What ``workers.replay`` prints: ``same``, both hashes, and what else differs.
+@dataclass(frozen=True, kw_only=True)
+class ReplayResult:
+    """How the result of a replay compares with the recorded one.
 
-    roots: folders allowed besides the settings' own. Raises EngineUnavailable and
-    InpaintError with the worker's message. The producer itself loads no engine.
+    largest_difference: of any pixel in levels (0 to 255) from the published result; None if
+    that is gone or was replaced. differs: inputs that changed, and ``engine_revision``.
+    """
+
+    job: int
+    same: bool
+    largest_difference: int | None
+    result_sha256: str
+    recorded_sha256: str
+    differs: list[str]
+
+
+def replay(settings: Settings, job: int, *, device: str, roots: Sequence[Path]) -> ReplayResult:
+    """Run ``workers.replay`` in a process of its own, since the producer loads no engine.
+
+    roots: folders that files may be read from, in addition to the settings'. Raises
+    EngineUnavailable or InpaintError with the message of the process.
     """
     allowed = ",".join(str(root) for root in (*settings.roots, *roots))
-    ran = subprocess.run(
+    # -P: a "workers" folder in the current directory must not be imported in place of ours.
+    process = subprocess.run(
         [sys.executable, "-P", "-m", "workers.replay", "--job", str(job), "--device", device],
         env={**os.environ, "INPAINT_ROOTS": allowed},
         capture_output=True,
         text=True,
         check=False,
     )
-    if ran.returncode == 0:
-        found: dict[str, Any] = json.loads(ran.stdout)
-        return found
-    error_class = EngineUnavailable if ran.returncode == EX_UNAVAILABLE else InpaintError
-    raise error_class(
-        last_error(ran.stderr, "inpaint-jobs", default="the replay exited without an error message")
-    )
+    if process.returncode == 0:
+        return ReplayResult(**json.loads(process.stdout))
+    error_class = EngineUnavailable if process.returncode == EX_UNAVAILABLE else InpaintError
+    default = "the replay exited without an error message"
+    raise error_class(last_error(process.stderr, "inpaint-jobs", default=default))

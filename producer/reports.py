@@ -1,11 +1,15 @@
-"""What the tables tell: counts, lists, one job's whole story, the export."""
+"""Read-only queries: progress, lists, one job's history, the contact sheet's ranking, the export.
+
+Rows of jobs and attempts carry the users' names: ``job`` and ``submission`` are our numbers
+(the columns ``id`` and ``submission_id``), ``key`` is the user's own id.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
@@ -25,40 +29,57 @@ from sqlalchemy import (
 )
 
 from shared.db import Database, clock
-from shared.db.models import STATES, Attempt, Job, Submission
+from shared.db.models import FINAL_STATES, STATES, Attempt, Job, Submission
 from shared.errors import OutputRefused
 from shared.jobs import Selection
 
+UNFINISHED_STATES = tuple(state for state in STATES if state not in FINAL_STATES)
 RATE_SECONDS = 60.0
-MANY_ERRORS = 10
-_IDS_PER_STATEMENT = 10_000
-SAMPLED = 1000
+MAX_ERRORS = 10
+PARAMS_SAMPLE = 1000
 SCORE_BINS = 20
+# SQLite and PostgreSQL both limit the number of bound values in one statement (32,766, 65,535).
+_IDS_PER_STATEMENT = 10_000
+_EXPORT_PAGE = 1000
+
+_NAMES = {"id": "job", "submission_id": "submission", "job_id": "job"}
+_JOB_COLUMNS = [column.label(_NAMES.get(column.name, column.name)) for column in Job.__table__.c]
+_ATTEMPT_COLUMNS = [
+    column.label(_NAMES.get(column.name, column.name)) for column in Attempt.__table__.c
+]
+
+
+# --- progress --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockedJobs:
-    """Jobs that an error keeps waiting. seconds: until the first of them is tried again."""
+    """Unfinished jobs with the same last error.
+
+    is_write_blocked: they are running and retry the write of their results; otherwise they
+    wait for their next attempt. seconds: until the first of them is tried again.
+    """
 
     code: str
     message: str
     count: int
-    is_paused: bool
+    is_write_blocked: bool
     seconds: float
 
     @property
     def summary(self) -> str:
-        """``3 paused``, or ``3 wait to be tried again, 12 s``."""
-        if self.is_paused:
-            return f"{self.count:,} paused until it is mended"
-        return f"{self.count:,} wait to be tried again, {max(self.seconds, 0):.0f} s"
+        """``3 blocked, retrying``, or ``3 failed, next attempt in 12 s``."""
+        if self.is_write_blocked:
+            return f"{self.count:,} blocked, retrying"
+        return f"{self.count:,} failed, next attempt in {max(self.seconds, 0):.0f} s"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One submission's, or everything's. ``rate``: finished per second over the last minute.
+    """Jobs per state, of one submission or of all.
 
-    review: succeeded, but a gate wants a person to look.
+    rate: jobs finished per second over the last minute. review: succeeded jobs whose result a
+    quality gate marked for a person to look at.
     """
 
     counts: dict[str, int]
@@ -72,7 +93,7 @@ class Progress:
 
     @property
     def left(self) -> int:
-        return sum(self.counts[state] for state in ("pending", "queued", "running"))
+        return sum(self.counts[state] for state in UNFINISHED_STATES)
 
     @property
     def seconds_left(self) -> float | None:
@@ -82,129 +103,155 @@ class Progress:
 def measure_progress(
     db: Database, submission: int | None, *, extra_jobs: Sequence[int] = ()
 ) -> Progress:
-    """also: ids of jobs of other submissions that count as well."""
-    chosen = Selection(submission=submission).conditions()
+    """Count the submission's jobs; None counts all jobs.
+
+    extra_jobs: jobs of other submissions that are counted too.
+    """
+    where = Selection(submission=submission).conditions()
     with db.read() as connection:
-        rows = connection.execute(
-            select(Job.state, func.count()).where(*chosen).group_by(Job.state)
-        ).all()
-        recent = connection.execute(
-            select(func.count(), func.min(Job.finished_at), clock()).where(
-                *chosen, Job.finished_at > clock(-RATE_SECONDS)
-            )
-        ).one()
+        counts = dict.fromkeys(STATES, 0) | _counts(connection, where)
+        for ids in _chunks(extra_jobs):
+            for state, count in _counts(connection, (Job.id.in_(ids),)).items():
+                counts[state] += count
         review = connection.execute(
-            select(func.count()).where(*chosen, Job.review.is_not(None))
+            select(func.count()).where(*where, Job.review.is_not(None))
         ).scalar_one()
-        troubled = connection.execute(_blocked_query(chosen)).all()
-        others = [row for ids in _slices(extra_jobs) for row in _states(connection, ids)]
-    counts = dict.fromkeys(STATES, 0) | {row[0]: row[1] for row in rows}
-    for state, number in others:
-        counts[state] += number
-    blocked = tuple(trouble for row in troubled if (trouble := _blocked_jobs(row)))
-    return Progress(counts=counts, rate=_rate(*recent), review=review, blocked=blocked)
+        return Progress(
+            counts=counts,
+            rate=_rate(connection, where),
+            review=review,
+            blocked=_blocked_jobs(connection, where),
+        )
 
 
-def _slices(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    """As many at a time as one statement may name."""
+def _counts(connection: Connection, where: tuple[ColumnElement[bool], ...]) -> dict[str, int]:
+    query = select(Job.state, func.count()).where(*where).group_by(Job.state)
+    return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def _chunks(ids: Sequence[int]) -> Iterator[Sequence[int]]:
     for start in range(0, len(ids), _IDS_PER_STATEMENT):
         yield ids[start : start + _IDS_PER_STATEMENT]
 
 
-def _states(connection: Connection, ids: Sequence[int]) -> list[tuple[str, int]]:
-    counted = select(Job.state, func.count()).where(Job.id.in_(ids)).group_by(Job.state)
-    return [(row[0], row[1]) for row in connection.execute(counted)]
+def _rate(connection: Connection, where: tuple[ColumnElement[bool], ...]) -> float:
+    finished, first, now = connection.execute(
+        select(func.count(), func.min(Job.finished_at), clock()).where(
+            *where, Job.finished_at > clock(-RATE_SECONDS)
+        )
+    ).one()
+    if not finished or first is None:
+        return 0.0
+    # At least a second: three jobs that finish together are not thousands per second.
+    return float(finished / max((now - first).total_seconds(), 1.0))
 
 
-def _blocked_query(chosen: tuple[ColumnElement[bool], ...]) -> Select[*tuple[Any, ...]]:
-    columns = (
-        *(Job.error_code, Job.state, func.min(Job.error_message).label("message")),
-        *(func.count().label("jobs"), func.min(Job.run_after).label("next")),
-        clock().label("now"),
-    )
-    waiting = Job.state.in_(("pending", "running"))
-    return (
-        select(*columns)
-        .where(*chosen, Job.error_code.is_not(None), Job.finished_at.is_(None), waiting)
+def _blocked_jobs(
+    connection: Connection, where: tuple[ColumnElement[bool], ...]
+) -> tuple[BlockedJobs, ...]:
+    query = (
+        select(
+            Job.error_code,
+            Job.state,
+            func.min(Job.error_message).label("message"),
+            func.count().label("jobs"),
+            func.min(Job.run_after).label("next"),
+            clock().label("now"),
+        )
+        .where(
+            *where,
+            Job.error_code.is_not(None),
+            Job.finished_at.is_(None),
+            Job.state.in_(("pending", "running")),
+        )
         .group_by(Job.error_code, Job.state)
         .order_by(Job.error_code, Job.state)
     )
-
-
-def _blocked_jobs(row: Any) -> BlockedJobs | None:
-    """None of a job that runs again after an error; one that is paused runs, too."""
-    is_paused = row.state == "running"
-    if is_paused and row.error_code != OutputRefused.code:
-        return None
-    return BlockedJobs(
-        code=row.error_code,
-        message=row.message,
-        count=row.jobs,
-        is_paused=is_paused,
-        seconds=(row.next - row.now).total_seconds(),
+    return tuple(
+        BlockedJobs(
+            code=row.error_code,
+            message=row.message,
+            count=row.jobs,
+            is_write_blocked=row.state == "running",
+            seconds=(row.next - row.now).total_seconds(),
+        )
+        for row in connection.execute(query)
+        # A job that runs again after any other error still shows it until it finishes.
+        if row.state == "pending" or row.error_code == OutputRefused.code
     )
 
 
-def _rate(finished: int, first: datetime | None, now: datetime) -> float:
-    if not finished or first is None:
-        return 0.0
-    return finished / max((now - first).total_seconds(), 1.0)
+# --- lists -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubmissionProgress:
-    """A submission and how far it is."""
+    """A submission and its jobs per state; states without jobs are left out of ``counts``."""
 
-    id: int
+    submission: int
     manifest: str
     created_at: datetime
     rows: int
     counts: dict[str, int]
 
+    @property
+    def left(self) -> int:
+        return sum(self.counts.get(state, 0) for state in UNFINISHED_STATES)
+
 
 def list_submissions(db: Database, *, limit: int = 20) -> list[SubmissionProgress]:
-    """The newest submissions first."""
+    """Return the newest submissions, the newest first."""
     newest = select(Submission).order_by(desc(Submission.id)).limit(limit)
     with db.read() as connection:
-        found = connection.execute(newest).all()
+        rows = connection.execute(newest).all()
         counted = connection.execute(
             select(Job.submission_id, Job.state, func.count())
-            .where(Job.submission_id.in_([row.id for row in found]))
+            .where(Job.submission_id.in_([row.id for row in rows]))
             .group_by(Job.submission_id, Job.state)
         ).all()
-    counts: dict[int, dict[str, int]] = {row.id: {} for row in found}
+    counts: dict[int, dict[str, int]] = {row.id: {} for row in rows}
     for submission, state, count in counted:
         counts[submission][state] = count
     return [
         SubmissionProgress(
-            id=row.id,
+            submission=row.id,
             manifest=row.manifest,
             created_at=row.created_at,
             rows=row.rows,
             counts=counts[row.id],
         )
-        for row in found
+        for row in rows
     ]
 
 
 def submission_exists(db: Database, submission: int) -> bool:
     with db.read() as connection:
-        found = connection.execute(select(Submission.id).where(Submission.id == submission))
-        return found.first() is not None
+        query = select(Submission.id).where(Submission.id == submission)
+        return connection.execute(query).first() is not None
 
 
 def list_jobs(db: Database, selection: Selection, *, limit: int | None) -> list[RowMapping]:
-    query = select(Job.__table__).where(*selection.conditions()).order_by(Job.id).limit(limit)
+    """Return all columns of the selected jobs, in the order of their numbers."""
+    query = select(*_JOB_COLUMNS).where(*selection.conditions()).order_by(Job.id).limit(limit)
     with db.read() as connection:
         return list(connection.execute(query).mappings())
 
 
+@dataclass(frozen=True, kw_only=True)
+class ErrorCount:
+    """How many jobs failed with the same code and message."""
+
+    code: str
+    message: str
+    count: int
+
+
 def count_errors(
     db: Database, submission: int | None, *, extra_jobs: Sequence[int] = ()
-) -> list[tuple[str, int, str]]:
-    """(code, count, message) of the failed jobs, the most frequent ``MANY_ERRORS`` first."""
+) -> list[ErrorCount]:
+    """Return the ``MAX_ERRORS`` most frequent errors of failed jobs, the most frequent first."""
     selections = [Selection(submission=submission, states=("failed",))]
-    selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _slices(extra_jobs)]
+    selections += [Selection(jobs=tuple(ids), states=("failed",)) for ids in _chunks(extra_jobs)]
     counted = select(Job.error_code, Job.error_message, func.count().label("jobs"))
     counts: Counter[tuple[str, str]] = Counter()
     with db.read() as connection:
@@ -213,162 +260,244 @@ def count_errors(
                 counted.where(*selection.conditions())
                 .group_by(Job.error_code, Job.error_message)
                 .order_by(desc("jobs"), Job.error_message)
-                .limit(MANY_ERRORS)
+                .limit(MAX_ERRORS)
             )
             for code, message, count in connection.execute(query):
                 counts[str(code), str(message)] += count
-    return [(code, n, message) for (code, message), n in counts.most_common(MANY_ERRORS)]
+    return [
+        ErrorCount(code=code, message=message, count=count)
+        for (code, message), count in counts.most_common(MAX_ERRORS)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobHistory:
-    """One job and all its attempts, oldest first, as columns to values."""
+    """All columns of a job and of its attempts, the oldest attempt first."""
 
     job: RowMapping
     attempts: list[RowMapping]
 
 
 def job_history(db: Database, job: int) -> JobHistory | None:
+    """Return the job and its attempts, or None if there is no such job."""
     with db.read() as connection:
-        found = connection.execute(select(Job.__table__).where(Job.id == job)).mappings().first()
-        if found is None:
+        row = connection.execute(select(*_JOB_COLUMNS).where(Job.id == job)).mappings().first()
+        if row is None:
             return None
         attempts = connection.execute(
-            select(Attempt.__table__).where(Attempt.job_id == job).order_by(Attempt.attempt)
+            select(*_ATTEMPT_COLUMNS).where(Attempt.job_id == job).order_by(Attempt.attempt)
         ).mappings()
-        return JobHistory(job=found, attempts=list(attempts))
+        return JobHistory(job=row, attempts=list(attempts))
+
+
+# --- the contact sheet -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedJob:
+    """A finished job as the contact sheet shows it.
+
+    seed: the one that its last attempt used. params and scores: JSON; scores is None where no
+    gate measured anything. score: 0 (worst) to 1, None for a failed job.
+    """
+
+    job: int
+    key: str | None
+    line: int
+    state: str
+    attempt: int
+    image: str
+    mask: str
+    output: str
+    image_version: str | None
+    output_version: str | None
+    params: str
+    seed: int
+    score: float | None
+    scores: str | None
+    review: str | None
+    error_code: str | None
+    error_message: str | None
+
+    @property
+    def name(self) -> str:
+        """The user's key, or ``job 7``."""
+        return self.key or f"job {self.job}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankedJobs:
-    """Jobs with something to look at, the worst first, and what a page about them tells.
+    """A submission's finished jobs, the worst first, for its contact sheet.
 
-    jobs: their rows, with the last attempt's seed and ``scores``. left_out: how many found no
-    room. scores: how many results lie in each twentieth from 0 to 1. sample: params of some of
-    the submission's jobs, as JSON.
+    left_out: how many finished jobs are beyond the limit. scores: number of results per
+    twentieth of the score's range. params_sample: params of some of its jobs, as JSON.
     """
 
-    submission: RowMapping
-    jobs: list[RowMapping]
+    submission: int
+    manifest: str
+    options: Mapping[str, Any]
+    jobs: list[RankedJob]
     left_out: int
     scores: list[int]
-    sample: list[str]
+    params_sample: list[str]
 
 
 def rank_jobs(db: Database, submission: int, *, limit: int) -> RankedJobs | None:
-    """Results by score, before them those for review; and before these the failed jobs.
+    """Rank failed jobs first, then results for review, then all others from the lowest score.
 
-    Failed jobs take at most a quarter of the room where results could fill it, so that one
-    mistake in a manifest does not hide every picture; those that failed at a gate come first.
-    None where there is no such submission.
+    Of the failed jobs those stopped by a quality gate come first. As long as results can fill
+    the rest, failed jobs take at most a quarter of ``limit``, so that one mistake in a manifest
+    does not hide all results. None if there is no such submission.
     """
-    of_it = Job.submission_id == submission
-    shown = _with_attempt().where(of_it)
-    at_a_gate = Job.error_code.startswith("gate_", autoescape=True)
-    failed = shown.where(Job.state == "failed").order_by(at_a_gate.desc(), Job.id)
-    results = shown.where(Job.state == "succeeded").order_by(
-        Job.review.is_(None), Job.score.is_(None), Job.score, Job.id
-    )
-    ended = select(func.count()).where(of_it, Job.state.in_(("failed", "succeeded")))
-    some = select(Job.params).where(of_it).order_by(Job.id).limit(SAMPLED)
+    in_submission = Job.submission_id == submission
+    params_sample = select(Job.params).where(in_submission).order_by(Job.id).limit(PARAMS_SAMPLE)
+    finished = select(func.count()).where(in_submission, Job.state.in_(("failed", "succeeded")))
     with db.read() as connection:
-        query = select(Submission.__table__).where(Submission.id == submission)
-        found = connection.execute(query).mappings().first()
-        if found is None:
+        row = connection.execute(select(Submission).where(Submission.id == submission)).first()
+        if row is None:
             return None
-        good = connection.execute(results.limit(limit)).mappings().all()
-        room = max(limit - len(good), limit // 4, 1)
-        bad = connection.execute(failed.limit(room)).mappings().all()
-        worst = [*bad, *good][:limit]
+        worst = _worst_jobs(connection, submission, limit)
         return RankedJobs(
-            submission=found,
+            submission=row.id,
+            manifest=row.manifest,
+            options=json.loads(row.options),
             jobs=worst,
-            left_out=connection.execute(ended).scalar_one() - len(worst),
-            scores=_score_counts(connection, submission),
-            sample=list(connection.execute(some).scalars()),
+            left_out=connection.execute(finished).scalar_one() - len(worst),
+            scores=_count_scores(connection, submission),
+            params_sample=list(connection.execute(params_sample).scalars()),
         )
 
 
-def _with_attempt() -> Select[*tuple[Any, ...]]:
-    """Jobs' rows, with what their last attempt used and found."""
-    own = [column for column in Job.__table__.columns if column.name != "seed"]
+def _worst_jobs(connection: Connection, submission: int, limit: int) -> list[RankedJob]:
+    jobs = _select_ranked().where(Job.submission_id == submission)
+    stopped_by_gate = Job.error_code.startswith("gate_", autoescape=True)
+    failed = jobs.where(Job.state == "failed").order_by(stopped_by_gate.desc(), Job.id)
+    succeeded = jobs.where(Job.state == "succeeded").order_by(
+        Job.review.is_(None), Job.score.is_(None), Job.score, Job.id
+    )
+    good = connection.execute(succeeded.limit(limit)).mappings().all()
+    failed_limit = max(limit - len(good), limit // 4, 1)
+    bad = connection.execute(failed.limit(failed_limit)).mappings().all()
+    return [RankedJob(**row) for row in [*bad, *good][:limit]]
+
+
+def _select_ranked() -> Select[*tuple[Any, ...]]:
+    of_job = [column for column in _JOB_COLUMNS if column.name in _RANKED_COLUMNS - {"seed"}]
     seed = func.coalesce(Attempt.seed, Job.seed).label("seed")
-    return select(*own, seed, Attempt.scores).select_from(_and_last_attempt())
+    return select(*of_job, seed, Attempt.scores).select_from(_jobs_with_last_attempt())
 
 
-def _and_last_attempt() -> Join:
+_RANKED_COLUMNS = {field.name for field in fields(RankedJob)}
+
+
+def _jobs_with_last_attempt() -> Join:
     last = and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt)
     return outerjoin(Job.__table__, Attempt.__table__, last)
 
 
-def _score_counts(connection: Connection, submission: int) -> list[int]:
-    twentieth = cast(func.floor(Job.score * SCORE_BINS), Integer)
+def _count_scores(connection: Connection, submission: int) -> list[int]:
+    bin_number = cast(func.floor(Job.score * SCORE_BINS), Integer)
     query = (
-        select(twentieth, func.count())
+        select(bin_number, func.count())
         .where(Job.submission_id == submission, Job.score.is_not(None))
-        .group_by(twentieth)
+        .group_by(bin_number)
     )
     counts = [0] * SCORE_BINS
-    for place, count in connection.execute(query):
-        counts[min(place, SCORE_BINS - 1)] += count
+    for number, count in connection.execute(query):
+        # A score of exactly 1 belongs to the last bin.
+        counts[min(number, SCORE_BINS - 1)] += count
     return counts
 
 
+# --- the export ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """One job with its last attempt, as ``inpaint-jobs export`` writes it, in this order.
+
+    Times are ISO 8601 in UTC. Fields of the attempt are None for a job that never ran.
+    """
+
+    submission: int
+    job: int
+    line: int
+    key: str | None
+    state: str
+    attempts: int
+    image: str
+    mask: str
+    output: str
+    engine: str
+    engine_revision: str | None
+    seed: int
+    params: dict[str, Any]
+    priority: int
+    error_code: str | None
+    error_message: str | None
+    image_sha256: str | None
+    mask_sha256: str | None
+    inputs: dict[str, str] | None
+    result_sha256: str | None
+    width: int | None
+    height: int | None
+    regions: int | None
+    windows: int | None
+    score: float | None
+    review: str | None
+    scores: dict[str, float] | None
+    reseeds: int | None
+    worker: str | None
+    device: str | None
+    memory_mode: str | None
+    timings: dict[str, float] | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
 JSON_COLUMNS = ("params", "timings", "inputs", "scores")
-EXPORTED = (
-    *("submission", "job", "line", "id", "state", "attempts", "image", "mask", "output"),
-    *("engine", "engine_revision", "seed", "params", "priority", "error_code", "error_message"),
-    *("image_sha256", "mask_sha256", "inputs", "result_sha256", "width", "height", "regions"),
-    *("windows", "score", "review", "scores", "reseeds", "worker", "device", "memory_mode"),
-    *("timings", "created_at", "started_at", "finished_at"),
-)
+EXPORT_COLUMNS = tuple(field.name for field in fields(ExportRecord))
+_TIME_COLUMNS = ("created_at", "started_at", "finished_at")
 
 
-def export_jobs(db: Database, selection: Selection) -> Iterator[dict[str, Any]]:
-    """The audit: a record per job with its last attempt; streamed in pages of constant size."""
+def export_jobs(db: Database, selection: Selection) -> Iterator[ExportRecord]:
+    """Yield the selected jobs in the order of their numbers, in constant memory."""
     last = 0
     while True:
+        # One short transaction per page: a slow reader must not hold one open for hours.
         with db.read() as connection:
-            rows = connection.execute(_page(selection, after=last)).mappings().all()
+            rows = connection.execute(_export_page(selection, after=last)).mappings().all()
         if not rows:
             return
-        for row in rows:
-            yield _record(row)
+        yield from map(_export_record, rows)
         last = rows[-1]["job"]
 
 
-def _page(selection: Selection, *, after: int, size: int = 1000) -> Select[*tuple[Any, ...]]:
-    columns = (
-        *(Job.submission_id.label("submission"), Job.id.label("job"), Job.line),
-        *(Job.key.label("id"), Job.state, Job.attempt.label("attempts")),
-        *(Job.image, Job.mask, Job.output, Job.engine, Attempt.engine_revision),
-        *(
-            func.coalesce(Attempt.seed, Job.seed).label("seed"),
-            Job.params,
-            Job.priority,
-            Job.error_code,
-            Job.error_message,
-        ),
-        *(Attempt.image_sha256, Attempt.mask_sha256, Attempt.inputs, Job.result_sha256),
-        *(Attempt.width, Attempt.height, Attempt.regions, Attempt.windows),
-        *(Job.score, Job.review, Attempt.scores, Attempt.reseeds),
-        *(Attempt.worker, Attempt.device, Attempt.memory_mode, Attempt.timings),
-        *(Job.created_at, Attempt.started_at, Job.finished_at),
-    )
-    chosen = (*selection.conditions(), Job.id > after)
+def _export_page(selection: Selection, *, after: int) -> Select[*tuple[Any, ...]]:
+    exported = {
+        **{name: column for name, column in Attempt.__table__.c.items() if name in EXPORT_COLUMNS},
+        # Where both tables have a column, the job's is meant, except those listed below.
+        **{name: column for name, column in Job.__table__.c.items() if name in EXPORT_COLUMNS},
+        "submission": Job.submission_id,
+        "job": Job.id,
+        "attempts": Job.attempt,
+        "seed": func.coalesce(Attempt.seed, Job.seed),
+        "worker": Attempt.worker,
+    }
     return (
-        select(*columns)
-        .select_from(_and_last_attempt())
-        .where(*chosen)
+        select(*(exported[name].label(name) for name in EXPORT_COLUMNS))
+        .select_from(_jobs_with_last_attempt())
+        .where(*selection.conditions(), Job.id > after)
         .order_by(Job.id)
-        .limit(size)
+        .limit(_EXPORT_PAGE)
     )
 
 
-def _record(row: RowMapping) -> dict[str, Any]:
-    record = {name: row[name] for name in EXPORTED}
+def _export_record(row: RowMapping) -> ExportRecord:
+    values = dict(row)
     for name in JSON_COLUMNS:
-        record[name] = json.loads(record[name]) if record[name] else None
-    for name in ("created_at", "started_at", "finished_at"):
-        record[name] = record[name].isoformat() if record[name] else None
-    return record
+        values[name] = json.loads(values[name]) if values[name] else None
+    for name in _TIME_COLUMNS:
+        values[name] = values[name].isoformat() if values[name] else None
+    return ExportRecord(**values)

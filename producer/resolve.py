@@ -1,13 +1,13 @@
-"""From a manifest's row to a job: locations made absolute, parameters resolved."""
+"""Turns a manifest's row into a job: absolute locations and resolved parameters."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from producer.manifest import COLUMNS, LOCATION_COLUMNS, PASS_COLUMNS, ManifestRow, Problem
+from producer.manifest import COLUMNS, PASS_COLUMNS, ManifestRow, Problem
 from shared import masks
 from shared.engines import engine_name
 from shared.errors import InputError, ParameterError
@@ -21,16 +21,20 @@ from shared.storage.locations import absolute, name, parent
 
 RESOLVED_CACHE = 10_000
 MAX_PASSES = 8
+# The seed is stored in a column of its own: rows that differ only in it share their params.
 _PARAMETERS = frozenset(PARAMETERS) - {"seed"}
-_OURS = frozenset(COLUMNS)
-_DECISIVE = _PARAMETERS | {"style", *PASS_COLUMNS}
+_COLUMNS = frozenset(COLUMNS)
+_PARAMS_COLUMNS = _PARAMETERS | {"style", *PASS_COLUMNS}
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowDefaults:
-    """What the command line says about every row.
+    """What the command line gives for every row; a row's own cell wins.
 
-    output: folder or prefix. values: parameters from ``--set``, read and checked.
+    output: folder or prefix; has_output: it was given, and not derived from the manifest's name.
+    values: parameters from ``--set``, parsed and checked.
     """
 
     manifest: str
@@ -45,51 +49,71 @@ class RowDefaults:
     has_output: bool = False
 
     def known_placeholders(self) -> frozenset[str]:
-        """Every column that could fill a template: any preset's, where rows may choose one."""
+        """Return the columns that may fill a prompt template.
+
+        Those of all presets' templates count, since a row may choose any preset.
+        """
         templates = [self.prompt or ""] + [preset.prompt for preset in presets().values()]
-        templates += [one.detail.prompt for one in presets().values() if one.detail]
+        templates += [preset.detail.prompt for preset in presets().values() if preset.detail]
         names = {name for template in templates for name in placeholders(template)}
-        return frozenset(names - _OURS)
+        return frozenset(names - _COLUMNS)
 
 
 class RowResolver:
-    """Turns rows into jobs. Resolved parameters are kept: most rows share theirs."""
+    """Resolves rows to jobs. Resolved parameters are cached: most rows share theirs."""
 
-    def __init__(self, options: RowDefaults, storage: Storage) -> None:
-        self._options = options
+    def __init__(self, defaults: RowDefaults, storage: Storage) -> None:
+        self._defaults = defaults
         self._storage = storage
-        self._base = parent(options.manifest)
-        self._resolved: dict[tuple[object, ...], str] = {}
+        self._manifest_folder = parent(defaults.manifest)
+        self._params_cache: dict[tuple[object, ...], str] = {}
 
-    def job(self, row: ManifestRow) -> NewJob | list[Problem]:
-        """The job, or everything that is wrong with the row."""
-        problems: list[Problem] = []
-        found: dict[str, object] = {}
-        for what in ("image", "mask", "output", "engine", "priority", "seed"):
-            try:
-                found[what] = getattr(self, f"_{what}")(row.cells, found)
-            except InputError as error:
-                text = str(error)
-                problems.append(_problem(row, text if text.startswith(what) else f"{what}: {text}"))
-        try:
-            params = self._params(row.cells, str(found.get("engine", self._options.engine)))
-        except InputError as error:
-            problems += [_problem(row, text) for text in _wrong_cells(row) or [str(error)]]
-        if problems:
-            return problems
-        return _new_job(row, found, params)
+    def resolve(self, row: ManifestRow) -> NewJob | list[Problem]:
+        """Return the job, or everything that is wrong with the row."""
+        cells = row.cells
+        errors = _RowErrors(row)
+        image = errors.collect("image", lambda: self._image(cells))
+        mask = errors.collect("mask", lambda: self._mask(cells))
+        output = errors.collect("output", lambda: self._output(cells, image=image, mask=mask))
+        engine = errors.collect("engine", lambda: self._engine(cells))
+        priority = errors.collect("priority", lambda: self._priority(cells))
+        seed = errors.collect("seed", lambda: self._seed(cells))
+        params = errors.collect_params(lambda: self._params(cells, engine or self._defaults.engine))
+        # A value is None only if it has a problem; the seed may be None without one.
+        if image is None or mask is None or output is None or engine is None:
+            return errors.problems
+        if priority is None or params is None or errors.problems:
+            return errors.problems
+        key = content_key(
+            image=image, mask=mask, output=output, engine=engine, params=params, seed=seed
+        )
+        return NewJob(
+            line=row.line,
+            key=cells.get("key"),
+            content_key=key,
+            engine=engine,
+            image=image,
+            mask=mask,
+            output=output,
+            params=params,
+            seed=derive_seed(key) if seed is None else seed,
+            priority=priority,
+        )
 
-    def _image(self, cells: Mapping[str, str], _found: object) -> str:
+    # --- locations ---
+
+    def _image(self, cells: Mapping[str, str]) -> str:
         if "image" not in cells:
-            raise InputError("empty; name the picture")
+            raise InputError("empty; name the image")
         return self._location(cells["image"])
 
-    def _mask(self, cells: Mapping[str, str], _found: object) -> str:
+    def _mask(self, cells: Mapping[str, str]) -> str:
         try:
-            first = _passes(cells)[:1]
+            first_pass = _parse_passes(cells)[:1]
         except ParameterError:
-            return ""  # said where the parameters are read
-        text = (first and first[0].get("mask")) or cells.get("mask") or self._options.mask
+            return ""  # reported once, where the parameters are read
+        text = (first_pass and first_pass[0].get("mask")) or cells.get("mask")
+        text = text or self._defaults.mask
         if not text:
             raise InputError("empty; name the mask, or alpha, or box:left,top,right,bottom")
         return self._mask_location(str(text))
@@ -99,79 +123,84 @@ class RowResolver:
             masks.parse_boxes(text)
         return self._location(text) if is_file(text) else text
 
-    def _output(self, cells: Mapping[str, str], found: Mapping[str, object]) -> str:
+    def _output(self, cells: Mapping[str, str], *, image: str | None, mask: str | None) -> str:
+        expected = str(cells.get("format") or self._defaults.values.get("format") or "")
         if "output" in cells:
-            base = self._options.output if self._options.has_output else self._base
+            base = self._defaults.output if self._defaults.has_output else self._manifest_folder
             location = self._location(cells["output"], base=base)
-            _check_format(name(location))
-        elif "image" not in found:
-            return ""  # the row is bad already, and this is not why
+            _check_writable_format(name(location))
+        elif image is None:
+            return ""  # the name follows from the image, whose problem is reported already
         else:
-            named = _named_as(name(cells["image"]), self._format(cells))
-            location = self._location(f"{self._options.output.rstrip('/')}/{named}")
-        asked, wanted = format_of(location), self._format(cells)
-        if wanted and asked and asked.lower() != wanted:
-            raise InputError(f"{name(location)!r} contradicts format {wanted}; drop one of them")
-        if location in (found.get("image"), found.get("mask")):
+            file_name = _with_suffix(name(cells["image"]), expected)
+            location = self._location(f"{self._defaults.output.rstrip('/')}/{file_name}")
+        actual = format_of(location)
+        if expected and actual and actual.lower() != expected:
+            raise InputError(f"{name(location)!r} contradicts format {expected}; drop one of them")
+        if location in (image, mask):
             raise InputError(f"{location!r} is also an input; choose another output")
         return location
-
-    def _format(self, cells: Mapping[str, str]) -> str:
-        return str(cells.get("format") or self._options.values.get("format") or "")
-
-    def _engine(self, cells: Mapping[str, str], _found: object) -> str:
-        return engine_name(cells["engine"]) if "engine" in cells else self._options.engine
-
-    def _priority(self, cells: Mapping[str, str], _found: object) -> int:
-        if "priority" not in cells:
-            return self._options.priority
-        return int(PRIORITY.read(cells["priority"]))
-
-    def _seed(self, cells: Mapping[str, str], _found: object) -> int | None:
-        if "seed" in cells:
-            return int(PARAMETERS["seed"].read(cells["seed"]))
-        given = self._options.values.get("seed")
-        return None if given is None else int(str(given))
 
     def _location(self, reference: str, *, base: str | None = None) -> str:
         if reference.endswith("/"):
             raise InputError(f"{reference!r} is a folder; name the file")
-        uri = absolute(reference, base=base or self._base)
-        return self._storage.check(uri)
+        return self._storage.check(absolute(reference, base=base or self._manifest_folder))
+
+    # --- other cells ---
+
+    def _engine(self, cells: Mapping[str, str]) -> str:
+        return engine_name(cells["engine"]) if "engine" in cells else self._defaults.engine
+
+    def _priority(self, cells: Mapping[str, str]) -> int:
+        if "priority" not in cells:
+            return self._defaults.priority
+        return int(PRIORITY.read(cells["priority"]))
+
+    def _seed(self, cells: Mapping[str, str]) -> int | None:
+        if "seed" in cells:
+            return int(PARAMETERS["seed"].read(cells["seed"]))
+        default = self._defaults.values.get("seed")
+        return None if default is None else int(str(default))
+
+    # --- parameters ---
 
     def _params(self, cells: Mapping[str, str], engine: str) -> str:
-        """Canonical JSON of the row's parameters without the seed."""
-        decisive = tuple(
-            item for item in cells.items() if item[0] in _DECISIVE or item[0] not in _OURS
+        """Return the row's parameters without the seed, as canonical JSON."""
+        preset = cells.get("preset", self._defaults.preset)
+        # A column that is not ours fills a placeholder of the prompt.
+        deciding_cells = tuple(
+            (column, text)
+            for column, text in cells.items()
+            if column in _PARAMS_COLUMNS or column not in _COLUMNS
         )
-        preset = cells.get("preset", self._options.preset)
-        known = (engine, preset, decisive)
-        if known not in self._resolved:
-            if len(self._resolved) >= RESOLVED_CACHE:
-                self._resolved.clear()
-            self._resolved[known] = self._resolve(cells, engine, preset).to_json()
-        return self._resolved[known]
+        cache_key = (engine, preset, deciding_cells)
+        if cache_key not in self._params_cache:
+            # Emptied and not evicted one by one: rows with distinct prompts never repeat.
+            if len(self._params_cache) >= RESOLVED_CACHE:
+                self._params_cache.clear()
+            self._params_cache[cache_key] = self._resolve_params(cells, engine, preset).to_json()
+        return self._params_cache[cache_key]
 
-    def _resolve(self, cells: Mapping[str, str], engine: str, preset: str | None) -> Params:
-        values = {k: v for k, v in self._options.values.items() if k != "seed"}
+    def _resolve_params(self, cells: Mapping[str, str], engine: str, preset: str | None) -> Params:
+        values = {k: v for k, v in self._defaults.values.items() if k != "seed"}
         values.update((k, v) for k, v in cells.items() if k in _PARAMETERS)
         if "text_font" in cells:
             values["text_font"] = self._location(cells["text_font"])
         return resolve(
             engine=engine,
             preset=preset,
-            prompt=self._options.prompt,
+            prompt=self._defaults.prompt,
             values=values,
-            columns={k: v for k, v in cells.items() if k not in _OURS},
-            style=cells.get("style", self._options.style),
+            columns={k: v for k, v in cells.items() if k not in _COLUMNS},
+            style=cells.get("style", self._defaults.style),
             passes=self._row_passes(cells),
         )
 
     def _row_passes(self, cells: Mapping[str, str]) -> RowPasses:
-        passes = _passes(cells)
-        for one in passes:
-            if one.get("mask"):
-                one["mask"] = self._mask_location(str(one["mask"]))
+        passes = _parse_passes(cells)
+        for values in passes:
+            if values.get("mask"):
+                values["mask"] = self._mask_location(str(values["mask"]))
         detail_mask = cells.get("detail_mask", "")
         return RowPasses(
             passes=passes,
@@ -180,34 +209,39 @@ class RowResolver:
         )
 
 
-def _passes(cells: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The objects of the ``passes`` cell; raises ParameterError."""
-    if "passes" not in cells:
-        return []
-    try:
-        found = json.loads(cells["passes"])
-    except (ValueError, RecursionError) as error:
-        raise ParameterError(f"passes: not JSON: {error}") from error
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found) or not found:
-        raise ParameterError('passes: write a list of objects: [{"prompt": ...}, {"mask": ...}]')
-    if len(found) > MAX_PASSES:
-        raise ParameterError(f"passes: {len(found)} are too many; use at most {MAX_PASSES}")
-    return found
+class _RowErrors:
+    """Collects the problems of one row, so that all are reported together."""
+
+    def __init__(self, row: ManifestRow) -> None:
+        self._row = row
+        self.problems: list[Problem] = []
+
+    def collect(self, column: str, read: Callable[[], _Value]) -> _Value | None:
+        """Return what ``read`` returns; None, and a problem added, if it raises InputError."""
+        try:
+            return read()
+        except InputError as error:
+            text = str(error)
+            self._add(text if text.startswith(column) else f"{column}: {text}")
+            return None
+
+    def collect_params(self, read: Callable[[], str]) -> str | None:
+        try:
+            return read()
+        except InputError as error:
+            # Resolving stops at the first bad cell; each cell is read again to name them all.
+            for text in _bad_parameters(self._row.cells) or [str(error)]:
+                self._add(text)
+            return None
+
+    def _add(self, text: str) -> None:
+        self.problems.append(Problem(line=self._row.line, text=text))
 
 
-def _named_as(source: str, format: str) -> str:
-    """The name with the format's suffix, unless it has one of that format already."""
-    target = FORMATS.get(format.upper())
-    if target is None or format_of(source) == target.name:
-        return source
-    bare = source.rpartition(".")[0] if format_of(source) else source
-    return bare + target.suffixes[0]
-
-
-def _wrong_cells(row: ManifestRow) -> list[str]:
-    """What is wrong with each parameter cell by itself."""
+def _bad_parameters(cells: Mapping[str, str]) -> list[str]:
+    """Return what is wrong with each parameter's cell by itself."""
     texts = []
-    for column, value in row.cells.items():
+    for column, value in cells.items():
         try:
             if column in _PARAMETERS:
                 PARAMETERS[column].read(value)
@@ -216,36 +250,39 @@ def _wrong_cells(row: ManifestRow) -> list[str]:
     return texts
 
 
-def _check_format(output: str) -> None:
-    """A name without extension gets the image's own format; another one has to be ours."""
-    if "." in output and format_of(output) is None:
+def _parse_passes(cells: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the objects of the ``passes`` cell. Raises ParameterError."""
+    if "passes" not in cells:
+        return []
+    try:
+        passes = json.loads(cells["passes"])
+    except (ValueError, RecursionError) as error:
+        raise ParameterError(f"passes: not JSON: {error}") from error
+    if not passes or not isinstance(passes, list):
+        raise ParameterError(_PASSES_FORMAT)
+    if not all(isinstance(values, dict) for values in passes):
+        raise ParameterError(_PASSES_FORMAT)
+    if len(passes) > MAX_PASSES:
+        raise ParameterError(f"passes: {len(passes)} are too many; use at most {MAX_PASSES}")
+    return passes
+
+
+_PASSES_FORMAT = 'passes: write a list of objects: [{"prompt": ...}, {"mask": ...}]'
+
+
+def _with_suffix(file_name: str, format: str) -> str:
+    """Return the name with the format's suffix, unless it has one of that format already."""
+    target = FORMATS.get(format.upper())
+    if target is None or format_of(file_name) == target.name:
+        return file_name
+    stem = file_name.rpartition(".")[0] if format_of(file_name) else file_name
+    return stem + target.suffixes[0]
+
+
+def _check_writable_format(file_name: str) -> None:
+    """Raise InputError for a suffix that no format has; without one the image's format is kept."""
+    if "." in file_name and format_of(file_name) is None:
         raise InputError(
-            f"{output!r}: .{output.rpartition('.')[2]} is not a format that can be written; "
+            f"{file_name!r}: .{file_name.rpartition('.')[2]} is not a format that can be written; "
             f"use {SUFFIX_CHOICE}"
         )
-
-
-def _problem(row: ManifestRow, text: str) -> Problem:
-    return Problem(line=row.line, text=text)
-
-
-def _new_job(row: ManifestRow, found: Mapping[str, object], params: str) -> NewJob:
-    image, mask, output = (str(found[column]) for column in LOCATION_COLUMNS)
-    engine = str(found["engine"])
-    seed = found["seed"]
-    given = None if seed is None else int(str(seed))
-    key = content_key(
-        image=image, mask=mask, output=output, engine=engine, params=params, seed=given
-    )
-    return NewJob(
-        line=row.line,
-        key=row.cells.get("key"),
-        content_key=key,
-        engine=engine,
-        image=image,
-        mask=mask,
-        output=output,
-        params=params,
-        seed=derive_seed(key) if given is None else given,
-        priority=int(str(found["priority"])),
-    )

@@ -1,7 +1,7 @@
-"""A manifest's rows, all read and checked before anything is recorded.
+"""Validates every row of a manifest before any is recorded.
 
-The manifest is read once; its checked rows wait in a temporary file, so that memory does not
-grow with the rows.
+The manifest is read once. Valid rows are spooled to a temporary file, so that memory does not
+grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -29,27 +29,30 @@ from shared.params import further_inputs, is_file
 from shared.storage import Storage
 from shared.storage.locations import parent
 
+# Rows per transaction: few enough to keep locks short, enough that commits cost little.
 CHUNK = 5000
-MANY_FOLDERS = 4
+MAX_FOLDERS = 4
+_OWN_OUTPUT = "give the row an output of its own"
 
 
 class JobSpool:
-    """Checked rows on disk, in the order they came; iterable any number of times."""
+    """Jobs in a temporary file, in the order they were appended; can be iterated repeatedly."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="inpaint-")  # noqa: SIM115
-        self._block: list[tuple[object, ...]] = []
+        self._buffer: list[tuple[object, ...]] = []
 
     def append(self, job: NewJob) -> None:
-        self._block.append(_astuple(job))
-        if len(self._block) >= CHUNK:
+        self._buffer.append(_to_tuple(job))
+        if len(self._buffer) >= CHUNK:
             self._flush()
 
     def _flush(self) -> None:
-        data = marshal.dumps(self._block)
+        # marshal suffices: tuples of str, bytes and int that only this process reads.
+        data = marshal.dumps(self._buffer)
         self._file.write(len(data).to_bytes(8, "big"))
         self._file.write(data)
-        self._block = []
+        self._buffer = []
 
     def __iter__(self) -> Iterator[NewJob]:
         self._flush()
@@ -60,6 +63,7 @@ class JobSpool:
                 for values in marshal.loads(self._file.read(size)):  # noqa: S302 - written above
                     yield NewJob(**dict(zip(_FIELDS, values, strict=True)))
         finally:
+            # A reader that stops early must not make the next append overwrite rows.
             self._file.seek(end)
 
     def close(self) -> None:
@@ -69,15 +73,16 @@ class JobSpool:
 _FIELDS = tuple(NewJob.__dataclass_fields__)
 
 
-def _astuple(job: NewJob) -> tuple[object, ...]:
+def _to_tuple(job: NewJob) -> tuple[object, ...]:
     return tuple(getattr(job, name) for name in _FIELDS)
 
 
 @dataclass(kw_only=True)
 class ValidatedManifest:
-    """A manifest whose rows are all known. ``digest`` is the same for the same rows.
+    """The valid rows of a manifest, and what is known of all rows.
 
-    folders: where results go, the first few.
+    digest: equal for manifests with equal rows. folders: the first ``MAX_FOLDERS`` folders of
+    the results. skipped: lines whose row is in the spool but turned out invalid later.
     """
 
     spool: JobSpool
@@ -92,68 +97,94 @@ class ValidatedManifest:
         return (job for job in self.spool if job.line not in self.skipped)
 
     def chunks(self) -> Iterator[list[NewJob]]:
-        """The same, as many at a time as one transaction takes."""
-        rows = self.jobs()
-        while chunk := list(islice(rows, CHUNK)):
+        """Yield the valid rows, ``CHUNK`` at a time."""
+        jobs = self.jobs()
+        while chunk := list(islice(jobs, CHUNK)):
             yield chunk
+
+    def close(self) -> None:
+        self.spool.close()
 
 
 def validate_manifest(
-    options: RowDefaults, storage: Storage, *, report: Callable[[Problem], None]
+    defaults: RowDefaults, storage: Storage, *, report: Callable[[Problem], None]
 ) -> ValidatedManifest:
-    """Reads the whole manifest; every problem is reported as it is found.
+    """Read the whole manifest and report every problem; the caller closes the result.
 
-    Raises ManifestError for what spoils the whole file, an empty one included.
+    Raises ManifestError if the whole file is unusable, or has no rows.
     """
-    checked = ValidatedManifest(spool=JobSpool())
-    with ExitStack() as undo:
-        undo.callback(checked.spool.close)
-        _validate_into(checked, options, storage, report)
-        undo.pop_all()
-    return checked
+    manifest = ValidatedManifest(spool=JobSpool())
+    with ExitStack() as on_error:
+        on_error.callback(manifest.close)
+        _Validation(manifest, defaults, storage, report).run()
+        on_error.pop_all()
+    return manifest
 
 
-def _validate_into(
-    checked: ValidatedManifest,
-    options: RowDefaults,
-    storage: Storage,
-    report: Callable[[Problem], None],
-) -> None:
-    resolver = RowResolver(options, storage)
-    outputs = NameHashes()
-    inputs = NameHashes()
-    digest = sha256(options.manifest.encode())
-    has_mask = options.mask is not None
-    known = options.known_placeholders()
-    for item in read(storage, options.manifest, placeholders=known, has_mask=has_mask):
-        checked.rows += 1
-        job = resolver.job(item) if isinstance(item, ManifestRow) else [item]
+class _Validation:
+    """One pass over a manifest's rows. Inputs and outputs are kept as hashes, to compare."""
+
+    def __init__(
+        self,
+        manifest: ValidatedManifest,
+        defaults: RowDefaults,
+        storage: Storage,
+        report: Callable[[Problem], None],
+    ) -> None:
+        self._manifest = manifest
+        self._defaults = defaults
+        self._storage = storage
+        self._report = report
+        self._resolver = RowResolver(defaults, storage)
+        self._inputs = NameHashes()
+        self._outputs = NameHashes()
+        self._digest = sha256(defaults.manifest.encode())
+
+    def run(self) -> None:
+        defaults, manifest = self._defaults, self._manifest
+        for row in read(
+            self._storage,
+            defaults.manifest,
+            placeholders=defaults.known_placeholders(),
+            has_mask=defaults.mask is not None,
+        ):
+            manifest.rows += 1
+            self._add(row)
+        if manifest.rows == 0:
+            raise ManifestError(f"{defaults.manifest}: no rows under the header; nothing to do")
+        if defaults.mask is not None:
+            self._inputs.add(defaults.mask)
+        _check_outputs(manifest, self._outputs, self._inputs, self._report)
+        manifest.digest = self._digest.hexdigest()
+
+    def _add(self, row: ManifestRow | Problem) -> None:
+        job = self._resolver.resolve(row) if isinstance(row, ManifestRow) else [row]
         if isinstance(job, list):
-            checked.invalid += 1
+            self._manifest.invalid += 1
             for problem in job:
-                report(problem)
-            continue
-        checked.spool.append(job)
-        checked.engines.add(job.engine)
-        if len(checked.folders) < MANY_FOLDERS:
-            checked.folders[parent(job.output)] = None
-        outputs.add(job.output)
-        inputs.add(job.image)
-        if is_file(job.mask) and job.mask != options.mask:
-            inputs.add(job.mask)
-        for place in further_inputs(job.params):
-            inputs.add(place)
-        digest.update(b"%s %d %d\n" % (job.content_key, job.line, job.priority))
-    if checked.rows == 0:
-        raise ManifestError(f"{options.manifest}: no rows under the header; nothing to do")
-    if options.mask is not None:
-        inputs.add(options.mask)
-    _check_outputs(checked, outputs, inputs, report)
-    checked.digest = digest.hexdigest()
+                self._report(problem)
+            return
+        self._manifest.spool.append(job)
+        self._manifest.engines.add(job.engine)
+        if len(self._manifest.folders) < MAX_FOLDERS:
+            self._manifest.folders[parent(job.output)] = None
+        self._add_names(job)
+        self._digest.update(b"%s %d %d\n" % (job.content_key, job.line, job.priority))
+
+    def _add_names(self, job: NewJob) -> None:
+        self._outputs.add(job.output)
+        self._inputs.add(job.image)
+        if is_file(job.mask) and job.mask != self._defaults.mask:
+            self._inputs.add(job.mask)
+        for location in further_inputs(job.params):
+            self._inputs.add(location)
 
 
 class NameHashes:
-    """A 64-bit hash per name: eight bytes a row, enough to find the few that need a look."""
+    """A 64-bit hash per name: 8 bytes per row, to find the few names that may be equal.
+
+    A collision is harmless: names with equal hashes are compared in full afterwards.
+    """
 
     def __init__(self) -> None:
         self._hashes = array("Q")
@@ -176,52 +207,61 @@ def _hash(name: str) -> int:
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def _inputs(job: NewJob) -> Iterator[tuple[str, str]]:
-    yield "image", job.image
-    yield "mask", job.mask
-    for place in further_inputs(job.params):
-        yield "detail mask or font", place
-
-
 def _check_outputs(
-    checked: ValidatedManifest,
+    manifest: ValidatedManifest,
     outputs: NameHashes,
     inputs: NameHashes,
     report: Callable[[Problem], None],
 ) -> None:
-    """Two rows may share an output only where they ask for the very same work."""
+    """Report rows whose output is an input of any row, or the output of a different job.
+
+    Rows that ask for the very same work may share an output: they are one job.
+    """
     repeated, clashing = outputs.repeated(), outputs.shared_with(inputs)
     if not repeated and not clashing:
         return
-    read_at = {
-        source: (what, job.line)
-        for job in checked.spool
-        for what, source in _inputs(job)
-        if clashing and _hash(source) in clashing
-    }
-    first: dict[str, NewJob] = {}
-    for job in checked.spool:
+    readers = _readers(manifest.spool, clashing) if clashing else {}
+    writers: dict[str, NewJob] = {}
+    for job in manifest.spool:
         text = None
-        if job.output in read_at:
-            what, line = read_at[job.output]
-            text = f"output: {job.output!r} is the {what} of line {line}"
+        if job.output in readers:
+            role, line = readers[job.output]
+            text = f"output: {job.output!r} is the {role} of line {line}"
         elif _hash(job.output) in repeated:
-            same = first.setdefault(job.output, job)
-            if same.content_key != job.content_key:
-                text = f"output: {job.output!r} is also written by line {same.line}"
+            first = writers.setdefault(job.output, job)
+            if first.content_key != job.content_key:
+                text = f"output: {job.output!r} is also written by line {first.line}"
         if text:
-            checked.invalid += 1
-            checked.skipped.add(job.line)
-            report(Problem(line=job.line, text=f"{text}; give the row an output of its own"))
+            manifest.invalid += 1
+            manifest.skipped.add(job.line)
+            report(Problem(line=job.line, text=f"{text}; {_OWN_OUTPUT}"))
+
+
+def _readers(spool: JobSpool, clashing: set[int]) -> dict[str, tuple[str, int]]:
+    """Map each input whose hash is in ``clashing`` to its role and the line that reads it."""
+    return {
+        location: (role, job.line)
+        for job in spool
+        for role, location in _inputs(job)
+        if _hash(location) in clashing
+    }
+
+
+def _inputs(job: NewJob) -> Iterator[tuple[str, str]]:
+    yield "image", job.image
+    yield "mask", job.mask
+    for location in further_inputs(job.params):
+        yield "detail mask or font", location
 
 
 def check_output_owners(
-    checked: ValidatedManifest, db: Database, *, report: Callable[[Problem], None]
+    manifest: ValidatedManifest, db: Database, *, report: Callable[[Problem], None]
 ) -> None:
-    """Reports rows whose output belongs to a job that asks for something else."""
-    for chunk in checked.chunks():
-        for taken in submissions.find_contested_outputs(db, checked.digest, chunk):
-            checked.invalid += taken.row.line not in checked.skipped
-            checked.skipped.add(taken.row.line)
-            text = f"{taken}; give the row an output of its own, or replace that one with --force"
-            report(Problem(line=taken.row.line, text=text))
+    """Report rows whose output belongs to a recorded job that asks for different work."""
+    for chunk in manifest.chunks():
+        for contested in submissions.find_contested_outputs(db, manifest.digest, chunk):
+            line = contested.row.line
+            manifest.invalid += line not in manifest.skipped
+            manifest.skipped.add(line)
+            text = f"{contested}; {_OWN_OUTPUT}, or take that one over with --force"
+            report(Problem(line=line, text=text))

@@ -1,11 +1,11 @@
-"""How things look on a terminal: tables, progress, durations. Knows no SQL and no queue."""
+"""How things look on a terminal: tables, progress bars, durations. No SQL and no queue."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from datetime import datetime
 
 from rich import box
 from rich.console import Console
@@ -15,48 +15,37 @@ from rich.table import Table
 from sqlalchemy import RowMapping
 
 from producer.reports import JobHistory, SubmissionProgress
-from producer.reports import Progress as Counts
+from producer.reports import Progress as JobProgress
+from shared.presets import Preset
 
-_NUMBERS = frozenset(
-    [
-        "submission",
-        "rows",
-        "done",
-        "failed",
-        "cancelled",
-        "left",
-        "job",
-        "line",
-        "attempts",
-        "guidance",
-        "steps",
-        "strength",
-    ]
+_RIGHT_ALIGNED = frozenset(
+    (
+        *("submission", "rows", "done", "failed", "cancelled", "left"),
+        *("job", "line", "attempts", "guidance", "steps", "strength"),
+    )
 )
 _STATE_STYLES = {"succeeded": "green", "failed": "red", "running": "cyan", "cancelled": "yellow"}
 
-WIDTH_OF_A_PIPE = 240
+# rich takes 80 columns for a pipe, and would fold the paths that a script looks for.
+PIPE_WIDTH = 240
 
 
-def out() -> Console:
-    """Stdout; in a pipe nothing is folded to a terminal's width."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE)
+def stdout_console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
-def err() -> Console:
-    return Console(
-        stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDTH_OF_A_PIPE
-    )
+def stderr_console() -> Console:
+    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 
 def escape(text: str) -> str:
-    """Text from outside, for a terminal: no markup, and no control character takes effect."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return escape_markup(shown)
+    """Escape text from outside: markup is printed as it is, control characters as ``\\x1b``."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escape_markup(printable)
 
 
-def job_progress(console: Console) -> Progress:
-    """A bar that counts finished jobs; on something that is no terminal it stays silent."""
+def progress_bar(console: Console) -> Progress:
+    """Return a progress bar that counts jobs; it prints nothing unless on a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -68,8 +57,8 @@ def job_progress(console: Console) -> Progress:
     )
 
 
-def duration(seconds: float | None) -> str:
-    """``2 h 05 min``, ``3 min 20 s``, ``4.2 s``, or a dash."""
+def format_duration(seconds: float | None) -> str:
+    """Return ``2 h 05 min``, ``3 min 20 s``, ``4.2 s``, or ``-`` for None."""
     if seconds is None:
         return "-"
     if seconds < 60:
@@ -80,98 +69,113 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def progress_line(counts: Counts) -> str:
-    """One line: how many in each state, the rate and the time left."""
-    states = "  ".join(f"{state} {number:,}" for state, number in counts.counts.items() if number)
+def format_milliseconds(seconds: float) -> str:
+    """Return ``12.3 ms``, or ``2.50 s`` from one second on."""
+    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def progress_line(progress: JobProgress) -> str:
+    """Return one line: jobs per state, the rate, the time left, and what blocks jobs."""
+    states = "  ".join(f"{state} {count:,}" for state, count in progress.counts.items() if count)
     line = states or "no jobs"
-    if counts.review:
-        line += f"  ({counts.review:,} to review)"
-    if counts.left:
-        line += f"  |  {counts.rate:.2f} jobs/s  |  {duration(counts.seconds_left)} left"
-    for trouble in counts.blocked:
-        line += f"  |  {trouble.summary}: {escape(trouble.message)}"
+    if progress.review:
+        line += f"  ({progress.review:,} to review)"
+    if progress.left:
+        time_left = format_duration(progress.seconds_left)
+        line += f"  |  {progress.rate:.2f} jobs/s  |  {time_left} left"
+    for blocked in progress.blocked:
+        line += f"  |  {blocked.summary}: {escape(blocked.message)}"
     return line
 
 
-def note(counts: Counts) -> str:
-    """Beside a progress bar: what failed, and what keeps jobs waiting."""
-    failed = [f"{counts.counts['failed']:,} failed"] if counts.counts["failed"] else []
-    return ", ".join(failed + [f"{one.summary} ({one.code})" for one in counts.blocked])
+def progress_note(progress: JobProgress) -> str:
+    """Return the text next to a progress bar: failed and blocked jobs."""
+    failed = progress.counts["failed"]
+    notes = [f"{failed:,} failed"] if failed else []
+    notes += [f"{blocked.summary} ({blocked.code})" for blocked in progress.blocked]
+    return ", ".join(notes)
 
 
-def submissions_table(listed: Iterable[SubmissionProgress]) -> Table:
+def submissions_table(submissions: Iterable[SubmissionProgress]) -> Table:
     table = _table(
         *("submission", "manifest", "submitted (UTC)", "rows"),
         *("done", "failed", "cancelled", "left"),
     )
-    for one in listed:
-        counts = one.counts
-        left = sum(counts.get(state, 0) for state in ("pending", "queued", "running"))
+    for submission in submissions:
+        counts = submission.counts
         table.add_row(
-            str(one.id),
-            escape(one.manifest),
-            f"{one.created_at:%Y-%m-%d %H:%M}",
-            f"{one.rows:,}",
+            str(submission.submission),
+            escape(submission.manifest),
+            f"{submission.created_at:%Y-%m-%d %H:%M}",
+            f"{submission.rows:,}",
             f"{counts.get('succeeded', 0):,}",
             f"{counts.get('failed', 0):,}",
             f"{counts.get('cancelled', 0):,}",
-            f"{left:,}",
+            f"{submission.left:,}",
         )
     return table
 
 
-def jobs_table(rows: Iterable[RowMapping]) -> Table:
-    table = _table("job", "submission", "line", "id", "state", "attempts", "code", "image")
-    for row in rows:
+def jobs_table(jobs: Iterable[RowMapping]) -> Table:
+    table = _table("job", "submission", "line", "key", "state", "attempts", "code", "image")
+    for job in jobs:
         table.add_row(
-            str(row["id"]),
-            str(row["submission_id"]),
-            str(row["line"]),
-            escape(row["key"] or ""),
-            _state(row["state"]),
-            str(row["attempt"]),
-            row["error_code"] or row["review"] or "",
-            escape(row["image"]),
+            str(job["job"]),
+            str(job["submission"]),
+            str(job["line"]),
+            escape(job["key"] or ""),
+            _coloured_state(job["state"]),
+            str(job["attempt"]),
+            job["error_code"] or job["review"] or "",
+            escape(job["image"]),
         )
     return table
 
 
-def history_tables(job_history: JobHistory) -> Iterable[Table]:
-    """The job's own facts, its parameters, then a table per attempt."""
-    job = dict(job_history.job)
+def history_tables(history: JobHistory) -> Iterable[Table]:
+    """Yield a table of the job's columns, one of its parameters, and one per attempt."""
+    job = dict(history.job)
     params = json.loads(job.pop("params"))
-    job.pop("content_key")
-    yield _facts(f"job {job['id']}", job)
-    yield _facts("parameters", params | {"seed": job["seed"]})
-    for attempt in job_history.attempts:
-        facts = dict(attempt)
-        same = facts.pop("params") == job_history.job["params"] and facts["seed"] == job["seed"]
-        facts["parameters"] = "as above" if same else attempt["params"]
-        timings = json.loads(facts.pop("timings") or "{}")
-        facts["timings"] = "  ".join(f"{name} {duration_ms(s)}" for name, s in timings.items())
-        yield _facts(f"attempt {facts.pop('attempt')}", facts)
+    del job["content_key"]
+    yield _details(f"job {job.pop('job')}", job)
+    yield _details("parameters", params | {"seed": job["seed"]})
+    for attempt in history.attempts:
+        yield _attempt_table(attempt, history.job)
 
 
-def duration_ms(seconds: float) -> str:
-    return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+def _attempt_table(attempt: RowMapping, job: RowMapping) -> Table:
+    details = dict(attempt)
+    del details["job"]
+    # "retry --set" changes the job's parameters; the attempt's are shown where they differ.
+    is_same = details.pop("params") == job["params"] and details["seed"] == job["seed"]
+    details["parameters"] = "as above" if is_same else attempt["params"]
+    timings = json.loads(details.pop("timings") or "{}")
+    details["timings"] = "  ".join(
+        f"{stage} {format_milliseconds(seconds)}" for stage, seconds in timings.items()
+    )
+    return _details(f"attempt {details.pop('attempt')}", details)
 
 
-def _facts(title: str, facts: Mapping[str, Any]) -> Table:
+def _details(title: str, values: Mapping[str, object]) -> Table:
+    """A table of names and values; values that are None are left out."""
     table = Table(title=title, title_justify="left", box=None, show_header=False, padding=(0, 1))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in facts.items():
-        if value is not None:
-            table.add_row(name, _state(value) if name in ("state", "outcome") else _plain(value))
+    for name, value in values.items():
+        if name in ("state", "outcome") and value is not None:
+            table.add_row(name, _coloured_state(str(value)))
+        elif value is not None:
+            table.add_row(name, _value_text(value))
     return table
 
 
-def _plain(value: object) -> str:
-    text = value.isoformat(sep=" ", timespec="milliseconds") if hasattr(value, "isoformat") else ""
-    return escape(text or str(value))
+def _value_text(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(sep=" ", timespec="milliseconds")
+    return escape(str(value))
 
 
-def _state(state: str) -> str:
+def _coloured_state(state: str) -> str:
     style = _STATE_STYLES.get(state)
     return f"[{style}]{state}[/{style}]" if style else state
 
@@ -181,13 +185,13 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(
             heading,
-            justify="right" if heading in _NUMBERS else "left",
+            justify="right" if heading in _RIGHT_ALIGNED else "left",
             overflow="fold",
         )
     return table
 
 
-def presets_table(presets: Iterable[Any]) -> Table:
+def presets_table(presets: Iterable[Preset]) -> Table:
     table = _table("preset", "guidance", "steps", "strength", "size", "use")
     for preset in presets:
         values = preset.values

@@ -1,8 +1,7 @@
-"""Writes a submission's contact sheet: the page, and the picture if one is asked for."""
+"""Writes a submission's contact sheet: the HTML page, and a PNG if asked for."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TextIO
 from producer import reports
 from producer.contact_sheet import html
 from producer.contact_sheet import png as png_sheet
-from producer.contact_sheet.cards import Card, cards, usual_params
+from producer.contact_sheet.cards import Card, build_cards, usual_params
 from producer.reports import RankedJobs
 from shared.db import Database
 from shared.errors import InputError
@@ -31,55 +30,52 @@ def write(
     limit: int,
     roots: Sequence[Path] = (),
 ) -> RankedJobs:
-    """The page at ``output``, whole or not at all; returns what it shows.
+    """Write the page to ``output``, completely or not at all; return the jobs it shows.
 
-    roots: folders to read from, besides the settings' and the submission's own. Raises
-    InputError where there is no such submission, nothing to show, or no place to write to.
+    roots: folders that images may be read from, besides the settings' and the submission's.
+    Raises InputError if there is no such submission, nothing to show, or a file cannot be
+    written.
     """
     ranked = reports.rank_jobs(db, submission, limit=limit)
     if ranked is None:
         raise InputError(f"submission {submission} does not exist; see inpaint-jobs status")
     if not ranked.jobs:
         raise InputError(f"no job of submission {submission} has succeeded or failed yet")
-    usual = usual_params(ranked.sample)
+    usual = usual_params(ranked.params_sample)
     storage = Storage(roots=_roots(settings, ranked, roots), buckets=settings.buckets)
-    kept: list[Card] = []
-    found = cards(ranked.jobs, usual, storage, settings)
-    with _replacing(output) as out:
-        html.write(out, ranked, usual, _keeping(found, kept) if png else found)
+    png_cards: list[Card] = []
+    cards = build_cards(ranked.jobs, usual, storage, settings)
+    with _replace_when_complete(output) as out:
+        html.write(out, ranked, usual, _collect_first(cards, png_cards) if png else cards)
     if png:
-        title = f"Submission {submission}: the worst {len(kept)} of {_total(ranked)}"
-        sheet = png_sheet.draw(title, kept)
-        with _writable(png):
+        total = len(ranked.jobs) + ranked.left_out
+        title = f"Submission {submission}: the worst {len(png_cards)} of {total}"
+        sheet = png_sheet.draw(title, png_cards)
+        with _write_errors(png):
             sheet.save(png, "PNG")
     return ranked
 
 
-def _total(ranked: RankedJobs) -> int:
-    return len(ranked.jobs) + ranked.left_out
-
-
 def _roots(settings: Settings, ranked: RankedJobs, named: Sequence[Path]) -> list[Path]:
-    """Where the submission's own files lie: beside its manifest, at its output, and as named."""
-    options = json.loads(ranked.submission["options"])
-    own = [parent(ranked.submission["manifest"]), options.get("output") or ""]
-    local = [os.path.realpath(place) for place in own if place and not is_s3(place)]
+    """Folders to read from: the manifest's, the output's, ``--root`` and the settings'."""
+    locations = [parent(ranked.manifest), ranked.options.get("output") or ""]
+    local = [os.path.realpath(place) for place in locations if place and not is_s3(place)]
     return [*map(Path, local), *(Path(os.path.realpath(root)) for root in named), *settings.roots]
 
 
-def _keeping(found: Iterable[Card], kept: list[Card]) -> Iterator[Card]:
-    """Passes the cards on; the first few, which the picture shows, stay."""
-    for card in found:
-        if len(kept) < png_sheet.CARDS:
-            kept.append(card)
+def _collect_first(cards: Iterable[Card], first: list[Card]) -> Iterator[Card]:
+    """Yield all cards and append those that the PNG shows to ``first``."""
+    for card in cards:
+        if len(first) < png_sheet.MAX_CARDS:
+            first.append(card)
         yield card
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that appears under its name when it is complete."""
+def _replace_when_complete(path: Path) -> Iterator[TextIO]:
+    """Open a temporary file that replaces ``path`` at the end, unless an error is raised."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _writable(path):
+    with _write_errors(path):
         try:
             with temporary.open("w", encoding="utf-8", newline="\n") as out:
                 yield out
@@ -89,7 +85,8 @@ def _replacing(path: Path) -> Iterator[TextIO]:
 
 
 @contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
+    """Raise InputError in place of an OSError."""
     try:
         yield
     except OSError as error:

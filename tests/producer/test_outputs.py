@@ -79,7 +79,7 @@ def test_a_job_that_lost_its_output_is_not_retried_and_force_takes_it_back(
     workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out", "--force")
     result = workspace.jobs("retry", 1)
     assert "0 jobs to run again" in result.out
-    assert "1 left alone: a later submission writes their output" in result.err
+    assert "1 skipped: a later submission writes their output" in result.err
     assert workspace.submit("a.csv", "--output", "out").status == 0  # nothing of it would run
     assert table.state(1) == "cancelled"
     workspace.submit("a.csv", "--output", "out", "--force")
@@ -158,13 +158,13 @@ def test_force_runs_a_row_whose_job_was_changed_since(
     workspace.jobs("retry", 1, "--set", "opencv_radius=9")
     table.succeed(1)
     assert '"opencv_radius":9' in table.job(1).params
-    assert "2 already there" in workspace.submit("m.csv").out
+    assert "2 already recorded" in workspace.submit("m.csv").out
     table.succeed(2)
     assert "2 accepted" in workspace.submit("m.csv", "--force").out
     assert '"opencv_radius":5' in table.job(1).params
     assert table.states() == ["queued", "queued"]
     # And again the row and the job are the same work.
-    assert "2 already there" in workspace.submit("m.csv").out
+    assert "2 already recorded" in workspace.submit("m.csv").out
 
 
 def test_a_row_of_an_earlier_submission_counts_as_still_to_run(
@@ -174,5 +174,5 @@ def test_a_row_of_an_earlier_submission_counts_as_still_to_run(
     workspace.submit("m.csv", "--output", "out")
     workspace.manifest([("in/2.png", "masks/2.png"), ("in/1.png", "masks/1.png")], name="b.csv")
     result = workspace.submit("b.csv", "--output", "out")
-    assert "0 accepted, 2 already there" in result.out
+    assert "0 accepted, 2 already recorded" in result.out
     assert "2 still to run" in result.out

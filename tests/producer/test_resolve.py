@@ -24,7 +24,7 @@ STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
 
 def resolved(options: RowDefaults = OPTIONS, **cells: str) -> NewJob | list[Problem]:
     row = ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
-    return RowResolver(options, STORE).job(row)
+    return RowResolver(options, STORE).resolve(row)
 
 
 def job(options: RowDefaults = OPTIONS, **cells: str) -> NewJob:
@@ -99,7 +99,7 @@ def test_a_mask_may_be_no_file(mask: str) -> None:
 def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
     options = replace(OPTIONS, mask="/data/all.png")
     row = ManifestRow(line=2, cells={"image": "a.png"})
-    found = RowResolver(options, STORE).job(row)
+    found = RowResolver(options, STORE).resolve(row)
     assert isinstance(found, NewJob)
     assert found.mask == "/data/all.png"
     assert job(options).mask == "/data/b.png"
@@ -108,7 +108,7 @@ def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
 @pytest.mark.parametrize(
     ("cells", "text"),
     [
-        ({"image": ""}, "image: empty; name the picture"),
+        ({"image": ""}, "image: empty; name the image"),
         ({"mask": ""}, "mask: empty; name the mask, or alpha, or box:left,top,right,bottom"),
         ({"mask": "box:1,2,3"}, "mask: 'box:1,2,3' is not a box; write box:left,top,right,bottom"),
         ({"mask": "box:1,2,3,x"}, "mask: 'box:1,2,3,x' is not a box"),
@@ -141,7 +141,7 @@ def test_a_bad_cell_is_named_with_its_value_and_the_remedy(
 ) -> None:
     given = {"image": "a.png", "mask": "b.png", **cells}
     row = ManifestRow(line=2, cells={name: value for name, value in given.items() if value})
-    found = RowResolver(OPTIONS, STORE).job(row)
+    found = RowResolver(OPTIONS, STORE).resolve(row)
     assert isinstance(found, list)
     assert [problem.text for problem in found] == [found[0].text]
     assert found[0].text.startswith(text)
@@ -241,7 +241,7 @@ def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() ->
     resolver = RowResolver(OPTIONS, STORE)
 
     def through(**cells: str) -> dict[str, Any]:
-        found = resolver.job(
+        found = resolver.resolve(
             ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
         )
         assert isinstance(found, NewJob)
@@ -295,7 +295,7 @@ def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> No
     options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
     resolver = RowResolver(options, Storage(roots=[folder], buckets=()))
     row = ManifestRow(line=2, cells={"image": "images/a.png", "mask": "alpha"})
-    (problem,) = resolver.job(row)  # type: ignore[misc]
+    (problem,) = resolver.resolve(row)  # type: ignore[misc]
     assert "is also an input" in problem.text
 
 

@@ -131,7 +131,7 @@ def test_the_same_manifest_again_adds_nothing_and_says_so(
     again = workspace.submit(manifest)
     assert again.status == 0
     assert again.out.splitlines()[0] == (
-        "submission 1: 3 rows, 0 accepted, 3 already there; nothing added; 3 still to run"
+        "submission 1: 3 rows, 0 accepted, 3 already recorded; nothing added; 3 still to run"
     )
     assert workspace.submit(manifest, "--json").json["duplicates"] == 3
     assert len(job_ids(either)) == 3
@@ -185,8 +185,8 @@ def test_a_run_that_was_cut_off_is_completed(workspace: Workspace, either: JobTa
     assert len(job_ids(either)) == 2
     result = workspace.submit(manifest)
     assert result.out.splitlines()[0] == (
-        "submission 1: 4 rows, 2 accepted, 2 already there; "
-        "it had been cut off and is complete now; 4 still to run"
+        "submission 1: 4 rows, 2 accepted, 2 already recorded; "
+        "it had been interrupted and is complete now; 4 still to run"
     )
     assert [row.line for row in all_jobs(either)] == [2, 3, 4, 5]
     assert {row.state for row in all_jobs(either)} == {"queued"}
@@ -210,7 +210,7 @@ def _record_part_of(workspace: Workspace, table: JobTable, manifest: Path, *, ro
         invalid=0,
     )
     submissions.record(table.db, opened.id, list(checked.jobs())[:rows])
-    checked.spool.close()
+    checked.close()
 
 
 def test_two_producers_with_one_manifest_record_each_row_once(
@@ -314,7 +314,7 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
     assert "line 3: strength: '2' is not allowed; use a number above 0" in result.err
     assert "line 4: 1 cells under 4 columns; quote cells that hold the delimiter" in result.err
     assert "line 5: image: 'http://h/1.png': http:// is not supported; use s3://" in result.err
-    assert "line 6: image: empty; name the picture" in result.err
+    assert "line 6: image: empty; name the image" in result.err
     assert lines[-1] == (
         "inpaint-submit: 4 of 5 rows are not valid; nothing was enqueued. "
         "Fix them, or submit the others with --skip-invalid."

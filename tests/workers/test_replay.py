@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from producer.cli.jobs import jobs_command
-from producer.replay import replay
+from producer.replay import ReplayResult, replay
 from shared import jobs
 from shared.errors import InpaintError
 from shared.jobs import Selection
@@ -42,7 +42,7 @@ def finished(harness: WorkerHarness) -> int:
     return job
 
 
-def replayed(harness: WorkerHarness, job: int) -> dict[str, object]:
+def replayed(harness: WorkerHarness, job: int) -> ReplayResult:
     return replay(harness.worker.settings, job, device="cpu", roots=[harness.folder])
 
 
@@ -51,27 +51,27 @@ def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
 ) -> None:
     before = harness.job(finished), harness.attempts(finished)
     Path(harness.path("out.jpg")).unlink()
-    found = replayed(harness, finished)
-    assert found["same"] is True
-    assert found["largest_difference"] == 0
-    assert found["result_sha256"] == before[0].result_sha256
+    result = replayed(harness, finished)
+    assert result.same is True
+    assert result.largest_difference == 0
+    assert result.result_sha256 == before[0].result_sha256
     assert (harness.job(finished), harness.attempts(finished)) == before
     assert not Path(harness.path("out.jpg")).exists()
 
 
 def test_what_has_changed_since_is_named(harness: WorkerHarness, finished: int) -> None:
     harness.write_image("in.jpg", (200, 160), seed=1)
-    found = replayed(harness, finished)
-    assert found["same"] is False
-    assert found["differs"] == ["image"]
-    assert found["largest_difference"] > 0  # type: ignore[operator]
+    result = replayed(harness, finished)
+    assert result.same is False
+    assert result.differs == ["image"]
+    assert (result.largest_difference or 0) > 0
 
 
 def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
     harness: WorkerHarness, finished: int
 ) -> None:
     jobs.retry(harness.db, Selection(jobs=(finished,)), changes={"opencv_radius": 9})
-    assert replayed(harness, finished)["same"] is True
+    assert replayed(harness, finished).same is True
 
 
 def test_a_job_without_a_result_cannot_be_replayed(harness: WorkerHarness) -> None:
@@ -97,7 +97,7 @@ def test_an_output_that_is_gone_leaves_nothing_to_measure_against(
 ) -> None:
     harness.write_image("in.jpg", (200, 160), seed=1)
     Path(harness.path("out.jpg")).unlink()
-    assert replayed(harness, finished)["largest_difference"] is None
+    assert replayed(harness, finished).largest_difference is None
 
 
 def test_the_command_says_whether_it_is_the_same_and_exits_1_if_not(

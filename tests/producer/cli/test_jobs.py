@@ -110,7 +110,7 @@ def test_watch_ends_when_nothing_is_left(
 
 def listed(result: CommandResult) -> list[int]:
     assert result.status == 0
-    return [json.loads(line)["id"] for line in result.out.splitlines()]
+    return [json.loads(line)["job"] for line in result.out.splitlines()]
 
 
 def test_list_selects_by_state_error_and_submission(workspace: Workspace, table: JobTable) -> None:
@@ -141,7 +141,7 @@ def test_list_says_when_there_is_more(workspace: Workspace, table: JobTable) -> 
     result = workspace.jobs("list", "--limit", 2, "--json")
     assert len(listed(result)) == 2
     result = workspace.jobs("list", "--limit", 2)
-    assert "and more; --limit shows them" in result.err
+    assert "more jobs: raise --limit" in result.err
     assert workspace.jobs("list", "--limit", 3).err == ""
 
 
@@ -368,22 +368,22 @@ def test_a_spreadsheet_runs_nothing_from_a_csv_export(
     key = f"{start}1+1"
     table.one(key=key, image=f"{start}a.png")
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
-    assert row["id"] == f"'{key}"
+    assert row["key"] == f"'{key}"
     assert row["image"] == f"'{start}a.png"
     record = json.loads(workspace.jobs("export", "--format", "jsonl").out)
-    assert record["id"] == key
+    assert record["key"] == key
 
 
 def test_odd_text_survives_an_export(workspace: Workspace, table: JobTable) -> None:
     key = 'ä "quoted", two\nlines 画'
     table.one(key=key)
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
-    assert row["id"] == key
-    assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["id"] == key
+    assert row["key"] == key
+    assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["key"] == key
 
 
 def test_an_export_of_nothing_is_a_header_or_nothing(workspace: Workspace) -> None:
-    assert workspace.jobs("export").out.startswith('"submission","job","line","id","state",')
+    assert workspace.jobs("export").out.startswith('"submission","job","line","key","state",')
     assert workspace.jobs("export", "--format", "jsonl").out == ""
 
 
@@ -456,7 +456,7 @@ def test_prune_says_what_would_go_asks_and_deletes(workspace: Workspace, table: 
     assert (pruned.status, pruned.out) == (0, f"{said}1 jobs pruned\n")
     assert [row.digest for row in table.submissions()] == ["new"]
     again = workspace.jobs("prune", "--older-than", "90d", "--yes")
-    assert again.out == "no submission was finished longer ago than 90d\n"
+    assert again.out == "no submission finished longer ago than 90d\n"
 
 
 @pytest.mark.parametrize("age", ["90", "0d", "-1d", "1w", "", "1.5d"])

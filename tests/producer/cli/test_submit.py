@@ -267,7 +267,7 @@ def test_local_says_once_that_its_worker_is_getting_ready(
     result = workspace.submit(
         workspace.catalog(1), "--local", "--engine", "opencv", "--devices", "cpu"
     )
-    assert result.err.count("the worker is getting ready; a model takes a while to load: see ") == 1
+    assert result.err.count("the worker is starting; loading a model can take minutes: see ") == 1
 
 
 # --- the real commands -----------------------------------------------------------------------
