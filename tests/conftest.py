@@ -1,6 +1,6 @@
-"""Fixtures that hand each test a real and empty Redis, database or bucket.
+"""Fixtures: a real and empty Redis, database or bucket for each test.
 
-The servers start at the first test that wants them and live as long as the session.
+The servers start at the first test that needs them and run until the session ends.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sqlalchemy.engine import make_url
 from shared.db import Database, schema
 from tests import servers
 
-# ``pytest --hypothesis-profile=soak``: tests that look for it try for minutes.
+# ``pytest --hypothesis-profile=soak``: tests that look for this profile run for minutes.
 settings.register_profile("soak")
 
 
 @contextmanager
 def _short_folder() -> Iterator[Path]:
-    """A folder right under the temporary one: unix socket paths end at 107 bytes."""
+    """A folder directly under the temporary folder: Unix socket paths have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder).resolve()
 
@@ -42,7 +42,7 @@ def shared_redis() -> Iterator[servers.Redis]:
 
 @pytest.fixture
 def redis_url(shared_redis: servers.Redis) -> str:
-    """URL of a Redis that is empty when the test starts."""
+    """URL of the session's Redis, emptied before the test."""
     with redis.Redis.from_url(shared_redis.url) as client:
         client.flushall()
     return shared_redis.url
@@ -50,14 +50,14 @@ def redis_url(shared_redis: servers.Redis) -> str:
 
 @pytest.fixture
 def own_redis() -> Iterator[servers.Redis]:
-    """A Redis of the test's own, to kill and start again."""
+    """A Redis of its own, which the test may kill and restart."""
     with _short_folder() as folder, servers.redis_server(folder) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def postgres_cluster() -> Iterator[str]:
-    """URL of the cluster's ``postgres`` database, to hand to ``servers.create_database``."""
+    """URL of the cluster's ``postgres`` database, for ``servers.create_database``."""
     with _short_folder() as folder, servers.postgres_server(folder) as cluster:
         yield cluster.url
 
@@ -80,7 +80,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with our empty tables, to copy: quicker than the migrations."""
+    """A SQLite file with our empty tables. Tests copy it: faster than running the migrations."""
     path = tmp_path_factory.mktemp("migrated") / "inpaint.db"
     _upgrade(f"sqlite:///{path}")
     return path
@@ -88,7 +88,7 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def migrated_url(postgres_cluster: str) -> Iterator[str]:
-    """A PostgreSQL database with our tables, to empty: quicker than a database per test."""
+    """A PostgreSQL database with our tables, truncated for each test: faster than a new one."""
     url = servers.create_database(postgres_cluster)
     _upgrade(url)
     yield url
@@ -103,7 +103,7 @@ def _upgrade(url: str) -> None:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    """Our empty tables; the test runs once on SQLite and once on PostgreSQL."""
+    """A database with our empty tables; the test runs once on SQLite and once on PostgreSQL."""
     if request.param == "sqlite":
         migrated = request.getfixturevalue("migrated_file")
         database = Database(make_url(f"sqlite:///{shutil.copy(migrated, tmp_path)}"))
@@ -117,7 +117,7 @@ def db(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """An empty bucket, a boto3 client to look into it, and ``s3://`` locations in it."""
+    """An empty bucket and a boto3 client to inspect it."""
 
     name: str
     client: Any
@@ -134,7 +134,7 @@ def s3_environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def s3(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """A fresh bucket; the environment leads every boto3 client in the test to its server."""
+    """An empty bucket; the environment points every boto3 client of the test to its server."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     for name, value in s3_environment.items():

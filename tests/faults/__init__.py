@@ -1,1 +1,1 @@
-"""Faults injected into real servers and real workers while they run a few hundred jobs."""
+"""Fault injection: real servers and real workers fail while they run a few hundred jobs."""

@@ -1,4 +1,4 @@
-"""A site per test; the pictures and their undisturbed results are made once."""
+"""Fixtures: one scenario per test; the images and their expected results are made once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.site import Catalog, Site, make_catalog
+from tests.faults.scenario import Catalog, Scenario, make_catalog
 from tests.workers.fleet import Fleet
 
 
@@ -17,8 +17,10 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Catalog:
 
 
 @pytest.fixture
-def site(catalog: Catalog, postgres_url: str, redis_url: str, tmp_path: Path) -> Iterator[Site]:
-    """PostgreSQL, the session's Redis, local files."""
+def scenario(
+    catalog: Catalog, postgres_url: str, redis_url: str, tmp_path: Path
+) -> Iterator[Scenario]:
+    """On PostgreSQL, the session's Redis and local files."""
     fleet = Fleet(postgres_url, redis_url, tmp_path.resolve())
-    yield Site(fleet=fleet, catalog=catalog)
+    yield Scenario(fleet=fleet, catalog=catalog)
     fleet.close()

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that answers, delays or cuts as a test tells it to."""
+"""An HTTP proxy in front of an S3 server that fails, delays or cuts requests on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.servers import free_port
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """``number`` counts the requests since the fault was set, from 0."""
+    """number: of the request since the fault was set, from 0."""
 
     method: str
     path: str
@@ -28,9 +28,13 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What happens to one request. status: answered by the proxy itself. part: how much of the
-    body arrives, from 0 to 1; then the connection is closed, or reset. seconds_per_kib: of a
-    slow link. silent_seconds: nothing is said for so long, then the connection ends."""
+    """What happens to one request.
+
+    status: the proxy answers itself with this status and S3 error code. part: the share of the
+    response body that arrives, 0 to 1, before the connection is closed or reset.
+    seconds_per_kib: delay of a slow link. silent_seconds: no response for this time, then the
+    connection is closed.
+    """
 
     status: int | None = None
     code: str = ""
@@ -44,11 +48,11 @@ Fault = Callable[[Request], Answer | None]
 
 
 class FaultProxy:
-    """Passes on what ``fault`` says nothing about. ``url`` is its address."""
+    """Forwards every request for which the fault returns None. ``url`` is the proxy's address."""
 
     def __init__(self, target: str) -> None:
         self.target = urlsplit(target).netloc
-        self.met = 0
+        self.fault_count = 0
         self._fault: Fault | None = None
         self._number = 0
         self._lock = threading.Lock()
@@ -58,16 +62,16 @@ class FaultProxy:
 
     def set(self, fault: Fault | None) -> None:
         with self._lock:
-            self._fault, self._number, self.met = fault, 0, 0
+            self._fault, self._number, self.fault_count = fault, 0, 0
 
     def answer(self, method: str, path: str) -> Answer | None:
         with self._lock:
             if self._fault is None:
                 return None
-            found = self._fault(Request(method=method, path=path, number=self._number))
+            answer = self._fault(Request(method=method, path=path, number=self._number))
             self._number += 1
-            self.met += found is not None
-        return found
+            self.fault_count += answer is not None
+        return answer
 
     @contextmanager
     def serving(self) -> Iterator[FaultProxy]:
@@ -100,7 +104,7 @@ class FaultProxy:
                 elif answer.status:
                     self._refuse(answer)
                 else:
-                    self._pass_on(body, answer)
+                    self._forward(body, answer)
 
             def _refuse(self, answer: Answer) -> None:
                 code = answer.code or "ServiceUnavailable"
@@ -112,7 +116,7 @@ class FaultProxy:
                 self.end_headers()
                 self.wfile.write(text)
 
-            def _pass_on(self, body: bytes, answer: Answer) -> None:
+            def _forward(self, body: bytes, answer: Answer) -> None:
                 upstream = HTTPConnection(proxy.target, timeout=30)
                 headers = {k: v for k, v in self.headers.items() if k.lower() != "expect"}
                 upstream.request(self.command, self.path, body, headers)

@@ -1,4 +1,4 @@
-"""A proxy in front of PostgreSQL's unix socket that cuts the connection at a chosen statement."""
+"""A proxy on PostgreSQL's Unix socket that closes the connection at a chosen round trip."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ NAME = ".s.PGSQL.5432"
 
 
 class PostgresProxy:
-    """``cut_at(n, when)`` ends the connection at the n-th round trip from then on, once.
+    """``cut_at(n, when)`` closes the connection once, at the n-th round trip from now.
 
-    "before": the server never hears of it. "after": the server has done it, and its answer is
-    lost on the way, which is the hard case for a COMMIT.
+    "before": the request does not reach the server. "after": the server executes the request, but
+    its answer is lost; for a COMMIT that is the hard case: the client cannot know the outcome.
     """
 
     def __init__(self, server: Path, folder: Path) -> None:
@@ -54,7 +54,7 @@ class PostgresProxy:
                 _Link(self, client, server).start()
 
     def count(self) -> Literal["before", "after"] | None:
-        """Of one round trip: how to cut it, if this is the one."""
+        """Counts one round trip; returns how to cut it, None to forward it."""
         with self._lock:
             if self._left is None:
                 return None
@@ -75,7 +75,7 @@ class _Link:
         self._ending, self._ended = threading.Lock(), 0
 
     def start(self) -> None:
-        for action in (self._forward, self._back):
+        for action in (self._forward_requests, self._forward_answers):
             threading.Thread(target=self._run, args=(action,), daemon=True).start()
 
     def _run(self, action: object) -> None:
@@ -90,23 +90,23 @@ class _Link:
                 self._client.close()
                 self._server.close()
 
-    def _forward(self) -> None:
-        self._server.sendall(self._message(kind_bytes=0))  # the startup message has no type
+    def _forward_requests(self) -> None:
+        self._server.sendall(self._receive_message(kind_bytes=0))  # startup: no type byte
         while True:
-            message = self._message(kind_bytes=1)
-            # A simple query, or the end of a group of messages: each is one round trip.
+            message = self._receive_message(kind_bytes=1)
+            # Q is a simple query, S ends a group of messages (Sync): each is one round trip.
             cut = self._proxy.count() if message[:1] in (b"Q", b"S") else None
             if cut == "before":
                 return
             self._answer_is_lost = self._answer_is_lost or cut == "after"
             self._server.sendall(message)
 
-    def _message(self, *, kind_bytes: int) -> bytes:
-        head = self._exactly(kind_bytes + 4)
+    def _receive_message(self, *, kind_bytes: int) -> bytes:
+        head = self._receive_exactly(kind_bytes + 4)
         size = int.from_bytes(head[kind_bytes:], "big")
-        return head + self._exactly(size - 4)
+        return head + self._receive_exactly(size - 4)
 
-    def _exactly(self, size: int) -> bytes:
+    def _receive_exactly(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
             part = self._client.recv(size - len(data))
@@ -115,7 +115,7 @@ class _Link:
             data += part
         return data
 
-    def _back(self) -> None:
+    def _forward_answers(self) -> None:
         while data := self._server.recv(65536):
             if self._answer_is_lost:
                 return

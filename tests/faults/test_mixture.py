@@ -1,6 +1,6 @@
-"""Everything at once: a random mixture of faults, and the same invariants at its end.
+"""A random mixture of all faults, with the same invariants at its end.
 
-``make soak`` runs it for longer, with a seed of its own.
+``make soak`` runs it for longer, with a random seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import sqlalchemy
 from tests import servers
 from tests.conftest import Bucket
 from tests.faults.http_proxy import Answer, FaultProxy
-from tests.faults.site import PICTURES, Catalog, Site, pause
+from tests.faults.scenario import IMAGES, Catalog, Scenario, pause
 from tests.workers.fleet import Fleet
 
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "20"))
@@ -33,43 +33,43 @@ RETRIED = ("worker_lost", "storage_unavailable", "database_unavailable")
 
 
 @dataclass
-class World:
-    """Everything that can break, and the chance that decides what does."""
+class FaultInjector:
+    """Everything that can fail. rng: chooses what does."""
 
-    site: Site
+    scenario: Scenario
     redis: servers.Redis
     postgres: servers.Postgres
     s3: FaultProxy
-    chance: random.Random
+    rng: random.Random
 
     def kill_a_worker(self) -> None:
-        self.site.kill_a_process(self.chance)
+        self.scenario.kill_a_worker_process(self.rng)
 
     def freeze_a_worker(self) -> None:
-        children = self.site.fleet.children()
+        children = self.scenario.fleet.children()
         if children:
-            chosen = self.chance.choice(children)
+            chosen = self.rng.choice(children)
             with suppress(ProcessLookupError):
                 os.kill(chosen, signal.SIGSTOP)
-                pause(self.chance.uniform(0, 3))
+                pause(self.rng.uniform(0, 3))
                 os.kill(chosen, signal.SIGCONT)
 
-    def replace_a_launcher(self) -> None:
-        launcher = self.chance.choice(self.launchers())
-        launcher.send_signal(self.chance.choice((signal.SIGTERM, signal.SIGKILL)))
+    def stop_a_supervisor(self) -> None:
+        supervisor = self.rng.choice(self.supervisors())
+        supervisor.send_signal(self.rng.choice((signal.SIGTERM, signal.SIGKILL)))
 
-    def launchers(self) -> list[subprocess.Popen[bytes]]:
-        return [process for process in self.site.fleet.processes if process.poll() is None]
+    def supervisors(self) -> list[subprocess.Popen[bytes]]:
+        return [process for process in self.scenario.fleet.processes if process.poll() is None]
 
-    def keep_two_launchers(self) -> None:
-        """As a service manager does: one that starts while PostgreSQL is away ends at once."""
-        for _ in range(2 - len(self.launchers())):
-            self.site.fleet.start("--concurrency", "2")
+    def keep_two_supervisors(self) -> None:
+        """Restarts them, as a service manager does: without PostgreSQL one exits at its start."""
+        for _ in range(2 - len(self.supervisors())):
+            self.scenario.fleet.start("--concurrency", "2")
 
     def crash_redis(self) -> None:
         self.redis.kill()
-        pause(self.chance.uniform(0, 1))
-        self.redis.start(keep_data=self.chance.random() < 0.5)
+        pause(self.rng.uniform(0, 1))
+        self.redis.start(keep_data=self.rng.random() < 0.5)
 
     def flush_redis(self) -> None:
         with redis.Redis.from_url(self.redis.url) as client:
@@ -78,12 +78,12 @@ class World:
     def make_redis_a_replica(self) -> None:
         with redis.Redis.from_url(self.redis.url) as client:
             client.replicaof("127.0.0.1", "1")
-            pause(self.chance.uniform(0, 2))
+            pause(self.rng.uniform(0, 2))
             client.replicaof("NO", "ONE")
 
     def restart_postgresql(self) -> None:
         self.postgres.stop()
-        pause(self.chance.uniform(0, 1))
+        pause(self.rng.uniform(0, 1))
         self.postgres.start()
 
     def cut_connections(self) -> None:
@@ -95,7 +95,7 @@ class World:
             )
 
     def disturb_s3(self) -> None:
-        answer = self.chance.choice(
+        answer = self.rng.choice(
             (
                 Answer(status=503, code="SlowDown"),
                 Answer(part=0.5),
@@ -104,27 +104,27 @@ class World:
                 Answer(silent_seconds=1),
             )
         )
-        share = self.chance.uniform(0.1, 0.5)
-        self.s3.set(lambda _request: answer if self.chance.random() < share else None)
-        pause(self.chance.uniform(0, 1))
+        share = self.rng.uniform(0.1, 0.5)
+        self.s3.set(lambda _request: answer if self.rng.random() < share else None)
+        pause(self.rng.uniform(0, 1))
 
-    def leave_s3_alone(self) -> None:
+    def restore_s3(self) -> None:
         self.s3.set(None)
 
     def faults(self) -> list[Callable[[], None]]:
         return [
-            *(self.kill_a_worker, self.freeze_a_worker, self.replace_a_launcher),
+            *(self.kill_a_worker, self.freeze_a_worker, self.stop_a_supervisor),
             *(self.crash_redis, self.flush_redis, self.make_redis_a_replica),
             *(self.restart_postgresql, self.cut_connections),
-            *(self.disturb_s3, self.leave_s3_alone),
+            *(self.disturb_s3, self.restore_s3),
         ]
 
 
 @pytest.fixture
-def world(
+def injector(
     catalog: Catalog, s3: Bucket, own_redis: servers.Redis, tmp_path: Path
-) -> Iterator[World]:
-    for number in range(PICTURES):
+) -> Iterator[FaultInjector]:
+    for number in range(IMAGES):
         for path in (catalog.image(number), catalog.mask(number)):
             s3.client.upload_file(path, s3.name, f"in/{Path(path).name}")
     with (
@@ -134,30 +134,34 @@ def world(
     ):
         url = servers.create_database(postgres.url)
         fleet = Fleet(url, own_redis.url, tmp_path.resolve())
-        site = Site(fleet=fleet, catalog=catalog, inputs=s3.uri("in"), outputs=s3.uri("out"))
+        scenario = Scenario(
+            fleet=fleet, catalog=catalog, inputs=s3.uri("in"), outputs=s3.uri("out")
+        )
         fleet.environment |= {
             "AWS_ENDPOINT_URL": proxy.url,
             "FAULTS_S3_TIMEOUT": "0.5",
             "INPAINT_MAX_FAILURES": "20",
         }
-        chance = random.Random(SEED)
-        yield World(site=site, redis=own_redis, postgres=postgres, s3=proxy, chance=chance)
+        rng = random.Random(SEED)
+        yield FaultInjector(
+            scenario=scenario, redis=own_redis, postgres=postgres, s3=proxy, rng=rng
+        )
         fleet.close()
 
 
-def test_a_random_mixture_of_faults_loses_and_doubles_nothing(world: World) -> None:
+def test_a_random_mixture_of_faults_loses_and_duplicates_no_job(injector: FaultInjector) -> None:
     print(f"FAULTS_SEED={SEED} FAULTS_SECONDS={SECONDS:g}")
-    site, met = world.site, 0
+    scenario, fault_count = injector.scenario, 0
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:
-        if site.count("pending", "queued") < 20:
-            site.add(40)
-        world.keep_two_launchers()
-        world.chance.choice(world.faults())()
-        pause(world.chance.uniform(0, 1))
-        met += 1
-    world.leave_s3_alone()
-    world.keep_two_launchers()
-    site.finish(seconds=150, retry=RETRIED)
-    print(f"{met} faults, {len(site.expected)} jobs")
-    site.check()
+        if scenario.count("pending", "queued") < 20:
+            scenario.add(40)
+        injector.keep_two_supervisors()
+        injector.rng.choice(injector.faults())()
+        pause(injector.rng.uniform(0, 1))
+        fault_count += 1
+    injector.restore_s3()
+    injector.keep_two_supervisors()
+    scenario.finish(seconds=150, retry=RETRIED)
+    print(f"{fault_count} faults, {len(scenario.expected)} jobs")
+    scenario.assert_invariants()

@@ -1,4 +1,4 @@
-"""PostgreSQL that restarts, stays away, or cuts the connection at any statement."""
+"""PostgreSQL that restarts, stays down, or loses connections at any statement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.db.models import FINAL_STATES
 from shared.errors import DatabaseUnavailable
 from tests import servers
 from tests.faults.postgres_proxy import PostgresProxy
-from tests.faults.site import Catalog, Site, pause
+from tests.faults.scenario import Catalog, Scenario, pause
 from tests.workers.fleet import Fleet, wait_for
 from tests.workers.worker_harness import WorkerHarness
 from workers import maintenance
@@ -24,7 +24,7 @@ from workers.job_runner import run_job
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[servers.Postgres]:
-    """One to stop and start."""
+    """A PostgreSQL that the tests may stop and start."""
     with tempfile.TemporaryDirectory(prefix="t-") as name:
         Path(name).chmod(0o755)
         with servers.postgres_server(Path(name).resolve()) as cluster:
@@ -32,41 +32,41 @@ def cluster() -> Iterator[servers.Postgres]:
 
 
 @pytest.fixture
-def pg_site(
+def pg_scenario(
     cluster: servers.Postgres, catalog: Catalog, redis_url: str, tmp_path: Path
-) -> Iterator[Site]:
+) -> Iterator[Scenario]:
     url = servers.create_database(cluster.url)
     fleet = Fleet(url, redis_url, tmp_path.resolve())
-    site = Site(fleet=fleet, catalog=catalog)
+    scenario = Scenario(fleet=fleet, catalog=catalog)
     fleet.start("--concurrency", "4")
-    yield site
+    yield scenario
     fleet.close()
     servers.drop_database(url)
 
 
-def test_postgresql_may_restart_stay_away_and_cut_connections(
-    pg_site: Site, cluster: servers.Postgres
+def test_jobs_survive_restarts_outages_and_lost_connections_of_postgresql(
+    pg_scenario: Scenario, cluster: servers.Postgres
 ) -> None:
-    site = pg_site
-    for seconds in (0, 4):  # at once, and past every lease
-        site.add(60, prompt="steps 4")
-        site.await_some(len(site.expected) - 50)
+    scenario = pg_scenario
+    for seconds in (0, 4):  # a restart, and an outage longer than every lease
+        scenario.add(60, prompt="steps 4")
+        scenario.wait_for_successes(len(scenario.expected) - 50)
         cluster.stop()
         pause(seconds)
         cluster.start()
-        site.finish(retry=["worker_lost"])
-    site.add(60, prompt="steps 4")
-    _cut_connections(site)
-    site.finish(retry=["worker_lost", "database_unavailable"])
-    site.check()
+        scenario.finish(retry=["worker_lost"])
+    scenario.add(60, prompt="steps 4")
+    _cut_connections(scenario)
+    scenario.finish(retry=["worker_lost", "database_unavailable"])
+    scenario.assert_invariants()
 
 
-def _cut_connections(site: Site) -> None:
-    """A third of them, many times, until the last job is done."""
-    url = sqlalchemy.make_url(str(site.fleet.environment["INPAINT_DATABASE_URL"]))
+def _cut_connections(scenario: Scenario) -> None:
+    """Terminates a third of the connections, repeatedly, until the last job is final."""
+    url = sqlalchemy.make_url(str(scenario.fleet.environment["INPAINT_DATABASE_URL"]))
     plain = url.set(drivername="postgresql", database="postgres")
     with psycopg.connect(plain.render_as_string(), autocommit=True) as admin:
-        while not _is_done(site):
+        while not _is_done(scenario):
             admin.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
                 "WHERE datname = %s AND application_name = 'inpaint' AND random() < 0.3",
@@ -75,22 +75,22 @@ def _cut_connections(site: Site) -> None:
             pause(0.1)
 
 
-def _is_done(site: Site) -> bool:
+def _is_done(scenario: Scenario) -> bool:
     with suppress(DatabaseUnavailable):
-        return site.count(*FINAL_STATES) == len(site.expected)
+        return scenario.count(*FINAL_STATES) == len(scenario.expected)
     return False
 
 
-# --- every statement of a job in turn -------------------------------------------------------
+# --- a lost connection at each statement of a job -----------------------------------------------
 
 STATEMENTS = 40
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_cut_at_any_statement_of_a_job_ends_in_one_result(
+def test_a_connection_lost_at_any_statement_of_a_job_ends_in_one_result(
     cluster: servers.Postgres, catalog: Catalog, tmp_path: Path, when: str
 ) -> None:
-    """A worker's own steps, in this process, so that each statement can be met."""
+    """The worker's steps run in this process, so that the test can count the statements."""
     url = servers.create_database(cluster.url)
     harness = WorkerHarness(url, tmp_path.resolve())
     image, mask = (
@@ -103,16 +103,16 @@ def test_a_cut_at_any_statement_of_a_job_ends_in_one_result(
     ):
         through = sqlalchemy.make_url(url).update_query_dict({"host": name})
         proxied = WorkerHarness(through.render_as_string(), tmp_path.resolve())
-        met = 0
+        fault_count = 0
         for number in range(1, STATEMENTS):
             job = harness.add(image=image, mask=mask, output=harness.path(f"out/{number}.png"))
-            met += _run_with_a_cut(proxied, harness, proxy, job, number, when)
-            assert _story(harness, job)[-1] == "succeeded", f"cut {when} statement {number}"
+            fault_count += _run_with_a_cut(proxied, harness, proxy, job, number, when)
+            assert _outcomes(harness, job)[-1] == "succeeded", f"cut {when} statement {number}"
             assert (harness.job(job).losses, harness.job(job).failures) == (0, 0)
         proxied.close()
     harness.close()
     servers.drop_database(url)
-    assert 10 < met < STATEMENTS - 1, "a job has more statements than this test meets"
+    assert 10 < fault_count < STATEMENTS - 1, "a job has more statements than this test cuts"
 
 
 def _run_with_a_cut(
@@ -123,7 +123,7 @@ def _run_with_a_cut(
     number: int,
     when: str,
 ) -> bool:
-    """Message after message until the job is done, as a fleet would; was a connection cut?"""
+    """Delivers messages until the job is final, as a fleet would; True if a connection was cut."""
     seen = {message.job: message.attempt for message in harness.dispatch()}[job]
     proxy.cut_at(number, when)  # type: ignore[arg-type]
     for _ in range(10):
@@ -138,5 +138,5 @@ def _run_with_a_cut(
     return cut
 
 
-def _story(harness: WorkerHarness, job: int) -> list[str]:
+def _outcomes(harness: WorkerHarness, job: int) -> list[str]:
     return [attempt.outcome for attempt in harness.attempts(job)]

@@ -1,4 +1,4 @@
-"""Producers that die at random rows, meet each other, or wait for another one's jobs."""
+"""Producers that are killed at random rows, run concurrently, or wait for each other's jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import func, select
 
 from shared.db.models import Job, Submission
-from tests.faults.site import Site, pause
+from tests.faults.scenario import Scenario, pause
 from tests.workers.fleet import wait_for
 
 ROWS = 8_000
@@ -25,17 +25,17 @@ def write_manifest(path: Path, rows: range) -> Path:
     return path
 
 
-def start(site: Site, manifest: Path, *options: str) -> subprocess.Popen[str]:
+def start(scenario: Scenario, manifest: Path, *options: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-c",
         "from producer.cli.submit import submit; submit()",
         str(manifest),
     ]
-    command += ["--engine", "opencv", "--output", site.outputs, "--json", *options]
+    command += ["--engine", "opencv", "--output", scenario.outputs, "--json", *options]
     return subprocess.Popen(
         command,
-        env=site.fleet.environment,
+        env=scenario.fleet.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -48,60 +48,67 @@ def finish(process: subprocess.Popen[str]) -> dict[str, int]:
     return dict(json.loads(out))
 
 
-def count(site: Site) -> int:
-    with site.db.read() as connection:
+def job_count(scenario: Scenario) -> int:
+    with scenario.db.read() as connection:
         return int(connection.execute(select(func.count()).select_from(Job)).scalar_one())
 
 
-def lines(site: Site) -> int:
-    with site.db.read() as connection:
+def line_count(scenario: Scenario) -> int:
+    with scenario.db.read() as connection:
         return int(connection.execute(select(func.count(Job.line.distinct()))).scalar_one())
 
 
-def test_a_producer_killed_at_random_rows_and_started_again_counts_exactly(site: Site) -> None:
-    manifest = write_manifest(site.catalog.folder / "killed.csv", range(ROWS))
-    chance = random.Random(5)
-    cut_off = 0
-    while cut_off < 3:
-        before = count(site)
-        process = start(site, manifest)
-        wait_for(lambda: count(site) > before or process.poll() is not None)  # noqa: B023
-        pause(chance.uniform(0, 0.05))
+def test_a_producer_killed_at_random_rows_and_restarted_records_each_row_once(
+    scenario: Scenario,
+) -> None:
+    manifest = write_manifest(scenario.catalog.folder / "killed.csv", range(ROWS))
+    rng = random.Random(5)
+    kills = 0
+    while kills < 3:
+        before = job_count(scenario)
+        process = start(scenario, manifest)
+        wait_for(lambda: job_count(scenario) > before or process.poll() is not None)  # noqa: B023
+        pause(rng.uniform(0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        cut_off += 1
-        if count(site) == ROWS:
+        kills += 1
+        if job_count(scenario) == ROWS:
             break
-    before = count(site)
+    before = job_count(scenario)
     assert before > 0
-    summary = finish(start(site, manifest))
+    summary = finish(start(scenario, manifest))
     assert summary["rows"] == ROWS
     assert summary["accepted"] + summary["duplicates"] == ROWS
     assert summary["accepted"] == ROWS - before
-    assert (count(site), lines(site)) == (ROWS, ROWS)
-    with site.db.read() as connection:
+    assert (job_count(scenario), line_count(scenario)) == (ROWS, ROWS)
+    with scenario.db.read() as connection:
         assert connection.execute(select(Submission.recorded_at)).scalar_one() is not None
 
 
-def test_two_producers_with_one_manifest_record_each_row_once(site: Site) -> None:
-    manifest = write_manifest(site.catalog.folder / "twice.csv", range(ROWS))
-    ended = [finish(process) for process in (start(site, manifest), start(site, manifest))]
-    assert sum(summary["accepted"] for summary in ended) == ROWS
-    assert ended[0]["submission"] == ended[1]["submission"]
-    assert (count(site), lines(site)) == (ROWS, ROWS)
+def test_two_producers_with_one_manifest_record_each_row_once(scenario: Scenario) -> None:
+    manifest = write_manifest(scenario.catalog.folder / "twice.csv", range(ROWS))
+    processes = [start(scenario, manifest), start(scenario, manifest)]
+    first, second = [finish(process) for process in processes]
+    assert first["accepted"] + second["accepted"] == ROWS
+    assert first["submission"] == second["submission"]
+    assert (job_count(scenario), line_count(scenario)) == (ROWS, ROWS)
 
 
-def test_waiting_for_rows_that_another_submission_owns_waits_for_its_jobs(site: Site) -> None:
-    finish(start(site, write_manifest(site.catalog.folder / "a.csv", range(40))))
-    waiting = start(site, write_manifest(site.catalog.folder / "b.csv", range(30)), "--wait")
-    wait_for(lambda: _submissions(site) == 2)
+def test_waiting_for_rows_that_another_submission_owns_waits_for_its_jobs(
+    scenario: Scenario,
+) -> None:
+    finish(start(scenario, write_manifest(scenario.catalog.folder / "a.csv", range(40))))
+    waiting = start(
+        scenario, write_manifest(scenario.catalog.folder / "b.csv", range(30)), "--wait"
+    )
+    wait_for(lambda: _submission_count(scenario) == 2)
     pause(1)
     assert waiting.poll() is None
-    site.fleet.start("--concurrency", "2")
+    scenario.fleet.start("--concurrency", "2")
     summary = finish(waiting)
     assert (summary["duplicates"], summary["succeeded"]) == (30, 30)
 
 
-def _submissions(site: Site) -> int:
-    with site.db.read() as connection:
+def _submission_count(scenario: Scenario) -> int:
+    with scenario.db.read() as connection:
         return int(connection.execute(select(func.count()).select_from(Submission)).scalar_one())

@@ -1,4 +1,4 @@
-"""Redis that dies, forgets, hangs or turns into a replica under the workers."""
+"""Redis that crashes, loses its data, hangs or becomes a replica while workers run."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pytest
 import redis
 
 from tests import servers
-from tests.faults.site import Catalog, Site, pause
+from tests.faults.scenario import Catalog, Scenario, pause
 from tests.workers.fleet import Fleet
 
 
 @pytest.fixture
-def redis_site(
+def redis_scenario(
     catalog: Catalog, postgres_url: str, own_redis: servers.Redis, tmp_path: Path
-) -> Iterator[Site]:
+) -> Iterator[Scenario]:
     fleet = Fleet(postgres_url, own_redis.url, tmp_path.resolve())
-    site = Site(fleet=fleet, catalog=catalog)
+    scenario = Scenario(fleet=fleet, catalog=catalog)
     fleet.start("--concurrency", "2")
-    yield site
+    yield scenario
     fleet.close()
 
 
@@ -42,40 +42,42 @@ def flush(server: servers.Redis) -> None:
 
 
 def hang(server: servers.Redis) -> None:
-    """Longer than a lease: heartbeats may not wait for Redis."""
+    """For longer than a lease: heartbeats must not wait for Redis."""
     assert server.process is not None
     os.kill(server.process.pid, signal.SIGSTOP)
     pause(3)
     os.kill(server.process.pid, signal.SIGCONT)
 
 
-def stay_away(server: servers.Redis) -> None:
+def stay_down(server: servers.Redis) -> None:
     server.kill()
     pause(3)
     server.start()
 
 
 def become_a_replica(server: servers.Redis) -> None:
-    """As in a failover: every write is refused until it is a master again."""
+    """As in a failover: Redis refuses every write until it is a master again."""
     with redis.Redis.from_url(server.url) as client:
         client.replicaof("127.0.0.1", "1")
         pause(2)
         client.replicaof("NO", "ONE")
 
 
-FAULTS = (crash, crash_and_lose_everything, flush, hang, stay_away, become_a_replica)
+FAULTS = (crash, crash_and_lose_everything, flush, hang, stay_down, become_a_replica)
 
 
-def test_whatever_happens_to_redis_every_job_ends_well(
-    redis_site: Site, own_redis: servers.Redis
+def test_every_job_succeeds_after_each_fault_of_redis(
+    redis_scenario: Scenario, own_redis: servers.Redis
 ) -> None:
-    site = redis_site
+    scenario = redis_scenario
     for fault in FAULTS:
-        site.add(60, prompt="steps 4")
-        site.await_some(len(site.expected) - 50)
+        scenario.add(60, prompt="steps 4")
+        scenario.wait_for_successes(len(scenario.expected) - 50)
         fault(own_redis)
-        site.finish()
+        scenario.finish()
     assert "lost" not in {
-        attempt.outcome for job in site.expected for attempt in site.fleet.harness.attempts(job)
+        attempt.outcome
+        for job in scenario.expected
+        for attempt in scenario.fleet.harness.attempts(job)
     }
-    site.check()
+    scenario.assert_invariants()

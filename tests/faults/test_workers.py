@@ -1,4 +1,4 @@
-"""Worker processes that die, freeze, hang, or are asked to go, while they work."""
+"""Worker processes that are killed, frozen, hang or are told to stop while they run jobs."""
 
 from __future__ import annotations
 
@@ -14,130 +14,142 @@ from shared import jobs
 from shared.db.models import Job
 from shared.params import Params
 from shared.processes import EX_DEVICE_LOST
-from tests.faults.site import PLAIN, Site, pause
+from tests.faults.scenario import REPRODUCIBLE_PARAMS, Scenario, pause
 from tests.workers.fleet import wait_for
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "14"))
 
 
-def outcomes(site: Site) -> list[str]:
+def outcomes(scenario: Scenario) -> list[str]:
     found = [
-        attempt.outcome for job in site.expected for attempt in site.fleet.harness.attempts(job)
+        attempt.outcome
+        for job in scenario.expected
+        for attempt in scenario.fleet.harness.attempts(job)
     ]
     assert None not in found
     return found
 
 
-def test_killed_processes_lose_and_double_nothing(site: Site) -> None:
-    chance = random.Random(KILLS)
-    site.add(60 + 5 * KILLS, prompt="steps 10")
+def test_killed_processes_lose_and_duplicate_no_job(scenario: Scenario) -> None:
+    rng = random.Random(KILLS)
+    scenario.add(60 + 5 * KILLS, prompt="steps 10")
     for _ in range(2):
-        site.fleet.start("--concurrency", "2")
+        scenario.fleet.start("--concurrency", "2")
     kills = 0
     while kills < KILLS:
-        if kills % 2 == 0:  # half of them hit work, the others a process that may just start
-            wait_for(lambda: site.count("running") > 0)
-        pause(chance.uniform(0, 0.2))
-        kills += site.kill_a_process(chance)
-    # A job that was running at two of the kills is quarantined, and only a person reopens it.
-    site.finish(retry=["worker_lost"])
-    assert outcomes(site).count("lost") >= KILLS // 3
-    site.check()
+        if kills % 2 == 0:  # half of the kills hit a running job, half an idle or starting process
+            wait_for(lambda: scenario.count("running") > 0)
+        pause(rng.uniform(0, 0.2))
+        kills += scenario.kill_a_worker_process(rng)
+    # A job that was running at two kills is quarantined: only a user's retry runs it again.
+    scenario.finish(retry=["worker_lost"])
+    assert outcomes(scenario).count("lost") >= KILLS // 3
+    scenario.assert_invariants()
 
 
-def test_sigterm_gives_jobs_back_within_two_seconds_and_a_step(site: Site) -> None:
-    site.add(30, prompt="steps 20")
-    leaving = site.fleet.start("--concurrency", "2")
-    site.await_some(2)
-    asked = time.monotonic()
-    leaving.terminate()
-    assert leaving.wait(20) == 0
-    # A launcher that had to kill its process would have waited ten seconds.
-    assert time.monotonic() - asked < 8
-    assert site.count("running") == 0
-    site.fleet.start("--concurrency", "4")
-    site.finish()
-    assert set(outcomes(site)) == {"succeeded", "released"}
-    assert {site.fleet.harness.job(job).failures for job in site.expected} == {0}
-    site.check()
+def test_sigterm_releases_jobs_within_two_seconds_and_a_step(scenario: Scenario) -> None:
+    scenario.add(30, prompt="steps 20")
+    stopping = scenario.fleet.start("--concurrency", "2")
+    scenario.wait_for_successes(2)
+    signalled = time.monotonic()
+    stopping.terminate()
+    assert stopping.wait(20) == 0
+    # A supervisor that has to kill its process waits ten seconds first.
+    assert time.monotonic() - signalled < 8
+    assert scenario.count("running") == 0
+    scenario.fleet.start("--concurrency", "4")
+    scenario.finish()
+    assert set(outcomes(scenario)) == {"succeeded", "released"}
+    assert {scenario.fleet.harness.job(job).failures for job in scenario.expected} == {0}
+    scenario.assert_invariants()
 
 
-def test_the_result_of_a_process_that_slept_through_its_lease_does_not_land(site: Site) -> None:
-    jobs_held = site.add(2, prompt="steps 100")
-    site.add(20)
-    site.fleet.start("--concurrency", "2")
-    wait_for(lambda: site.count("running") == 2)
-    (frozen,) = site.fleet.children()
+def test_a_process_that_was_frozen_past_its_lease_publishes_no_result(
+    scenario: Scenario,
+) -> None:
+    frozen_jobs = scenario.add(2, prompt="steps 100")
+    scenario.add(20)
+    scenario.fleet.start("--concurrency", "2")
+    wait_for(lambda: scenario.count("running") == 2)
+    (frozen,) = scenario.fleet.children()
     os.kill(frozen, signal.SIGSTOP)
-    site.fleet.start("--concurrency", "2")
-    site.finish()
+    scenario.fleet.start("--concurrency", "2")
+    scenario.finish()
     os.kill(frozen, signal.SIGCONT)
-    wait_for(lambda: site.fleet.log().count("lost its lease") >= 1)
-    for job in jobs_held:
-        lost, won = site.fleet.harness.attempts(job)
+    wait_for(lambda: scenario.fleet.log().count("lost its lease") >= 1)
+    for job in frozen_jobs:
+        lost, won = scenario.fleet.harness.attempts(job)
         assert (lost.outcome, won.outcome) == ("lost", "succeeded")
         assert lost.worker != won.worker
-    site.check()
+    scenario.assert_invariants()
 
 
-def test_a_job_that_crashes_its_process_is_quarantined_and_harms_no_neighbour(site: Site) -> None:
-    site.add(30)
-    (poison,) = site.add(1, prompt="crash")
-    site.add(30)
-    site.fleet.start("--concurrency", "4")
-    site.finish()
-    assert site.fleet.log().count("signal 6; starting it again") == jobs.LOSSES_BEFORE_QUARANTINE
-    site.check(failed={poison: "worker_lost"})
+def test_a_job_that_crashes_its_process_is_quarantined_and_the_others_succeed(
+    scenario: Scenario,
+) -> None:
+    scenario.add(30)
+    (poison,) = scenario.add(1, prompt="crash")
+    scenario.add(30)
+    scenario.fleet.start("--concurrency", "4")
+    scenario.finish()
+    assert (
+        scenario.fleet.log().count("signal 6; starting it again") == jobs.LOSSES_BEFORE_QUARANTINE
+    )
+    scenario.assert_invariants(failed={poison: "worker_lost"})
 
 
-def test_a_process_whose_engine_hangs_ends_itself_and_is_started_again(site: Site) -> None:
-    site.fleet.environment["INPAINT_STALL_SECONDS"] = "1"
-    site.add(20)
-    (hanging,) = site.add(1, prompt="hang")
-    site.add(20)
-    site.fleet.start("--concurrency", "2")
-    site.finish()
-    assert f"job {hanging}: no step for 1 s" in site.fleet.log()
-    assert "in _misbehave" in site.fleet.log()
-    site.check(failed={hanging: "worker_lost"})
+def test_a_process_whose_engine_hangs_exits_and_is_restarted(scenario: Scenario) -> None:
+    scenario.fleet.environment["INPAINT_STALL_SECONDS"] = "1"
+    scenario.add(20)
+    (hanging,) = scenario.add(1, prompt="hang")
+    scenario.add(20)
+    scenario.fleet.start("--concurrency", "2")
+    scenario.finish()
+    assert f"job {hanging}: no step for 1 s" in scenario.fleet.log()
+    assert "in _misbehave" in scenario.fleet.log()
+    scenario.assert_invariants(failed={hanging: "worker_lost"})
 
 
-def test_a_device_that_fails_five_jobs_in_a_row_takes_no_more(site: Site) -> None:
-    site.add(30, prompt="broken")
-    broken = site.fleet.start("--concurrency", "1")
+def test_a_device_that_fails_five_jobs_in_a_row_takes_no_more_jobs(scenario: Scenario) -> None:
+    scenario.add(30, prompt="broken")
+    broken = scenario.fleet.start("--concurrency", "1")
     assert broken.wait(60) == 69
-    (reason,) = [line for line in site.fleet.log().splitlines() if "in a row" in line]
+    (reason,) = [line for line in scenario.fleet.log().splitlines() if "in a row" in line]
     assert "5 jobs in a row failed on cpu" in reason
     assert "the device does not answer" in reason
-    assert outcomes(site) == ["retried"] * 5
-    assert site.count("running") == 0
+    assert outcomes(scenario) == ["retried"] * 5
+    assert scenario.count("running") == 0
 
 
-def test_a_lost_device_ends_the_process_and_is_a_failure_of_one_job_only(site: Site) -> None:
-    """What the launcher does after five such ends: tests/workers/test_supervisor.py."""
-    lost = site.add(1, prompt="lost")
-    site.add(30)
-    site.fleet.start("--concurrency", "2")
-    wait_for(lambda: site.fleet.harness.job(lost[0]).failures > 0)
-    with site.db.write() as connection:
+def test_a_lost_device_ends_the_process_and_fails_only_one_attempt(
+    scenario: Scenario,
+) -> None:
+    """For what the supervisor does after five of them see tests/workers/test_supervisor.py."""
+    lost = scenario.add(1, prompt="lost")
+    scenario.add(30)
+    scenario.fleet.start("--concurrency", "2")
+    wait_for(lambda: scenario.fleet.harness.job(lost[0]).failures > 0)
+    with scenario.db.write() as connection:
         connection.execute(
-            update(Job).where(Job.id == lost[0]).values(params=Params(**PLAIN).to_json())
+            update(Job)
+            .where(Job.id == lost[0])
+            .values(params=Params(**REPRODUCIBLE_PARAMS).to_json())
         )
-    site.finish()
-    assert f"ended with status {EX_DEVICE_LOST}" in site.fleet.log()
-    assert "lost" not in outcomes(site)
-    site.check()
+    scenario.finish()
+    assert f"ended with status {EX_DEVICE_LOST}" in scenario.fleet.log()
+    assert "lost" not in outcomes(scenario)
+    scenario.assert_invariants()
 
 
-def test_a_killed_launcher_takes_its_process_along(site: Site) -> None:
-    site.add(40, prompt="steps 10")
-    launcher = site.fleet.start("--concurrency", "2")
-    site.await_some(2)
-    (child,) = site.fleet.children()
-    launcher.kill()
-    launcher.wait()
+def test_a_killed_supervisor_takes_its_worker_process_with_it(scenario: Scenario) -> None:
+    scenario.add(40, prompt="steps 10")
+    supervisor = scenario.fleet.start("--concurrency", "2")
+    scenario.wait_for_successes(2)
+    (child,) = scenario.fleet.children()
+    supervisor.kill()
+    supervisor.wait()
     wait_for(lambda: not psutil.pid_exists(child))
-    assert site.count("running") == 0
-    site.fleet.start("--concurrency", "4")
-    site.finish()
-    site.check()
+    assert scenario.count("running") == 0
+    scenario.fleet.start("--concurrency", "4")
+    scenario.finish()
+    scenario.assert_invariants()

@@ -25,7 +25,7 @@ from shared.jobs import AttemptRecord
 from shared.params import Params, PassSpec
 from shared.storage import Object, Storage
 from tests.conftest import Bucket
-from tests.job_table import AT_ONCE, JobTable
+from tests.job_table import RETRY_AT_ONCE, JobTable
 from tests.producer.workspace import CommandResult, Workspace, png
 
 SIZE, MARK = (320, 200), (150, 100, 190, 120)
@@ -92,7 +92,7 @@ class SheetScenario:
             "mask": str(self.mask),
             "output": str(self.workspace.folder / "out" / name),
         }
-        return self.table.one(submission=self.submission, **{**places, **changes})
+        return self.table.add_one(submission=self.submission, **{**places, **changes})
 
     def done(self, name: str = "a.png", score: float = 0.9, **changes: Any) -> int:
         found = {key: changes.pop(key) for key in ("review", "scores") if key in changes}
@@ -107,7 +107,7 @@ class SheetScenario:
 
     def failed(self, error: InpaintError, name: str = "a.png", **changes: Any) -> int:
         job = self.add(name, **changes)
-        jobs.fail(self.table.db, self.table.run(job), AttemptRecord(), error, AT_ONCE)
+        jobs.fail(self.table.db, self.table.run(job), AttemptRecord(), error, RETRY_AT_ONCE)
         return job
 
     def sheet(self, *args: object) -> Page:

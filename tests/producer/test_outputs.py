@@ -98,7 +98,7 @@ def test_two_producers_that_want_one_output_at_the_same_moment(db: Database) -> 
     together = Barrier(2)
 
     def record(owner: int) -> str:
-        row = new_job(1, image=f"/pictures/{owner}.png", output="/results/same.png")
+        row = new_job(1, image=f"/images/{owner}.png", output="/results/same.png")
         together.wait()
         try:
             assert submissions.record(db, owner, [row]) == []

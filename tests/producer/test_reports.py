@@ -20,7 +20,7 @@ from shared.errors import (
     StorageUnavailable,
 )
 from shared.jobs import AttemptRecord, Selection, submissions
-from tests.job_table import AT_ONCE, LATER, JobTable, new_job
+from tests.job_table import RETRY_AT_ONCE, RETRY_LATER, JobTable, new_job
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def table(db: Database) -> JobTable:
 
 
 def fail(table: JobTable, job: int, error: InpaintError) -> None:
-    jobs.fail(table.db, table.run(job), AttemptRecord(), error, AT_ONCE)
+    jobs.fail(table.db, table.run(job), AttemptRecord(), error, RETRY_AT_ONCE)
 
 
 def test_progress_counts_every_state_even_without_jobs_in_it(table: JobTable) -> None:
@@ -49,7 +49,7 @@ def test_the_rate_is_of_the_last_minute(table: JobTable) -> None:
         if number < 10:
             table.succeed(job)
             table.set(job, finished_at=now - timedelta(seconds=20 if number < 5 else 0))
-    old = table.one()
+    old = table.add_one()
     table.succeed(old)
     table.set(old, finished_at=now - timedelta(seconds=300))
     progress = reports.measure_progress(table.db, 1)
@@ -60,7 +60,7 @@ def test_the_rate_is_of_the_last_minute(table: JobTable) -> None:
 def test_the_time_left_is_unknown_without_unfinished_jobs_or_without_a_rate(
     table: JobTable,
 ) -> None:
-    job = table.one()
+    job = table.add_one()
     assert reports.measure_progress(table.db, None).seconds_left is None
     table.succeed(job)
     assert reports.measure_progress(table.db, None).seconds_left is None
@@ -101,7 +101,7 @@ def test_errors_are_counted_per_message_the_most_frequent_first(table: JobTable)
 
 
 def test_a_history_holds_the_job_and_its_attempts_oldest_first(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     fail(table, job, OutOfMemory("full"))
     table.succeed(job)
     history = reports.job_history(table.db, job)
@@ -113,7 +113,7 @@ def test_a_history_holds_the_job_and_its_attempts_oldest_first(table: JobTable) 
 
 
 def test_rows_name_the_job_the_submission_and_the_users_key(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     (row,) = reports.list_jobs(table.db, Selection(), limit=None)
     assert (row["job"], row["submission"], row["key"]) == (job, 1, "sku-2")
     assert not {"id", "submission_id", "job_id"} & set(row)
@@ -130,7 +130,7 @@ def test_an_export_goes_through_every_page_in_order(table: JobTable) -> None:
 
 
 def test_an_export_describes_the_last_attempt(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     fail(table, job, OutOfMemory("full"))
     table.succeed(job, width=3, timings={"fetch": 1.0})
     (record,) = reports.export_jobs(table.db, Selection())
@@ -144,7 +144,7 @@ def test_an_export_describes_the_last_attempt(table: JobTable) -> None:
 
 def test_progress_names_the_errors_that_block_jobs(table: JobTable) -> None:
     failing, blocked, running = (table.run(job) for job in table.add(3))
-    jobs.fail(table.db, failing, AttemptRecord(), StorageUnavailable("'/a.png': busy"), LATER)
+    jobs.fail(table.db, failing, AttemptRecord(), StorageUnavailable("'/a.png': busy"), RETRY_LATER)
     disk_full = OutputRefused("'/b.png': No space left on device")
     jobs.record_blocked_reason(table.db, blocked, disk_full)
     jobs.record_blocked_reason(table.db, running, StorageUnavailable("'/c.png': busy"))

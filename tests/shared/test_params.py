@@ -95,7 +95,7 @@ def test_presets_combine_and_the_later_one_wins_where_both_set_a_value() -> None
         ("film+", "preset: '' is not known"),
     ],
 )
-def test_an_unknown_preset_suggests_the_nearest(name: str, message: str) -> None:
+def test_an_unknown_preset_suggests_the_most_similar(name: str, message: str) -> None:
     assert message in refusal(preset=name)
 
 
@@ -218,7 +218,7 @@ def test_numbers_are_read_like_their_text() -> None:
         ("Seed", "'Seed' is not a parameter; did you mean 'seed'?"),
     ],
 )
-def test_an_unknown_parameter_suggests_the_nearest(name: str, message: str) -> None:
+def test_an_unknown_parameter_suggests_the_most_similar(name: str, message: str) -> None:
     assert message in refusal(values={name: "1"})
 
 

@@ -1,4 +1,4 @@
-"""The environment becomes one Settings, or one line that names everything wrong."""
+"""Settings from environment and .env, or one line with everything that is wrong."""
 
 from __future__ import annotations
 
@@ -17,18 +17,13 @@ SECRET = "hush-hush"
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of ours in the environment, and no ``.env`` in the current folder."""
+    """No ``INPAINT_*`` variable in the environment and no ``.env`` in the current folder."""
     for name in [name for name in os.environ if name.startswith(settings.PREFIX)]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def set_to(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    return monkeypatch
-
-
-def refusal() -> str:
+def error_message() -> str:
     with pytest.raises(SettingsError) as caught:
         settings.load()
     assert caught.value.code == "bad_settings"
@@ -36,50 +31,50 @@ def refusal() -> str:
     return str(caught.value)
 
 
-def test_nothing_set_means_everything_beside_the_current_folder(tmp_path: Path) -> None:
-    found = settings.load()
-    assert found.home == tmp_path / ".inpaint"
-    assert found.database.render_as_string() == f"sqlite:///{tmp_path}/.inpaint/inpaint.db"
-    assert found.broker_url is None
-    assert found.roots == (tmp_path,)
-    assert found.buckets == ()
-    assert (found.lease_seconds, found.heartbeat_seconds) == (60, 15)
+def test_by_default_everything_is_in_the_current_folder(tmp_path: Path) -> None:
+    loaded = settings.load()
+    assert loaded.home == tmp_path / ".inpaint"
+    assert loaded.database.render_as_string() == f"sqlite:///{tmp_path}/.inpaint/inpaint.db"
+    assert loaded.broker_url is None
+    assert loaded.roots == (tmp_path,)
+    assert loaded.buckets == ()
+    assert (loaded.lease_seconds, loaded.heartbeat_seconds) == (60, 15)
 
 
-def test_variables_are_read(set_to: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    set_to.setenv("INPAINT_HOME", "~/somewhere")
-    set_to.setenv("HOME", str(tmp_path))
-    set_to.setenv("INPAINT_BUCKETS", "one, two,,")
-    set_to.setenv("INPAINT_ROOTS", f"{tmp_path}/a,relative")
-    set_to.setenv("INPAINT_QUEUE_BOUND", "7")
-    found = settings.load()
-    assert found.home == tmp_path / "somewhere"
-    assert found.buckets == ("one", "two")
-    assert found.roots == (tmp_path / "a", tmp_path / "relative")
-    assert found.queue_bound == 7
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("INPAINT_HOME", "~/somewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("INPAINT_BUCKETS", "one, two,,")
+    monkeypatch.setenv("INPAINT_ROOTS", f"{tmp_path}/a,relative")
+    monkeypatch.setenv("INPAINT_QUEUE_BOUND", "7")
+    loaded = settings.load()
+    assert loaded.home == tmp_path / "somewhere"
+    assert loaded.buckets == ("one", "two")
+    assert loaded.roots == (tmp_path / "a", tmp_path / "relative")
+    assert loaded.queue_bound == 7
 
 
-def test_a_root_that_is_a_link_is_the_folder_it_means(
-    set_to: pytest.MonkeyPatch, tmp_path: Path
+def test_a_root_that_is_a_symlink_is_resolved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    set_to.setenv("INPAINT_ROOTS", "link")
+    monkeypatch.setenv("INPAINT_ROOTS", "link")
     assert settings.load().roots == (tmp_path / "real",)
 
 
-def test_a_dotenv_file_is_read_and_the_environment_goes_first(
-    set_to: pytest.MonkeyPatch, tmp_path: Path
+def test_a_dotenv_file_is_read_and_the_environment_wins(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / ".env").write_text("INPAINT_ENGINE=opencv\nINPAINT_MAX_BATCH=2\nOTHER=1\n")
-    set_to.setenv("INPAINT_MAX_BATCH", "3")
-    found = settings.load()
-    assert (found.engine, found.max_batch) == ("opencv", 3)
+    monkeypatch.setenv("INPAINT_MAX_BATCH", "3")
+    loaded = settings.load()
+    assert (loaded.engine, loaded.max_batch) == ("opencv", 3)
 
 
-def test_a_dotenv_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+def test_a_dotenv_file_that_is_not_text_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"INPAINT_ENGINE=\xff\xfe\n")
-    assert ".env cannot be read" in refusal()
+    assert ".env cannot be read" in error_message()
 
 
 @pytest.mark.parametrize(
@@ -91,21 +86,21 @@ def test_a_dotenv_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
         ("sqlite:///file.db", "sqlite"),
     ],
 )
-def test_the_usual_database_urls_are_understood(
-    set_to: pytest.MonkeyPatch, url: str, driver: str
+def test_the_usual_database_urls_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, url: str, driver: str
 ) -> None:
-    set_to.setenv("INPAINT_DATABASE_URL", url)
+    monkeypatch.setenv("INPAINT_DATABASE_URL", url)
     assert settings.load().database.drivername == driver
 
 
-def test_everything_wrong_is_reported_together(set_to: pytest.MonkeyPatch) -> None:
-    set_to.setenv("INPAINT_QUEUE_BOUND", "many")
-    set_to.setenv("INPAINT_LEASE_SECONDS", "-1")
-    set_to.setenv("INPAINT_LOG_LEVEL", "LOUD")
-    set_to.setenv("INPAINT_DATABASE_URL", "mysql://host/name")
-    set_to.setenv("INPAINT_BROKER_URL", "amqp://host")
-    set_to.setenv("INPAINT_BUKETS", "b")
-    message = refusal()
+def test_everything_wrong_is_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_QUEUE_BOUND", "many")
+    monkeypatch.setenv("INPAINT_LEASE_SECONDS", "-1")
+    monkeypatch.setenv("INPAINT_LOG_LEVEL", "LOUD")
+    monkeypatch.setenv("INPAINT_DATABASE_URL", "mysql://host/name")
+    monkeypatch.setenv("INPAINT_BROKER_URL", "amqp://host")
+    monkeypatch.setenv("INPAINT_BUKETS", "b")
+    message = error_message()
     for name in ("QUEUE_BOUND", "LEASE_SECONDS", "LOG_LEVEL", "DATABASE_URL", "BROKER_URL"):
         assert f"INPAINT_{name}: " in message
     assert "INPAINT_BUKETS is not a setting; did you mean 'INPAINT_BUCKETS'?" in message
@@ -143,11 +138,11 @@ def test_everything_wrong_is_reported_together(set_to: pytest.MonkeyPatch) -> No
         ("MAX_FAILURES", "0"),
     ],
 )
-def test_a_value_that_means_nothing_is_refused_and_no_secret_is_shown(
-    set_to: pytest.MonkeyPatch, name: str, value: str
+def test_an_invalid_value_is_refused_without_showing_secrets(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    set_to.setenv(f"INPAINT_{name}", value)
-    message = refusal()
+    monkeypatch.setenv(f"INPAINT_{name}", value)
+    message = error_message()
     assert f"INPAINT_{name}" in message
     assert SECRET not in message
 
@@ -162,30 +157,32 @@ def test_a_value_that_means_nothing_is_refused_and_no_secret_is_shown(
         "redis+socket:///run/redis.sock",
     ],
 )
-def test_the_usual_broker_urls_are_understood(set_to: pytest.MonkeyPatch, url: str) -> None:
-    set_to.setenv("INPAINT_BROKER_URL", url)
+def test_the_usual_broker_urls_are_accepted(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("INPAINT_BROKER_URL", url)
     broker = settings.load().broker_url
     assert broker is not None
     assert broker.get_secret_value() == url
 
 
-def test_secrets_are_in_no_representation(set_to: pytest.MonkeyPatch) -> None:
-    set_to.setenv("INPAINT_DATABASE_URL", f"postgresql://u:{SECRET}@host/name")
-    set_to.setenv("INPAINT_BROKER_URL", f"redis://:{SECRET}@host/0")
-    found = settings.load()
-    assert found.database.password == SECRET
-    for shown in (repr(found), str(found), str(found.database), found.model_dump_json()):
+def test_no_representation_contains_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE_URL", f"postgresql://u:{SECRET}@host/name")
+    monkeypatch.setenv("INPAINT_BROKER_URL", f"redis://:{SECRET}@host/0")
+    loaded = settings.load()
+    assert loaded.database.password == SECRET
+    for shown in (repr(loaded), str(loaded), str(loaded.database), loaded.model_dump_json()):
         assert SECRET not in shown
 
 
-def test_an_unknown_name_suggests_the_nearest(set_to: pytest.MonkeyPatch) -> None:
-    set_to.setenv("INPAINT_DATABASE", "x")
-    assert "INPAINT_DATABASE is not a setting; did you mean 'INPAINT_DATABASE_URL'?" in refusal()
+def test_an_unknown_name_suggests_the_most_similar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_DATABASE", "x")
+    assert (
+        "INPAINT_DATABASE is not a setting; did you mean 'INPAINT_DATABASE_URL'?" in error_message()
+    )
 
 
-def test_an_unknown_name_in_a_dotenv_file_is_found_too(tmp_path: Path) -> None:
+def test_an_unknown_name_in_a_dotenv_file_is_an_error_too(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("INPAINT_ENGIN=opencv\n")
-    assert "INPAINT_ENGIN is not a setting; did you mean 'INPAINT_ENGINE'?" in refusal()
+    assert "INPAINT_ENGIN is not a setting; did you mean 'INPAINT_ENGINE'?" in error_message()
 
 
 OLD_NAMES = [
@@ -201,9 +198,9 @@ def value(variable: str) -> object:
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES)
 def test_an_old_name_still_works_with_a_warning_that_names_the_new_one(
-    set_to: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, old: str, new: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, old: str, new: str
 ) -> None:
-    set_to.setenv(old, "7")
+    monkeypatch.setenv(old, "7")
     assert value(new) == 7
     assert caplog.messages == [f"{old} is now called {new}; the next version ignores the old name"]
 
@@ -220,16 +217,16 @@ def test_an_old_name_in_a_dotenv_file_still_works(
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES)
 @pytest.mark.parametrize("place_of_new", ["environment", "dotenv"])
 def test_the_new_name_wins_over_the_old_one_with_a_warning(
-    set_to: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
     old: str,
     new: str,
     place_of_new: str,
 ) -> None:
-    set_to.setenv(old, "7")
+    monkeypatch.setenv(old, "7")
     if place_of_new == "environment":
-        set_to.setenv(new, "8")
+        monkeypatch.setenv(new, "8")
     else:
         (tmp_path / ".env").write_text(f"{new}=8\n")
     assert value(new) == 8
@@ -237,45 +234,45 @@ def test_the_new_name_wins_over_the_old_one_with_a_warning(
 
 
 def test_an_old_name_in_the_environment_wins_over_the_same_one_in_a_dotenv_file(
-    set_to: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / ".env").write_text("INPAINT_UPKEEP_SECONDS=7\n")
-    set_to.setenv("INPAINT_UPKEEP_SECONDS", "8")
+    monkeypatch.setenv("INPAINT_UPKEEP_SECONDS", "8")
     assert settings.load().maintenance_seconds == 8
 
 
-def test_an_option_wins_over_an_old_name(set_to: pytest.MonkeyPatch) -> None:
-    set_to.setenv("INPAINT_UPKEEP_SECONDS", "7")
+def test_an_option_wins_over_an_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_UPKEEP_SECONDS", "7")
     assert settings.load(maintenance_seconds=8).maintenance_seconds == 8
 
 
-def test_a_wrong_value_under_an_old_name_is_reported(set_to: pytest.MonkeyPatch) -> None:
-    set_to.setenv("INPAINT_UPKEEP_SECONDS", "often")
-    assert "INPAINT_MAINTENANCE_SECONDS: " in refusal()
+def test_a_wrong_value_under_an_old_name_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INPAINT_UPKEEP_SECONDS", "often")
+    assert "INPAINT_MAINTENANCE_SECONDS: " in error_message()
 
 
 def test_settings_under_their_present_names_cause_no_warning(
-    set_to: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for _, new in OLD_NAMES:
-        set_to.setenv(new, "7")
+        monkeypatch.setenv(new, "7")
     settings.load()
     assert caplog.messages == []
 
 
-def test_a_heartbeat_that_a_lease_cannot_hold_twice_is_refused(
-    set_to: pytest.MonkeyPatch,
+def test_a_lease_shorter_than_two_heartbeats_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    set_to.setenv("INPAINT_LEASE_SECONDS", "20")
-    assert "INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS" in refusal()
-    set_to.setenv("INPAINT_HEARTBEAT_SECONDS", "10")
+    monkeypatch.setenv("INPAINT_LEASE_SECONDS", "20")
+    assert "INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS" in error_message()
+    monkeypatch.setenv("INPAINT_HEARTBEAT_SECONDS", "10")
     assert settings.load().heartbeat_seconds == 10
 
 
 def test_settings_cannot_be_changed() -> None:
-    found = settings.load()
+    loaded = settings.load()
     with pytest.raises(ValidationError, match="frozen"):
-        found.engine = "opencv"  # type: ignore[misc]
+        loaded.engine = "opencv"  # type: ignore[misc]
 
 
 def test_every_setting_is_described() -> None:
@@ -289,14 +286,14 @@ def test_a_database_in_memory_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "message"),
     [
         ("redis://:secret@127.0.0.1:99999/0", "the port must be a number"),
         ("redis://:secret@127.0.0.1:6379/0?foo=bar", "'foo' is not an option"),
     ],
 )
-def test_a_broker_that_no_client_could_reach_is_refused(url: str, words: str) -> None:
-    with pytest.raises(SettingsError, match=words) as error:
+def test_a_broker_url_that_no_client_can_use_is_refused(url: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message) as error:
         settings.load(broker_url=url)
     assert "secret" not in str(error.value)
 

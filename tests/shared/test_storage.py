@@ -1,4 +1,4 @@
-"""Objects on disk and on S3: the same bodies where both promise the same."""
+"""Storage: the same tests for local files and S3 wherever both promise the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.storage.locations import absolute, is_s3, redacted, split_s3
 from tests.conftest import Bucket
 
 MEGABYTE = 2**20
-ODD_NAMES = (
+UNUSUAL_NAMES = (
     "a+b.png",
     "100%2F.png",
     "%41.png",
@@ -37,33 +37,33 @@ ODD_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """A store, and where in it a test may write."""
+class Location:
+    """A storage, and the folder or prefix that a test may write to."""
 
-    store: Storage
+    storage: Storage
     base: str
 
     def uri(self, name: str = "a.png") -> str:
         return absolute(name, base=self.base)
 
     def put(self, name: str, data: bytes) -> str:
-        return self.store.put(self.uri(name), data, if_version=None, token="1-1")
+        return self.storage.put(self.uri(name), data, if_version=None, token="1-1")
 
     def read(self, name: str) -> bytes:
-        return self.store.get(self.uri(name), max_bytes=MEGABYTE).data
+        return self.storage.get(self.uri(name), max_bytes=MEGABYTE).data
 
 
 @pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     if request.param == "local":
-        return Place(store=Storage(roots=[tmp_path], buckets=()), base=str(tmp_path))
+        return Location(storage=Storage(roots=[tmp_path], buckets=()), base=str(tmp_path))
     bucket: Bucket = request.getfixturevalue("s3")
-    return Place(store=Storage(roots=(), buckets=(bucket.name,)), base=bucket.uri("folder"))
+    return Location(storage=Storage(roots=(), buckets=(bucket.name,)), base=bucket.uri("folder"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A root, with a secret file beside it."""
+    """A root; its parent folder contains a secret file."""
     (tmp_path / "secret.png").write_bytes(b"secret")
     root = tmp_path / "root"
     root.mkdir()
@@ -73,66 +73,71 @@ def folder(tmp_path: Path) -> Path:
 # --- reading and writing ---------------------------------------------------------------------
 
 
-def test_what_was_put_is_there_with_its_version(place: Place) -> None:
-    version = place.put("deep/down/a.png", b"data")
-    uri = place.uri("deep/down/a.png")
-    found = place.store.get(uri, max_bytes=4)
-    assert (found.data, found.version) == (b"data", version)
-    assert place.store.stat(uri) == Stat(version=version, size=4)
+def test_a_written_object_is_read_back_with_its_version(location: Location) -> None:
+    version = location.put("deep/down/a.png", b"data")
+    uri = location.uri("deep/down/a.png")
+    stored = location.storage.get(uri, max_bytes=4)
+    assert (stored.data, stored.version) == (b"data", version)
+    assert location.storage.stat(uri) == Stat(version=version, size=4)
 
 
-def test_an_object_that_is_not_there_has_no_stat_and_cannot_be_read(place: Place) -> None:
-    uri = place.uri("missing.png")
-    assert place.store.stat(uri) is None
+def test_a_missing_object_has_no_stat_and_cannot_be_read(location: Location) -> None:
+    uri = location.uri("missing.png")
+    assert location.storage.stat(uri) is None
     for read in (
-        lambda: place.store.get(uri, max_bytes=1),
-        lambda: place.store.head(uri, max_bytes=1),
-        lambda: place.store.open(uri).__enter__(),
+        lambda: location.storage.get(uri, max_bytes=1),
+        lambda: location.storage.head(uri, max_bytes=1),
+        lambda: location.storage.open(uri).__enter__(),
     ):
         with pytest.raises(ObjectMissing, match=r"missing\.png' does not exist") as caught:
             read()
         assert caught.value.code == "object_missing"
 
 
-def test_head_reads_the_first_bytes_or_all_there_are(place: Place) -> None:
-    place.put("a.png", b"0123456789")
-    place.put("empty.png", b"")
-    assert place.store.head(place.uri("a.png"), max_bytes=4) == b"0123"
-    assert place.store.head(place.uri("a.png"), max_bytes=40) == b"0123456789"
-    assert place.store.head(place.uri("empty.png"), max_bytes=4) == b""
+def test_head_reads_the_first_bytes_or_all_there_are(location: Location) -> None:
+    location.put("a.png", b"0123456789")
+    location.put("empty.png", b"")
+    assert location.storage.head(location.uri("a.png"), max_bytes=4) == b"0123"
+    assert location.storage.head(location.uri("a.png"), max_bytes=40) == b"0123456789"
+    assert location.storage.head(location.uri("empty.png"), max_bytes=4) == b""
 
 
-def test_open_streams_the_whole_object(place: Place) -> None:
+def test_open_streams_the_whole_object(location: Location) -> None:
     data = os.urandom(3 * MEGABYTE + 17)
-    place.put("big.bin", data)
-    with place.store.open(place.uri("big.bin")) as stream:
+    location.put("big.bin", data)
+    with location.storage.open(location.uri("big.bin")) as stream:
         assert stream.read(10) == data[:10]
         assert stream.read() == data[10:]
 
 
-def test_an_object_over_the_cap_is_refused_with_both_sizes(place: Place) -> None:
-    place.put("a.png", b"x" * 2000)
+def test_an_object_above_the_size_limit_is_refused_with_both_sizes(location: Location) -> None:
+    location.put("a.png", b"x" * 2000)
     with pytest.raises(ObjectTooLarge, match=r"is 2,000 bytes; the cap is 1,999") as caught:
-        place.store.get(place.uri("a.png"), max_bytes=1999)
+        location.storage.get(location.uri("a.png"), max_bytes=1999)
     assert caught.value.code == "object_too_large"
-    assert len(place.store.get(place.uri("a.png"), max_bytes=2000).data) == 2000
+    assert len(location.storage.get(location.uri("a.png"), max_bytes=2000).data) == 2000
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_odd_names_are_kept_byte_for_byte(place: Place, name: str) -> None:
-    place.put(name, name.encode())
-    place.put("a b.png", b"another")
-    place.put("a%2Bb.png", b"another")
-    assert place.read(name) == name.encode()
-    assert place.store.stat(place.uri(name)) is not None
+@pytest.mark.parametrize("name", UNUSUAL_NAMES)
+def test_unusual_names_are_kept_byte_for_byte(location: Location, name: str) -> None:
+    location.put(name, name.encode())
+    location.put("a b.png", b"another")
+    location.put("a%2Bb.png", b"another")
+    assert location.read(name) == name.encode()
+    assert location.storage.stat(location.uri(name)) is not None
 
 
-def test_odd_keys_arrive_on_s3_as_they_were_written(s3: Bucket) -> None:
-    store = Storage(roots=(), buckets=())
-    for name in (*ODD_NAMES, "a//b.png", "/leading.png", "c//d@e.png"):
-        store.put(absolute(s3.uri(name), base="/"), b"", if_version=None, token="1-1")
+def test_unusual_keys_are_stored_on_s3_unchanged(s3: Bucket) -> None:
+    storage = Storage(roots=(), buckets=())
+    for name in (*UNUSUAL_NAMES, "a//b.png", "/leading.png", "c//d@e.png"):
+        storage.put(absolute(s3.uri(name), base="/"), b"", if_version=None, token="1-1")
     listed = s3.client.list_objects_v2(Bucket=s3.name)["Contents"]
-    assert {one["Key"] for one in listed} == {*ODD_NAMES, "a//b.png", "/leading.png", "c//d@e.png"}
+    assert {entry["Key"] for entry in listed} == {
+        *UNUSUAL_NAMES,
+        "a//b.png",
+        "/leading.png",
+        "c//d@e.png",
+    }
 
 
 def test_a_relative_name_on_s3_drops_its_dots(s3: Bucket) -> None:
@@ -140,32 +145,32 @@ def test_a_relative_name_on_s3_drops_its_dots(s3: Bucket) -> None:
 
 
 def test_the_content_type_follows_the_name(s3: Bucket) -> None:
-    store = Storage(roots=(), buckets=())
-    store.put(s3.uri("a.JPG"), b"", if_version=None, token="1-1")
+    storage = Storage(roots=(), buckets=())
+    storage.put(s3.uri("a.JPG"), b"", if_version=None, token="1-1")
     assert s3.client.head_object(Bucket=s3.name, Key="a.JPG")["ContentType"] == "image/jpeg"
 
 
 # --- conditional writes ----------------------------------------------------------------------
 
 
-def test_a_put_over_nothing_loses_to_whoever_was_first(place: Place) -> None:
-    place.put("a.png", b"first")
+def test_creating_an_object_that_exists_is_a_conflict(location: Location) -> None:
+    location.put("a.png", b"first")
     with pytest.raises(OutputConflict, match="written by another process meanwhile"):
-        place.put("a.png", b"second")
-    assert place.read("a.png") == b"first"
+        location.put("a.png", b"second")
+    assert location.read("a.png") == b"first"
 
 
-def test_a_put_over_a_version_needs_that_version(place: Place) -> None:
-    uri, first = place.uri(), place.put("a.png", b"first")
-    second = place.store.put(uri, b"second!", if_version=first, token="1-2")
+def test_an_object_is_replaced_only_if_it_has_the_expected_version(location: Location) -> None:
+    uri, first = location.uri(), location.put("a.png", b"first")
+    second = location.storage.put(uri, b"second!", if_version=first, token="1-2")
     assert second != first
     with pytest.raises(OutputConflict):
-        place.store.put(uri, b"third", if_version=first, token="1-3")
-    assert place.read("a.png") == b"second!"
+        location.storage.put(uri, b"third", if_version=first, token="1-3")
+    assert location.read("a.png") == b"second!"
 
 
-def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
-    uri, version = place.uri(), place.put("a.png", b"first")
+def test_replacing_a_deleted_object_is_a_conflict(location: Location) -> None:
+    uri, version = location.uri(), location.put("a.png", b"first")
     if is_s3(uri):
         import boto3
 
@@ -174,60 +179,60 @@ def test_a_put_over_a_version_that_is_gone_conflicts(place: Place) -> None:
     else:
         Path(uri).unlink()
     with pytest.raises(OutputConflict):
-        place.store.put(uri, b"second", if_version=version, token="1-2")
+        location.storage.put(uri, b"second", if_version=version, token="1-2")
 
 
-def test_the_same_bytes_written_again_are_still_a_version(place: Place) -> None:
-    version = place.put("a.png", b"data")
-    again = place.store.put(place.uri(), b"data", if_version=version, token="1-2")
-    assert place.store.stat(place.uri()) == Stat(version=again, size=4)
+def test_writing_the_same_bytes_again_succeeds(location: Location) -> None:
+    version = location.put("a.png", b"data")
+    again = location.storage.put(location.uri(), b"data", if_version=version, token="1-2")
+    assert location.storage.stat(location.uri()) == Stat(version=again, size=4)
 
 
-def test_a_file_is_written_whole_and_nothing_is_left_beside_it(folder: Path) -> None:
-    store = Storage(roots=[folder], buckets=())
-    version = store.put(f"{folder}/a.png", b"first", if_version=None, token="1-1")
+def test_no_temporary_file_is_left_after_a_write_or_a_conflict(folder: Path) -> None:
+    storage = Storage(roots=[folder], buckets=())
+    version = storage.put(f"{folder}/a.png", b"first", if_version=None, token="1-1")
     for token in ("1-2", "1-3"):
         with pytest.raises(OutputConflict):
-            store.put(f"{folder}/a.png", b"late", if_version=None, token=token)
-    store.put(f"{folder}/a.png", b"second", if_version=version, token="1-4")
+            storage.put(f"{folder}/a.png", b"late", if_version=None, token=token)
+    storage.put(f"{folder}/a.png", b"second", if_version=version, token="1-4")
     assert [path.name for path in folder.iterdir()] == ["a.png"]
 
 
-def test_a_reader_keeps_the_whole_of_what_it_opened(folder: Path) -> None:
-    store, uri = Storage(roots=[folder], buckets=()), f"{folder}/a.png"
-    version = store.put(uri, b"first", if_version=None, token="1-1")
-    with store.open(uri) as reader:
-        store.put(uri, b"second", if_version=version, token="1-2")
+def test_an_open_reader_still_reads_the_old_version_after_a_write(folder: Path) -> None:
+    storage, uri = Storage(roots=[folder], buckets=()), f"{folder}/a.png"
+    version = storage.put(uri, b"first", if_version=None, token="1-1")
+    with storage.open(uri) as reader:
+        storage.put(uri, b"second", if_version=version, token="1-2")
         assert reader.read() == b"first"
-    assert store.get(uri, max_bytes=10).data == b"second"
+    assert storage.get(uri, max_bytes=10).data == b"second"
 
 
 def test_a_name_of_255_bytes_can_be_written(folder: Path) -> None:
-    store = Storage(roots=[folder], buckets=())
+    storage = Storage(roots=[folder], buckets=())
     name = "画" * 83 + "ab.png"
-    store.put(f"{folder}/{name}", b"data", if_version=None, token="12345-6")
+    storage.put(f"{folder}/{name}", b"data", if_version=None, token="12345-6")
     assert [path.name for path in folder.iterdir()] == [name]
 
 
-def test_a_name_that_no_disk_holds_is_refused_for_good(folder: Path) -> None:
-    store = Storage(roots=[folder], buckets=())
+def test_a_name_too_long_for_the_file_system_is_refused_without_retry(folder: Path) -> None:
+    storage = Storage(roots=[folder], buckets=())
     with pytest.raises(LocationError, match="File name too long"):
-        store.get(f"{folder}/{'x' * 300}.png", max_bytes=1)
+        storage.get(f"{folder}/{'x' * 300}.png", max_bytes=1)
 
 
-def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
+def test_temporary_files_of_killed_attempts_are_removed(folder: Path) -> None:
     uri = f"{folder}/{'画' * 83}.png"
     kept = folder / "kept.png"
     kept.touch()
     for token in ("7-1", "7-2"):
         files.temporary_path(Path(uri), token).touch()
-    store = Storage(roots=[folder], buckets=())
-    store.remove_temporary_files(uri, ["7-1", "7-2", "7-3"])
-    store.remove_temporary_files("s3://bucket/a.png", ["7-1"])
+    storage = Storage(roots=[folder], buckets=())
+    storage.remove_temporary_files(uri, ["7-1", "7-2", "7-3"])
+    storage.remove_temporary_files("s3://bucket/a.png", ["7-1"])
     assert list(folder.iterdir()) == [kept]
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- refused locations -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,7 +258,7 @@ def test_leftovers_of_killed_attempts_are_removed(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("base", ["/data", "s3://bucket/jobs"])
-def test_a_reference_that_is_no_place_is_refused(reference: str, reason: str, base: str) -> None:
+def test_an_invalid_reference_is_refused(reference: str, reason: str, base: str) -> None:
     with pytest.raises(LocationError) as caught:
         absolute(reference, base=base)
     assert reason in str(caught.value)
@@ -276,7 +281,7 @@ def test_a_reference_that_is_no_place_is_refused(reference: str, reason: str, ba
         ("s3://other/a:b@c.png", "/data", "s3://other/a:b@c.png"),
     ],
 )
-def test_a_reference_means_what_its_base_says(reference: str, base: str, expected: str) -> None:
+def test_a_reference_resolves_against_its_base(reference: str, base: str, expected: str) -> None:
     assert absolute(reference, base=base) == expected
 
 
@@ -286,70 +291,70 @@ def test_credentials_are_redacted_and_keys_are_not() -> None:
     assert redacted("s3://bucket/dir//a@b.png") == "s3://bucket/dir//a@b.png"
 
 
-def refused_everywhere(store: Storage, uri: str) -> None:
-    for attempt in (
-        lambda: store.check(uri),
-        lambda: store.stat(uri),
-        lambda: store.get(uri, max_bytes=MEGABYTE),
-        lambda: store.head(uri, max_bytes=10),
-        lambda: store.open(uri).__enter__(),
-        lambda: store.put(uri, b"x", if_version=None, token="1-1"),
+def assert_refused_by_every_method(storage: Storage, uri: str) -> None:
+    for call in (
+        lambda: storage.check(uri),
+        lambda: storage.stat(uri),
+        lambda: storage.get(uri, max_bytes=MEGABYTE),
+        lambda: storage.head(uri, max_bytes=10),
+        lambda: storage.open(uri).__enter__(),
+        lambda: storage.put(uri, b"x", if_version=None, token="1-1"),
     ):
         with pytest.raises(LocationError, match=r"outside the allowed folders|is not allowed"):
-            attempt()
+            call()
 
 
-def test_a_place_outside_the_roots_is_refused_for_every_call(folder: Path) -> None:
-    store = Storage(roots=[folder], buckets=())
-    refused_everywhere(store, str(folder.parent / "secret.png"))
-    refused_everywhere(store, "/etc/passwd")
-    refused_everywhere(store, f"{folder}-beside/a.png")
+def test_a_path_outside_the_roots_is_refused_by_every_method(folder: Path) -> None:
+    storage = Storage(roots=[folder], buckets=())
+    assert_refused_by_every_method(storage, str(folder.parent / "secret.png"))
+    assert_refused_by_every_method(storage, "/etc/passwd")
+    assert_refused_by_every_method(storage, f"{folder}-beside/a.png")
     assert (folder.parent / "secret.png").read_bytes() == b"secret"
 
 
-def test_a_link_out_of_the_root_is_refused_as_a_file_and_as_a_folder(folder: Path) -> None:
-    store = Storage(roots=[folder], buckets=())
+def test_a_symlink_out_of_the_root_is_refused_for_files_and_folders(folder: Path) -> None:
+    storage = Storage(roots=[folder], buckets=())
     (folder / "leaf.png").symlink_to(folder.parent / "secret.png")
     (folder / "dangling.png").symlink_to(folder.parent / "new.png")
     (folder / "up").symlink_to(folder.parent)
     (folder / "deep").mkdir()
     (folder / "deep" / "up").symlink_to("../..")
     for name in ("leaf.png", "dangling.png", "up/secret.png", "deep/up/secret.png"):
-        refused_everywhere(store, f"{folder}/{name}")
+        assert_refused_by_every_method(storage, f"{folder}/{name}")
     assert not (folder.parent / "new.png").exists()
 
 
-def test_a_link_that_stays_inside_its_root_is_followed(folder: Path) -> None:
+def test_a_symlink_inside_its_root_is_followed(folder: Path) -> None:
     (folder / "a.png").write_bytes(b"data")
     (folder / "link.png").symlink_to("a.png")
-    store = Storage(roots=[folder], buckets=())
-    assert store.get(f"{folder}/link.png", max_bytes=10).data == b"data"
+    storage = Storage(roots=[folder], buckets=())
+    assert storage.get(f"{folder}/link.png", max_bytes=10).data == b"data"
 
 
 def test_a_single_file_may_be_a_root(folder: Path) -> None:
     secret = folder.parent / "secret.png"
-    store = Storage(roots=[secret], buckets=())
-    assert store.get(str(secret), max_bytes=10).data == b"secret"
+    storage = Storage(roots=[secret], buckets=())
+    assert storage.get(str(secret), max_bytes=10).data == b"secret"
     with pytest.raises(LocationError):
-        store.check(f"{secret}s")
+        storage.check(f"{secret}s")
 
 
 def test_the_root_of_the_disk_allows_everything(folder: Path) -> None:
     Storage(roots=[Path("/")], buckets=()).check(str(folder / "a.png"))
 
 
-def test_a_bucket_that_is_not_on_the_list_is_refused(s3: Bucket) -> None:
-    refused_everywhere(Storage(roots=[Path("/")], buckets=("others",)), s3.uri("a.png"))
+def test_a_bucket_that_is_not_allowed_is_refused(s3: Bucket) -> None:
+    assert_refused_by_every_method(Storage(roots=[Path("/")], buckets=("others",)), s3.uri("a.png"))
     assert Storage(roots=(), buckets=()).stat(s3.uri("a.png")) is None
 
 
-def test_a_pipe_is_refused_at_once(folder: Path) -> None:
+def test_a_pipe_is_refused_without_opening_it(folder: Path) -> None:
     os.mkfifo(folder / "pipe.png")
-    store = Storage(roots=[folder], buckets=())
+    storage = Storage(roots=[folder], buckets=())
     for read in (
-        lambda: store.get(f"{folder}/pipe.png", max_bytes=1),
-        lambda: store.head(f"{folder}/pipe.png", max_bytes=1),
-        lambda: store.open(f"{folder}/pipe.png").__enter__(),
+        lambda: storage.get(f"{folder}/pipe.png", max_bytes=1),
+        lambda: storage.head(f"{folder}/pipe.png", max_bytes=1),
+        lambda: storage.open(f"{folder}/pipe.png").__enter__(),
     ):
         with pytest.raises(ObjectDenied, match="is not a regular file"):
             read()
@@ -357,27 +362,27 @@ def test_a_pipe_is_refused_at_once(folder: Path) -> None:
 
 def test_a_folder_is_neither_read_nor_replaced(folder: Path) -> None:
     (folder / "a.png").mkdir()
-    store = Storage(roots=[folder], buckets=())
+    storage = Storage(roots=[folder], buckets=())
     with pytest.raises(ObjectDenied, match="is not a regular file"):
-        store.get(f"{folder}/a.png", max_bytes=1)
+        storage.get(f"{folder}/a.png", max_bytes=1)
     with pytest.raises(InpaintError):
-        store.put(f"{folder}/a.png", b"x", if_version=None, token="1-1")
+        storage.put(f"{folder}/a.png", b"x", if_version=None, token="1-1")
     assert [path.name for path in folder.iterdir()] == ["a.png"]
 
 
-def test_a_file_in_place_of_a_folder_is_a_clear_error(folder: Path) -> None:
+def test_a_file_where_a_folder_is_expected_is_an_error_that_names_it(folder: Path) -> None:
     (folder / "a").write_bytes(b"")
-    store = Storage(roots=[folder], buckets=())
+    storage = Storage(roots=[folder], buckets=())
     with pytest.raises(InpaintError, match=r"a/b\.png"):
-        store.put(f"{folder}/a/b.png", b"x", if_version=None, token="1-1")
+        storage.put(f"{folder}/a/b.png", b"x", if_version=None, token="1-1")
     with pytest.raises(InpaintError, match=r"a/b\.png"):
-        store.get(f"{folder}/a/b.png", max_bytes=1)
+        storage.get(f"{folder}/a/b.png", max_bytes=1)
 
 
 # --- services that fail ----------------------------------------------------------------------
 
 
-def test_an_s3_that_does_not_answer_may_answer_later(
+def test_an_s3_that_does_not_answer_is_a_retryable_error(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
@@ -398,13 +403,15 @@ def test_missing_credentials_are_named(s3: Bucket, monkeypatch: pytest.MonkeyPat
     assert caught.value.code == "object_denied"
 
 
-def test_an_unknown_profile_is_one_line(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_profile_is_a_one_line_error(
+    s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(ObjectDenied, match="no S3 credentials"):
         Storage(roots=(), buckets=()).stat(s3.uri("a.png"))
 
 
-def test_an_endpoint_that_is_no_address_is_one_line(
+def test_an_invalid_endpoint_is_a_one_line_error(
     s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
@@ -423,7 +430,7 @@ def test_an_endpoint_that_is_no_address_is_one_line(
         (503, "SlowDown", StorageUnavailable),
     ],
 )
-def test_what_s3_answers_becomes_an_error_of_ours(
+def test_each_error_of_s3_is_mapped_to_an_error_class(
     status: int, code: str, expected: type[InpaintError]
 ) -> None:
     from botocore.exceptions import ClientError
@@ -444,7 +451,7 @@ def test_what_s3_answers_becomes_an_error_of_ours(
         (errno.EIO, StorageUnavailable),
     ],
 )
-def test_what_a_disk_answers_becomes_an_error_of_ours(
+def test_each_error_of_the_file_system_is_mapped_to_an_error_class(
     number: int, expected: type[InpaintError]
 ) -> None:
     with pytest.raises(expected, match=r"'/a\.png'"), error_mapping.mapped_errors("/a.png"):
@@ -452,21 +459,21 @@ def test_what_a_disk_answers_becomes_an_error_of_ours(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
-def test_a_disk_that_takes_nothing_refuses_the_output(
+def test_a_full_or_read_only_disk_refuses_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fsync(_descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    store, target = Storage(roots=[tmp_path], buckets=()), tmp_path / "out" / "a.png"
+    storage, target = Storage(roots=[tmp_path], buckets=()), tmp_path / "out" / "a.png"
     with pytest.raises(OutputRefused, match=os.strerror(number)):
-        store.put(str(target), b"data", if_version=None, token="1-1")
+        storage.put(str(target), b"data", if_version=None, token="1-1")
     assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (507, "XMinioStorageFull")])
-def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) -> None:
+def test_a_bucket_that_denies_writes_refuses_the_output(status: int, code: str) -> None:
     from botocore.exceptions import ClientError
 
     answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
@@ -478,7 +485,7 @@ def test_a_bucket_that_takes_nothing_refuses_the_output(status: int, code: str) 
         raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
 
 
-def test_a_name_that_is_a_folder_is_a_mistake_and_no_refusal(tmp_path: Path) -> None:
+def test_an_output_that_is_a_folder_is_not_a_refused_output(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     with pytest.raises(InpaintError) as caught:
         Storage(roots=[tmp_path], buckets=()).put(
@@ -487,8 +494,8 @@ def test_a_name_that_is_a_folder_is_a_mistake_and_no_refusal(tmp_path: Path) -> 
     assert caught.value.code in ("object_denied", "output_conflict")
 
 
-def test_list_one_asks_whether_a_bucket_answers(s3: Bucket) -> None:
-    store = Storage(roots=(), buckets=())
-    store.check_bucket(s3.name)
+def test_check_bucket_raises_if_the_bucket_does_not_exist(s3: Bucket) -> None:
+    storage = Storage(roots=(), buckets=())
+    storage.check_bucket(s3.name)
     with pytest.raises(ObjectMissing, match=r"'s3://no-such-bucket' does not exist"):
-        store.check_bucket("no-such-bucket")
+        storage.check_bucket("no-such-bucket")

@@ -1,6 +1,6 @@
-"""Python imports this first in every worker whose PYTHONPATH begins here."""
+"""Injects faults into worker processes: Python imports this module first if it is on the path."""
 
 import sys
 
 if "workers.worker_process" in sys.orig_argv:
-    import tests.faults.inside  # noqa: F401
+    import tests.faults.worker_faults  # noqa: F401

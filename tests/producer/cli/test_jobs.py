@@ -19,14 +19,14 @@ from shared.jobs import AttemptRecord
 from shared.jobs.queue import Queue
 from shared.params import Params
 from shared.presets import presets
-from tests.job_table import AT_ONCE, JobTable
+from tests.job_table import RETRY_AT_ONCE, JobTable
 from tests.producer.workspace import CommandResult, Workspace
 
 HOPELESS = ImageError("not a picture")
 
 
 def fail(table: JobTable, job: int, error: InpaintError = HOPELESS) -> None:
-    jobs.fail(table.db, table.run(job), AttemptRecord(), error, AT_ONCE)
+    jobs.fail(table.db, table.run(job), AttemptRecord(), error, RETRY_AT_ONCE)
 
 
 def refused(result: CommandResult, message: str) -> None:
@@ -91,7 +91,7 @@ def test_watch_ends_when_nothing_is_left(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.jobs.WATCH_SECONDS", 0.05)
-    job = table.one()
+    job = table.add_one()
 
     def work() -> None:
         time.sleep(0.2)
@@ -130,7 +130,7 @@ def test_list_selects_by_state_error_and_submission(workspace: Workspace, table:
 
 def test_list_is_a_table_with_a_row_per_job(workspace: Workspace, six: dict[str, int]) -> None:
     result = workspace.jobs("list")
-    rows = [line.split() for line in result.out.splitlines() if "/pictures/" in line]
+    rows = [line.split() for line in result.out.splitlines() if "/images/" in line]
     assert [row[0] for row in rows] == [str(job) for job in six.values()]
     assert [row[4] for row in rows] == list(six)
     assert "bad_image" in result.out
@@ -150,7 +150,7 @@ def test_show_tells_every_parameter_and_every_attempt(
 ) -> None:
     asked = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
     params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **asked)
-    job = table.one(params=params, priority=5)
+    job = table.add_one(params=params, priority=5)
     fail(table, job, OutOfMemory("the device is full"))
     table.succeed(
         job,
@@ -168,7 +168,7 @@ def test_show_tells_every_parameter_and_every_attempt(
     for name in json.loads(params.to_json()):
         assert name in result.out
     for text in (
-        *("a [bold]cup[/bold]", "123456789012", "euler", "sku-2", "/pictures/2.png"),
+        *("a [bold]cup[/bold]", "123456789012", "euler", "sku-2", "/images/2.png"),
         *("attempt 1", "retried", "out_of_memory", "the device is full", "attempt 2"),
         *("1" * 64, "2" * 64, "3" * 64, "640", "480", "12.3 ms", "2.50 s", "as above"),
         *("w1", "cpu", "r1", "succeeded"),
@@ -177,7 +177,7 @@ def test_show_tells_every_parameter_and_every_attempt(
 
 
 def test_show_as_json_holds_the_same(workspace: Workspace, table: JobTable) -> None:
-    job = table.one(params=Params(seed=7))
+    job = table.add_one(params=Params(seed=7))
     table.succeed(job, timings={"fetch": 0.5})
     found = workspace.jobs("show", job, "--json").json
     assert found["params"]["num_inference_steps"] == 50
@@ -188,7 +188,7 @@ def test_show_as_json_holds_the_same(workspace: Workspace, table: JobTable) -> N
 
 
 def test_show_tells_what_an_earlier_attempt_ran_with(workspace: Workspace, table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     fail(table, job)
     assert workspace.jobs("retry", job, "--set", "strength=0.61").status == 0
     found = workspace.jobs("show", job, "--json").json
@@ -203,7 +203,7 @@ def test_show_tells_what_an_earlier_attempt_ran_with(workspace: Workspace, table
 def test_retry_queues_a_finished_job_again(
     workspace: Workspace, table: JobTable, redis_url: str
 ) -> None:
-    job = table.one()
+    job = table.add_one()
     table.succeed(job)
     result = workspace.jobs("retry", job)
     assert (result.status, result.out) == (0, "1 job to run again\n")
@@ -214,7 +214,7 @@ def test_retry_queues_a_finished_job_again(
 
 
 def test_retry_changes_parameters(workspace: Workspace, table: JobTable) -> None:
-    job = table.one(params=Params(seed=3))
+    job = table.add_one(params=Params(seed=3))
     fail(table, job)
     workspace.jobs(
         "retry", job, "--set", "strength=0.6", "--set", "seed=4", "--set", "prompt=a cup"
@@ -257,7 +257,7 @@ def test_retry_of_a_job_that_still_runs_is_refused(
 def test_retry_when_the_broker_is_down_says_so(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = table.one()
+    job = table.add_one()
     table.succeed(job)
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://127.0.0.1:1/0")
     result = workspace.jobs("retry", job)
@@ -301,7 +301,7 @@ def test_cancel_stops_what_waits_and_asks_what_runs(
 def test_what_makes_no_sense_is_one_line_and_changes_nothing(
     workspace: Workspace, table: JobTable, command: tuple[object, ...], message: str
 ) -> None:
-    job = table.one()
+    job = table.add_one()
     fail(table, job)
     before = table.job(job)
     refused(workspace.jobs(*command), message)
@@ -366,7 +366,7 @@ def test_a_spreadsheet_runs_nothing_from_a_csv_export(
     workspace: Workspace, table: JobTable, start: str
 ) -> None:
     key = f"{start}1+1"
-    table.one(key=key, image=f"{start}a.png")
+    table.add_one(key=key, image=f"{start}a.png")
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
     assert row["key"] == f"'{key}"
     assert row["image"] == f"'{start}a.png"
@@ -376,7 +376,7 @@ def test_a_spreadsheet_runs_nothing_from_a_csv_export(
 
 def test_odd_text_survives_an_export(workspace: Workspace, table: JobTable) -> None:
     key = 'ä "quoted", two\nlines 画'
-    table.one(key=key)
+    table.add_one(key=key)
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
     assert row["key"] == key
     assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["key"] == key
@@ -440,9 +440,9 @@ def test_a_database_that_cannot_be_opened_is_one_line(
 
 
 def test_prune_says_what_would_go_asks_and_deletes(workspace: Workspace, table: JobTable) -> None:
-    old = table.one(submission=table.submission("old", manifest="/old.csv"))
+    old = table.add_one(submission=table.submission("old", manifest="/old.csv"))
     table.succeed(old)
-    table.one(submission=table.submission("new"))
+    table.add_one(submission=table.submission("new"))
     with table.db.write() as connection:
         for statement in ("submissions SET created_at", "jobs SET finished_at"):
             connection.exec_driver_sql(f"UPDATE {statement} = '2020-01-01' WHERE id = 1")

@@ -19,7 +19,7 @@ from shared import jobs
 from shared.errors import ImageError, ParameterError
 from shared.jobs import AttemptRecord
 from shared.params import PARAMETERS
-from tests.job_table import AT_ONCE, JobTable
+from tests.job_table import RETRY_AT_ONCE, JobTable
 from tests.producer.workspace import Workspace, _run
 
 COMMANDS: dict[str, tuple[click.Command, tuple[str, ...]]] = {
@@ -175,7 +175,7 @@ class Worker(Thread):
         assert leased is not None
         if self._table.job(job).line in self._bad:
             error = ImageError("not [a] picture")
-            jobs.fail(self._table.db, leased, AttemptRecord(), error, AT_ONCE)
+            jobs.fail(self._table.db, leased, AttemptRecord(), error, RETRY_AT_ONCE)
         else:
             jobs.succeed(self._table.db, leased, AttemptRecord())
         self._left -= 1

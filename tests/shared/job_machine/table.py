@@ -14,15 +14,15 @@ from shared.db.models import Attempt, Job, Submission
 from shared.jobs import LeasedJob
 from shared.jobs.retry import RetryPolicy
 from shared.jobs.submissions import NewJob
-from tests.job_table import Longest
+from tests.job_table import UpperBound
 from tests.shared.job_machine.model import FakeQueue, ModelJob
 
 ENGINES = ("opencv", "sd2")
 WORKERS = ("w1", "w2", "w3")
 IMAGES = 4
 LEASE_SECONDS = 3600.0
-AT_ONCE = RetryPolicy(max_failures=3, base_seconds=0, cap_seconds=0)
-LATER = RetryPolicy(max_failures=3, base_seconds=3600, cap_seconds=3600, random=Longest())
+RETRY_AT_ONCE = RetryPolicy(max_failures=3, base_seconds=0, cap_seconds=0)
+RETRY_LATER = RetryPolicy(max_failures=3, base_seconds=3600, cap_seconds=3600, random=UpperBound())
 ENDS = st.sampled_from(["succeed", "fail", "retry", "release", "cancel", "renew"])
 PAST = datetime(2020, 1, 1, tzinfo=UTC)
 

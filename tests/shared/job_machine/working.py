@@ -17,12 +17,12 @@ from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.jobs.queue import PRIORITY_CLASSES
 from tests.shared.job_machine.model import ModelJob
 from tests.shared.job_machine.table import (
-    AT_ONCE,
     ENDS,
     ENGINES,
-    LATER,
     LEASE_SECONDS,
     PAST,
+    RETRY_AT_ONCE,
+    RETRY_LATER,
     WORKERS,
     MachineState,
 )
@@ -155,7 +155,7 @@ class WorkerRules(MachineState):
 
     def _end(self, lease: LeasedJob, how: str, later: bool) -> None:
         record = AttemptRecord(result_sha256=f"{lease.id}-{lease.attempt}")
-        policy = LATER if later else AT_ONCE
+        policy = RETRY_LATER if later else RETRY_AT_ONCE
         if how == "succeed":
             jobs.succeed(self.db, lease, record)
         elif how == "fail":
@@ -173,7 +173,7 @@ class WorkerRules(MachineState):
         if how in ("fail", "retry"):
             job.failures += 1
             job.error = ImageError.code if how == "fail" else OutOfMemory.code
-        if how == "retry" and job.failures < AT_ONCE.max_failures:
+        if how == "retry" and job.failures < RETRY_AT_ONCE.max_failures:
             job.end("retried", "pending", due=not later)
         elif how in ("fail", "retry"):
             job.end("failed", "failed")

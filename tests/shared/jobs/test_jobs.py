@@ -29,7 +29,7 @@ from shared.errors import (
 from shared.jobs import AttemptRecord, LeasedJob, Selection, dispatcher, submissions
 from shared.jobs.queue import Message, Queue
 from shared.params import Params
-from tests.job_table import AT_ONCE, ENGINE, LATER, JobTable, Sent, new_job
+from tests.job_table import ENGINE, RETRY_AT_ONCE, RETRY_LATER, JobTable, RecordingQueue, new_job
 
 RETRYABLE = OutOfMemory("the device is full")
 NOT_RETRYABLE = ImageError("not an image")
@@ -37,8 +37,8 @@ NOT_RETRYABLE = ImageError("not an image")
 # Every write of a worker; each is conditional on the fencing token.
 ENDS: dict[str, Callable[[Database, LeasedJob], Any]] = {
     "succeed": lambda db, job: jobs.succeed(db, job, AttemptRecord()),
-    "fail": lambda db, job: jobs.fail(db, job, AttemptRecord(), NOT_RETRYABLE, AT_ONCE),
-    "retry": lambda db, job: jobs.fail(db, job, AttemptRecord(), RETRYABLE, AT_ONCE),
+    "fail": lambda db, job: jobs.fail(db, job, AttemptRecord(), NOT_RETRYABLE, RETRY_AT_ONCE),
+    "retry": lambda db, job: jobs.fail(db, job, AttemptRecord(), RETRYABLE, RETRY_AT_ONCE),
     "release": lambda db, job: jobs.release(db, job, AttemptRecord()),
     "cancel": lambda db, job: jobs.finish_cancelled(db, job, AttemptRecord()),
     "renew": lambda db, job: jobs.renew_lease(db, job, lease_seconds=60),
@@ -53,14 +53,14 @@ def seconds_until(moment: datetime) -> float:
 
 
 def test_a_new_row_is_pending_and_due_at_once(table: JobTable) -> None:
-    job = table.job(table.one())
+    job = table.job(table.add_one())
     assert (job.state, job.attempt, job.failures, job.losses) == ("pending", 0, 0, 0)
     assert -5 < seconds_until(job.run_after) <= 0.1
     assert job.finished_at is job.lease_expires_at is job.worker is None
 
 
 def test_dispatch_queues_a_due_job_and_puts_its_attempt_into_the_message(table: JobTable) -> None:
-    job = table.one(priority=3)
+    job = table.add_one(priority=3)
     assert table.dispatch() == [Message(job=job, attempt=0, engine=ENGINE, priority=3)]
     assert table.state(job) == "queued"
     assert table.dispatch() == []
@@ -69,15 +69,15 @@ def test_dispatch_queues_a_due_job_and_puts_its_attempt_into_the_message(table: 
 def test_dispatch_skips_jobs_that_are_not_due_or_for_another_engine(
     table: JobTable,
 ) -> None:
-    waiting, foreign = table.one(), table.one(engine="sd2")
-    jobs.fail(table.db, table.run(waiting), AttemptRecord(), RETRYABLE, LATER)
+    waiting, foreign = table.add_one(), table.add_one(engine="sd2")
+    jobs.fail(table.db, table.run(waiting), AttemptRecord(), RETRYABLE, RETRY_LATER)
     assert table.dispatch() == []
     assert (table.state(waiting), table.state(foreign)) == ("pending", "pending")
 
 
 def test_dispatch_orders_by_priority_then_by_age(table: JobTable) -> None:
     low, first, high, second, higher = (
-        table.one(priority=priority) for priority in (-5, 0, 7, 0, 8)
+        table.add_one(priority=priority) for priority in (-5, 0, 7, 0, 8)
     )
     assert [message.job for message in table.dispatch()] == [higher, high, first, second, low]
 
@@ -98,7 +98,7 @@ def test_an_acquired_job_makes_room_for_one_more_message(table: JobTable) -> Non
 def test_an_urgent_job_is_dispatched_although_the_normal_class_is_full(table: JobTable) -> None:
     table.add(5)
     table.dispatch(bound=2)
-    urgent = table.one(priority=1)
+    urgent = table.add_one(priority=1)
     assert [message.job for message in table.dispatch(bound=2)] == [urgent]
 
 
@@ -107,7 +107,7 @@ def test_jobs_stay_queued_when_the_broker_does_not_answer(table: JobTable) -> No
         def publish(self, messages: object) -> None:
             raise BrokerUnavailable("nobody answers")
 
-    job = table.one()
+    job = table.add_one()
     with pytest.raises(BrokerUnavailable):
         jobs.dispatch(table.db, Down(), ENGINE, bound=10)  # type: ignore[arg-type]
     assert table.state(job) == "queued"
@@ -154,7 +154,7 @@ def test_redeliver_publishes_only_the_messages_that_redis_lost(
 
 def test_redeliver_skips_jobs_within_the_grace_period(table: JobTable, redis_url: str) -> None:
     queue = Queue(redis_url)
-    table.one()
+    table.add_one()
     table.dispatch()
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=30) == 0
     assert jobs.redeliver(table.db, queue, ENGINE, grace_seconds=-1) == 1
@@ -163,10 +163,10 @@ def test_redeliver_skips_jobs_within_the_grace_period(table: JobTable, redis_url
 
 
 def test_a_job_acquired_while_redeliver_runs_is_not_published_again(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     table.dispatch()
 
-    class AcquiredMeanwhile(Sent):
+    class AcquiredMeanwhile(RecordingQueue):
         def ready_messages(self, _engine: str) -> set[tuple[int, int]]:
             assert table.acquire(job)
             return set()
@@ -195,7 +195,7 @@ def test_redeliver_splits_more_ids_than_one_statement_can_hold(
 
 def test_acquire_leases_the_job_and_opens_its_attempt(table: JobTable) -> None:
     params = Params(prompt="a cup", num_inference_steps=20, seed=7)
-    job = table.one(params=params)
+    job = table.add_one(params=params)
     leased = table.run(job)
     assert leased == LeasedJob(
         id=job,
@@ -217,7 +217,7 @@ def test_acquire_leases_the_job_and_opens_its_attempt(table: JobTable) -> None:
 
 
 def test_a_duplicate_message_does_not_run_the_job_twice(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     table.dispatch()
     assert table.acquire(job, seen=0)
     assert table.acquire(job, seen=0) is None
@@ -226,7 +226,7 @@ def test_a_duplicate_message_does_not_run_the_job_twice(table: JobTable) -> None
 
 
 def test_a_message_from_an_earlier_attempt_is_stale(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     jobs.release(table.db, table.run(job), AttemptRecord())
     table.dispatch()
     assert table.acquire(job, seen=0) is None
@@ -235,7 +235,7 @@ def test_a_message_from_an_earlier_attempt_is_stale(table: JobTable) -> None:
 
 @pytest.mark.parametrize("state", ["pending", "succeeded", "cancelled"])
 def test_a_message_for_a_job_that_is_not_queued_is_stale(table: JobTable, state: str) -> None:
-    job = table.one()
+    job = table.add_one()
     if state == "succeeded":
         table.succeed(job)
     if state == "cancelled":
@@ -292,7 +292,7 @@ def test_a_heartbeat_reports_a_cancellation_and_omits_lost_leases(table: JobTabl
 
 
 def test_renew_lease_renews_one_lease(table: JobTable) -> None:
-    leased = table.run(table.one(), lease=5)
+    leased = table.run(table.add_one(), lease=5)
     jobs.renew_lease(table.db, leased, lease_seconds=60)
     assert seconds_until(table.job(leased.id).lease_expires_at) > 50
 
@@ -301,7 +301,7 @@ def test_renew_lease_renews_one_lease(table: JobTable) -> None:
 
 
 def test_success_is_recorded_with_the_job_and_its_attempt(table: JobTable) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     record = AttemptRecord(
         image_sha256="1" * 64,
         mask_sha256="2" * 64,
@@ -327,8 +327,8 @@ def test_success_is_recorded_with_the_job_and_its_attempt(table: JobTable) -> No
 
 
 def test_an_error_that_is_not_retryable_fails_the_job(table: JobTable) -> None:
-    leased = table.run(table.one())
-    assert jobs.fail(table.db, leased, AttemptRecord(), NOT_RETRYABLE, LATER) is None
+    leased = table.run(table.add_one())
+    assert jobs.fail(table.db, leased, AttemptRecord(), NOT_RETRYABLE, RETRY_LATER) is None
     row, (attempt,) = table.job(leased.id), table.attempts(leased.id)
     assert (row.state, row.failures) == ("failed", 1)
     assert (row.error_code, row.error_message) == ("bad_image", "not an image")
@@ -336,30 +336,30 @@ def test_an_error_that_is_not_retryable_fails_the_job(table: JobTable) -> None:
 
 
 def test_a_retryable_error_waits_longer_each_time(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     for failures, expected in ((1, 30), (2, 60), (3, 120), (4, 240)):
-        wait = jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, LATER)
+        wait = jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, RETRY_LATER)
         row = table.job(job)
         assert wait == expected
         assert expected - 5 < seconds_until(row.run_after) <= expected + 0.1
         assert (row.state, row.failures, row.error_code) == ("pending", failures, "out_of_memory")
         assert table.attempts(job)[-1].outcome == "retried"
         table.set(job, run_after=datetime.now(UTC) - timedelta(seconds=1))
-    assert jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, LATER) is None
+    assert jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, RETRY_LATER) is None
     assert (table.state(job), table.job(job).failures) == ("failed", 5)
     assert [attempt.outcome for attempt in table.attempts(job)] == ["retried"] * 4 + ["failed"]
 
 
 def test_a_success_after_a_failure_clears_the_error(table: JobTable) -> None:
-    job = table.one()
-    jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, AT_ONCE)
+    job = table.add_one()
+    jobs.fail(table.db, table.run(job), AttemptRecord(), RETRYABLE, RETRY_AT_ONCE)
     table.succeed(job)
     row = table.job(job)
     assert (row.error_code, row.error_message, row.failures) == (None, None, 1)
 
 
 def test_a_released_job_is_due_at_once_and_no_failure_is_counted(table: JobTable) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     jobs.release(table.db, leased, AttemptRecord())
     row = table.job(leased.id)
     assert (row.state, row.failures, row.losses, row.attempt) == ("pending", 0, 0, 1)
@@ -369,7 +369,7 @@ def test_a_released_job_is_due_at_once_and_no_failure_is_counted(table: JobTable
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_attempt_that_lost_its_lease_changes_nothing(table: JobTable, end: str) -> None:
-    job = table.one()
+    job = table.add_one()
     stale = table.run(job, lease=-1)
     jobs.reap(table.db)
     fresh = table.run(job, worker="w2")
@@ -383,7 +383,7 @@ def test_an_attempt_that_lost_its_lease_changes_nothing(table: JobTable, end: st
 
 @pytest.mark.parametrize("end", ENDS)
 def test_an_attempt_ends_only_once(table: JobTable, end: str) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     jobs.succeed(table.db, leased, AttemptRecord())
     with pytest.raises(LeaseLost):
         ENDS[end](table.db, leased)
@@ -391,7 +391,7 @@ def test_an_attempt_ends_only_once(table: JobTable, end: str) -> None:
 
 
 def test_a_job_whose_lease_expired_but_was_not_reaped_can_succeed(table: JobTable) -> None:
-    leased = table.run(table.one(), lease=-1)
+    leased = table.run(table.add_one(), lease=-1)
     jobs.succeed(table.db, leased, AttemptRecord())
     assert jobs.reap(table.db) == []
     assert table.state(leased.id) == "succeeded"
@@ -413,14 +413,14 @@ def test_reap_ends_an_expired_lease_and_the_job_is_pending_again(table: JobTable
 
 
 def test_a_heartbeat_before_the_reaper_keeps_the_lease(table: JobTable) -> None:
-    leased = table.run(table.one(), lease=-1)
+    leased = table.run(table.add_one(), lease=-1)
     jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
     assert jobs.reap(table.db) == []
     assert table.state(leased.id) == "running"
 
 
 def test_the_second_lost_worker_quarantines_the_job(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     for state in ("pending", "failed"):
         table.run(job, lease=-1)
         assert [reaped.state for reaped in jobs.reap(table.db)] == [state]
@@ -432,7 +432,7 @@ def test_the_second_lost_worker_quarantines_the_job(table: JobTable) -> None:
 
 
 def test_a_retry_lifts_the_quarantine(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     for _ in range(2):
         table.run(job, lease=-1)
         jobs.reap(table.db)
@@ -474,7 +474,7 @@ def test_waiting_jobs_are_cancelled_at_once_and_running_ones_are_flagged(table: 
 
 
 def test_cancelling_again_changes_nothing(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     table.cancel(job)
     assert table.cancel(job) == jobs.CancelResult(cancelled=0, requested=0)
 
@@ -483,7 +483,7 @@ def test_cancelling_again_changes_nothing(table: JobTable) -> None:
 def test_a_running_job_that_was_cancelled_ends_cancelled_however_it_stops(
     table: JobTable, end: str
 ) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     table.cancel(leased.id)
     assert ENDS[end](table.db, leased) is None
     row, (attempt,) = table.job(leased.id), table.attempts(leased.id)
@@ -495,7 +495,7 @@ def test_a_running_job_that_was_cancelled_ends_cancelled_however_it_stops(
 
 
 def test_a_cancelled_job_whose_worker_is_lost_ends_cancelled(table: JobTable) -> None:
-    leased = table.run(table.one(), lease=-1)
+    leased = table.run(table.add_one(), lease=-1)
     table.cancel(leased.id)
     assert [reaped.state for reaped in jobs.reap(table.db)] == ["cancelled"]
     assert table.job(leased.id).finished_at is not None
@@ -504,7 +504,7 @@ def test_a_cancelled_job_whose_worker_is_lost_ends_cancelled(table: JobTable) ->
 def test_a_job_that_succeeds_before_its_worker_sees_the_cancellation_stays_succeeded(
     table: JobTable,
 ) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     table.cancel(leased.id)
     jobs.succeed(table.db, leased, AttemptRecord())
     assert table.state(leased.id) == "succeeded"
@@ -514,11 +514,11 @@ def test_a_job_that_succeeds_before_its_worker_sees_the_cancellation_stays_succe
 
 
 def ended(table: JobTable, state: str) -> int:
-    job = table.one()
+    job = table.add_one()
     if state == "cancelled":
         table.cancel(job)
     elif state == "failed":
-        jobs.fail(table.db, table.run(job), AttemptRecord(), NOT_RETRYABLE, LATER)
+        jobs.fail(table.db, table.run(job), AttemptRecord(), NOT_RETRYABLE, RETRY_LATER)
     else:
         table.succeed(job)
     assert table.state(job) == state
@@ -543,7 +543,7 @@ def test_a_retry_skips_jobs_that_are_not_final(table: JobTable) -> None:
 
 
 def test_a_retry_clears_the_cancellation_flag(table: JobTable) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     table.cancel(leased.id)
     jobs.finish_cancelled(table.db, leased, AttemptRecord())
     table.retry(leased.id)
@@ -576,9 +576,9 @@ def test_a_retry_that_would_equal_another_job_is_refused_and_changes_nothing(
     table: JobTable,
 ) -> None:
     same = {"image": "/a.png", "mask": "/b.png", "output": "/c.png"}
-    first = table.one(**same, params=Params(seed=1, strength=0.5))
+    first = table.add_one(**same, params=Params(seed=1, strength=0.5))
     table.cancel(first)
-    second = table.one(**same, params=Params(seed=1, strength=0.6))
+    second = table.add_one(**same, params=Params(seed=1, strength=0.6))
     table.cancel(second)
     with pytest.raises(InputError, match=f"job {second}: another job already does exactly this"):
         table.retry(second, strength=0.5)
@@ -599,7 +599,7 @@ def test_a_selection_applies_all_its_conditions(table: JobTable) -> None:
             id=job, attempt=1, engine=ENGINE, image="", mask="", output="", params=Params(),
             priority=0, failures=0,
         )  # fmt: skip
-        jobs.fail(table.db, leased, AttemptRecord(), error, LATER)
+        jobs.fail(table.db, leased, AttemptRecord(), error, RETRY_LATER)
     chosen = Selection(
         submission=table.job(first).submission_id, states=("failed",), error_code="bad_image"
     )
@@ -660,7 +660,7 @@ def test_a_reopened_job_keeps_its_line_if_the_new_one_belongs_to_another_job(
     ids="-".join,
 )
 def test_the_database_rejects_an_inconsistent_job(table: JobTable, values: dict[str, Any]) -> None:
-    job = table.one()
+    job = table.add_one()
     with pytest.raises(IntegrityError):
         table.set(job, **values)
 
@@ -681,7 +681,7 @@ def test_the_database_rejects_a_second_job_for_a_line_or_a_content_key(table: Jo
 def test_the_database_rejects_an_inconsistent_attempt(
     table: JobTable, values: dict[str, Any]
 ) -> None:
-    leased = table.run(table.one())
+    leased = table.run(table.add_one())
     with pytest.raises(IntegrityError), table.db.write() as connection:
         connection.execute(update(Attempt).where(Attempt.job_id == leased.id).values(**values))
 
@@ -721,7 +721,7 @@ def test_a_derived_seed_is_the_same_for_the_same_work_and_below_2_to_the_32() ->
 
 
 def test_a_job_superseded_while_it_runs_does_not_regain_its_output(table: JobTable) -> None:
-    first = table.one(output="/results/a.png")
+    first = table.add_one(output="/results/a.png")
     leased = table.run(first)
     jobs.record_blocked_reason(table.db, leased, StorageUnavailable("S3 does not answer"))
     replacement = new_job(77, output="/results/a.png")
@@ -737,11 +737,11 @@ def test_a_job_superseded_while_it_runs_does_not_regain_its_output(table: JobTab
 
 
 def test_of_several_jobs_for_one_output_only_the_newest_is_retried(table: JobTable) -> None:
-    older = table.one(output="/results/a.png")
+    older = table.add_one(output="/results/a.png")
     table.cancel(older)
-    newer = table.one(submission=table.submission("second"), output="/results/a.png", seed=5)
+    newer = table.add_one(submission=table.submission("second"), output="/results/a.png", seed=5)
     table.cancel(newer)
-    alone = table.one()
+    alone = table.add_one()
     table.cancel(alone)
     reopened = table.retry(older, newer, alone)
     assert (reopened.count, reopened.replaced) == (2, 1)
@@ -755,7 +755,7 @@ def test_with_replace_a_row_takes_its_output_from_the_changed_job_on_its_own_lin
 ) -> None:
     """Only the job of another submission that has the row's content key runs."""
     first, second = table.submission("first"), table.submission("second")
-    changed = table.one(submission=first)
+    changed = table.add_one(submission=first)
     row = new_job(table.job(changed).line)
     table.cancel(changed)
     assert table.retry(changed, seed=7).count == 1

@@ -93,12 +93,12 @@ def test_a_job_reopened_while_its_submission_is_pruned_is_kept(table: JobTable) 
 def test_an_id_is_never_reused_so_a_lost_worker_holds_no_lease_of_the_new_job(
     table: JobTable,
 ) -> None:
-    job = table.one()
+    job = table.add_one()
     lost = table.run(job)
     jobs.succeed(table.db, lost, AttemptRecord())
     age(table, table.submissions()[0].id, days=100)
     prune(table)
-    again = table.one(submission=table.submission("again"))
+    again = table.add_one(submission=table.submission("again"))
     assert again != job
     held = table.run(again)
     with pytest.raises(LeaseLost):

@@ -23,7 +23,7 @@ def queue(redis_url: str) -> Iterator[Queue]:
 
 
 def test_only_the_dead_workers_jobs_are_reaped(table: JobTable) -> None:
-    lost, other = table.one(), table.one()
+    lost, other = table.add_one(), table.add_one()
     table.run(lost, worker="dead")
     table.run(other, worker="alive")
     reaped = jobs.reap_worker(table.db, worker="dead", reason="ended with signal 9")
@@ -34,7 +34,7 @@ def test_only_the_dead_workers_jobs_are_reaped(table: JobTable) -> None:
 
 
 def test_a_job_whose_worker_was_lost_runs_alone_next(table: JobTable) -> None:
-    suspect, other = table.one(), table.one()
+    suspect, other = table.add_one(), table.add_one()
     table.run(suspect, lease=-1)
     jobs.reap(table.db)
     alone = {message.job: message.alone for message in table.dispatch()}
@@ -42,7 +42,7 @@ def test_a_job_whose_worker_was_lost_runs_alone_next(table: JobTable) -> None:
 
 
 def test_an_orphaned_lease_is_released_without_a_failure(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     table.run(job, worker="w1")
     (lease,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
     jobs.release_orphan(table.db, lease)
@@ -54,7 +54,7 @@ def test_an_orphaned_lease_is_released_without_a_failure(table: JobTable) -> Non
 
 
 def test_an_orphaned_lease_of_a_cancelled_job_ends_cancelled(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     table.run(job, worker="w1")
     (lease,) = jobs.heartbeat(table.db, worker="w1", lease_seconds=60)
     table.cancel(job)
@@ -64,7 +64,7 @@ def test_an_orphaned_lease_of_a_cancelled_job_ends_cancelled(table: JobTable) ->
 
 
 def test_a_running_job_shows_the_reason_it_is_blocked(table: JobTable) -> None:
-    job = table.one()
+    job = table.add_one()
     leased = table.run(job)
     jobs.record_blocked_reason(table.db, leased, OutputRefused("'/a.png': No space left on device"))
     row = table.job(job)

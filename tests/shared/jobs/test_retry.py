@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 
 from shared.jobs.retry import RetryPolicy
-from tests.job_table import Longest
+from tests.job_table import UpperBound
 
 
 def test_the_longest_delay_doubles_up_to_the_cap() -> None:
-    policy = RetryPolicy(max_failures=9, base_seconds=30, cap_seconds=900, random=Longest())
+    policy = RetryPolicy(max_failures=9, base_seconds=30, cap_seconds=900, random=UpperBound())
     delays = [policy.delay_seconds(failures) for failures in range(1, 9)]
     assert delays == [30, 60, 120, 240, 480, 900, 900, 900]
 
@@ -30,5 +30,5 @@ def test_the_last_failure_is_not_retried() -> None:
 
 
 def test_many_failures_do_not_overflow() -> None:
-    policy = RetryPolicy(max_failures=10_000, random=Longest())
+    policy = RetryPolicy(max_failures=10_000, random=UpperBound())
     assert policy.delay_seconds(100) == 900

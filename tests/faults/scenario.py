@@ -1,7 +1,7 @@
-"""A site under test: a fleet, a few hundred jobs whose results are known, and the invariants.
+"""A fleet under test: workers, a few hundred jobs with known results, and the invariants.
 
-Every job takes one of a few pictures, so that its result can be compared with the one that an
-undisturbed run in this process gave.
+Every job uses one of a few images, so that its result can be compared with that of a run without
+faults.
 """
 
 from __future__ import annotations
@@ -30,37 +30,39 @@ from tests.workers.fleet import Fleet, wait_for
 from tests.workers.worker_harness import WorkerHarness
 from workers.engines.opencv import OpenCVEngine
 
-PICTURES = 6
+IMAGES = 6
 SIZE = (40, 40)
-# Without the note of its own job in it, a result is the same for every job of a picture.
-PLAIN: dict[str, Any] = {"provenance": False, "mask_feather": 0}
+# Provenance metadata names the job; without it all jobs of an image have the same result.
+REPRODUCIBLE_PARAMS: dict[str, Any] = {"provenance": False, "mask_feather": 0}
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOOKS = REPOSITORY / "tests" / "faults" / "hooks"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalog:
-    """Pictures and masks in a folder, and the hash of each one's result."""
+    """Images and masks in a folder, and the SHA-256 of each image's expected result."""
 
     folder: Path
     hashes: tuple[str, ...]
 
     def image(self, number: int) -> str:
-        return str(self.folder / f"{number % PICTURES}.png")
+        return str(self.folder / f"{number % IMAGES}.png")
 
     def mask(self, number: int) -> str:
-        return str(self.folder / f"{number % PICTURES}-mask.png")
+        return str(self.folder / f"{number % IMAGES}-mask.png")
 
 
 def make_catalog(folder: Path) -> Catalog:
-    """Runs each picture once, where nothing disturbs it."""
+    """Runs each image once, without faults."""
     harness = WorkerHarness(f"sqlite:///{folder / 'undisturbed.db'}", folder, OpenCVEngine())
     hashes = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         image = harness.write_image(f"{number}.png", SIZE, seed=number)
         mask = harness.write_mask(f"{number}-mask.png", SIZE, (5 + number, 5, 30, 30))
         output = harness.path(f"undisturbed/{number}.png")
-        job = harness.add(image=image, mask=mask, output=output, engine="opencv", **PLAIN)
+        job = harness.add(
+            image=image, mask=mask, output=output, engine="opencv", **REPRODUCIBLE_PARAMS
+        )
         harness.run(job, engine="opencv")
         hashes.append(sha256(Path(output).read_bytes()).hexdigest())
     harness.close()
@@ -68,8 +70,11 @@ def make_catalog(folder: Path) -> Catalog:
 
 
 @dataclass
-class Site:
-    """outputs: a local folder or an S3 prefix that holds nothing but results."""
+class Scenario:
+    """outputs, inputs: local folders or S3 prefixes. ``outputs`` contains nothing but results.
+
+    expected: job number to the SHA-256 of its result.
+    """
 
     fleet: Fleet
     catalog: Catalog
@@ -92,7 +97,10 @@ class Site:
     # --- jobs ---
 
     def add(self, count: int, *, prompt: str = "steps 2") -> list[int]:
-        """Jobs of two steps of 10 ms, or whatever the prompt says (see ``inside``); their ids."""
+        """Adds jobs of two steps of 10 ms, or with the fault of the prompt; returns their numbers.
+
+        The prompts are those of ``worker_faults``.
+        """
         opened = submissions.open_submission(
             self.db, manifest="m", digest="d", options="{}", rows=1, invalid=0
         )
@@ -101,21 +109,21 @@ class Site:
         assert submissions.record(self.db, opened.id, rows) == []
         keys = [row.content_key for row in rows]
         with self.db.read() as connection:
-            found = connection.execute(
+            recorded = connection.execute(
                 select(Job.id, Job.line).where(Job.content_key.in_(keys)).order_by(Job.id)
             ).all()
-        for job, line in found:
-            self.expected[job] = self.catalog.hashes[line % PICTURES]
-        return [job for job, _ in found]
+        for job, line in recorded:
+            self.expected[job] = self.catalog.hashes[line % IMAGES]
+        return [job for job, _ in recorded]
 
     def _row(self, line: int, prompt: str) -> NewJob:
         source = self.inputs or str(self.catalog.folder)
         parts: dict[str, Any] = {
-            "image": f"{source}/{line % PICTURES}.png",
-            "mask": f"{source}/{line % PICTURES}-mask.png",
+            "image": f"{source}/{line % IMAGES}.png",
+            "mask": f"{source}/{line % IMAGES}-mask.png",
             "output": f"{self.outputs}/{line}.png",
             "engine": "opencv",
-            "params": Params(prompt=prompt, **PLAIN).to_json(),
+            "params": Params(prompt=prompt, **REPRODUCIBLE_PARAMS).to_json(),
             "seed": 7,
         }
         key = jobs.content_key(**parts)
@@ -130,20 +138,20 @@ class Site:
             query = select(func.count()).where(Job.state.in_(states))
             return int(connection.execute(query).scalar_one())
 
-    def is_done(self) -> bool:
+    def is_finished(self) -> bool:
         return self.count(*FINAL_STATES) == len(self.expected)
 
-    def await_some(self, done: int, *, seconds: float = 60) -> None:
-        """Until the work is in full swing: that many jobs have succeeded."""
+    def wait_for_successes(self, done: int, *, seconds: float = 60) -> None:
+        """Waits until this many jobs have succeeded."""
         wait_for(lambda: self.count("succeeded") >= done, seconds=seconds)
 
     def finish(self, *, seconds: float = 90, retry: Sequence[str] = ()) -> None:
-        """Waits for the last job, and lets those that failed with a code in ``retry`` run again."""
+        """Waits until every job is final; retries those that failed with a code in ``retry``."""
 
         def done() -> bool:
             for code in retry:
                 jobs.retry(self.db, jobs.Selection(states=("failed",), error_code=code))
-            return self.is_done() and (not retry or self.count("failed") == 0)
+            return self.is_finished() and (not retry or self.count("failed") == 0)
 
         try:
             wait_for(done, seconds=seconds)
@@ -159,25 +167,28 @@ class Site:
 
     # --- faults ---
 
-    def kill_a_process(self, chance: random.Random) -> bool:
-        """SIGKILL to one of the worker processes, whatever it is doing; False where none is up."""
+    def kill_a_worker_process(self, rng: random.Random) -> bool:
+        """Sends SIGKILL to a random worker process; False if none is running."""
         children = self.fleet.children()
         if not children:
             return False
         with suppress(ProcessLookupError):
-            os.kill(chance.choice(children), signal.SIGKILL)
+            os.kill(rng.choice(children), signal.SIGKILL)
         return True
 
     # --- the invariants ---
 
-    def check(self, *, failed: dict[int, str] | None = None) -> None:
-        """Stops the fleet and asserts what must hold. failed: job ids to their error codes."""
-        wait_for(self._is_quiet, seconds=15)
-        self.fleet.stop()
-        wrong = self._violations(failed or {})
-        assert not wrong, "\n".join(wrong)
+    def assert_invariants(self, *, failed: dict[int, str] | None = None) -> None:
+        """Stops the fleet and checks every job, attempt, output and log line.
 
-    def _is_quiet(self) -> bool:
+        failed: the jobs that must have failed, to their error codes.
+        """
+        wait_for(self._queue_is_empty, seconds=15)
+        self.fleet.stop()
+        violations = self._violations(failed or {})
+        assert not violations, "\n".join(violations)
+
+    def _queue_is_empty(self) -> bool:
         return not self.fleet.queue.ready_messages(
             "opencv"
         ) and not self.fleet.queue.unacked_messages("opencv")
@@ -185,68 +196,74 @@ class Site:
     def _violations(self, failed: dict[int, str]) -> list[str]:
         with self.db.read() as connection:
             rows = connection.execute(select(Job.__table__).order_by(Job.id)).all()
-            ends = connection.execute(
+            attempt_rows = connection.execute(
                 select(Attempt.__table__).order_by(Attempt.job_id, Attempt.attempt)
             ).all()
         attempts: dict[int, list[Any]] = {}
-        for end in ends:
-            attempts.setdefault(end.job_id, []).append(end)
-        wrong = [
+        for attempt in attempt_rows:
+            attempts.setdefault(attempt.job_id, []).append(attempt)
+        violations = [
             f"job {row.id}: {text}"
             for row in rows
-            for text in self._wrong(row, attempts.get(row.id, []), failed.get(row.id))
+            for text in self._job_violations(row, attempts.get(row.id, []), failed.get(row.id))
         ]
-        wrong += self._left_behind({row.output for row in rows if row.state == "succeeded"})
+        violations += self._output_violations(
+            {row.output for row in rows if row.state == "succeeded"}
+        )
         if len(rows) != len(self.expected):
-            wrong.append(f"{len(rows)} jobs instead of {len(self.expected)}")
+            violations.append(f"{len(rows)} jobs instead of {len(self.expected)}")
         lines = self.fleet.log().splitlines()
         for number, line in enumerate(lines):
-            if _is_alarming(line):
-                wrong.append("\n".join(lines[max(number - 3, 0) : number + 40]))
-        return wrong
+            if _is_unexpected(line):
+                violations.append("\n".join(lines[max(number - 3, 0) : number + 40]))
+        return violations
 
-    def _wrong(self, row: Any, attempts: list[Any], error: str | None) -> list[str]:
-        wrong = []
-        if [one.attempt for one in attempts] != list(range(1, row.attempt + 1)):
-            wrong.append(f"attempts {[one.attempt for one in attempts]} of {row.attempt}")
-        if any(one.outcome is None or one.finished_at is None for one in attempts):
-            wrong.append(f"an attempt without an end: {[one.outcome for one in attempts]}")
-        succeeded = [one for one in attempts if one.outcome == "succeeded"]
+    def _job_violations(self, row: Any, attempts: list[Any], error: str | None) -> list[str]:
+        violations = []
+        if [attempt.attempt for attempt in attempts] != list(range(1, row.attempt + 1)):
+            violations.append(
+                f"attempts {[attempt.attempt for attempt in attempts]} of {row.attempt}"
+            )
+        if any(attempt.outcome is None or attempt.finished_at is None for attempt in attempts):
+            violations.append(
+                f"an attempt without an end: {[attempt.outcome for attempt in attempts]}"
+            )
+        succeeded = [attempt for attempt in attempts if attempt.outcome == "succeeded"]
         if error:
             if (row.state, row.error_code) != ("failed", error) or succeeded:
-                wrong.append(f"{row.state} with {row.error_code}, expected {error}")
-            return wrong
+                violations.append(f"{row.state} with {row.error_code}, expected {error}")
+            return violations
         if row.state != "succeeded" or len(succeeded) != 1 or succeeded != attempts[-1:]:
-            wrong.append(f"{row.state} after {[one.outcome for one in attempts]}: {row.error_code}")
-            return wrong
+            violations.append(
+                f"{row.state} after {[attempt.outcome for attempt in attempts]}: {row.error_code}"
+            )
+            return violations
         data = self.storage.get(row.output, max_bytes=10**6).data
         hashes = {sha256(data).hexdigest(), row.result_sha256, succeeded[0].result_sha256}
         if hashes != {self.expected[row.id]}:
-            wrong.append(f"its result is not the undisturbed run's: {hashes}")
-        return wrong
+            violations.append(f"its result differs from that of a run without faults: {hashes}")
+        return violations
 
-    def _found(self) -> set[str]:
-        """Everything that lies where the results go."""
+    def _stored_outputs(self) -> set[str]:
+        """Every object under ``outputs``."""
         if not self.outputs.startswith("s3://"):
             return {str(path) for path in Path(self.outputs).iterdir()}
         bucket, _, prefix = self.outputs.removeprefix("s3://").partition("/")
         client = boto3.client("s3")
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        found = {
-            f"s3://{bucket}/{one['Key']}" for page in pages for one in page.get("Contents", ())
-        }
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
         client.close()
-        return found
+        return {f"s3://{bucket}/{key}" for key in keys}
 
-    def _left_behind(self, outputs: set[str]) -> list[str]:
-        found = self._found()
-        return [f"left behind or missing: {path}" for path in sorted(found ^ outputs)]
+    def _output_violations(self, outputs: set[str]) -> list[str]:
+        differences = sorted(self._stored_outputs() ^ outputs)
+        return [f"left behind or missing: {uri}" for uri in differences]
 
 
-def _is_alarming(line: str) -> bool:
+def _is_unexpected(line: str) -> bool:
     return "Traceback (most recent" in line or "unexpected error" in line
 
 
 def pause(seconds: float) -> None:
-    """How long a fault lasts: part of the scenario, not a wait for something."""
+    """Sleeps as part of the scenario (how long a fault lasts), not to wait for a condition."""
     time.sleep(seconds)

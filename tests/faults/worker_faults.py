@@ -1,5 +1,8 @@
-"""What the tests change inside a worker process: an engine that misbehaves as a job's prompt
-says, a clock that is wrong, a disk that is full, timeouts that are short."""
+"""Faults inside a worker process, switched on by environment variables and prompts.
+
+The prompt of a job makes the engine crash, hang or fail; variables set a wrong clock, a full disk
+and short S3 timeouts.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ STEP_SECONDS = 0.01
 
 
 def _misbehave(work: RegionWork) -> Pixels:
-    word, _, number = work.params.prompt.partition(" ")
-    if word == "crash":
+    fault, _, number = work.params.prompt.partition(" ")
+    if fault == "crash":
         os.abort()
-    elif word == "hang":
+    elif fault == "hang":
         time.sleep(3600)
-    elif word == "broken":
+    elif fault == "broken":
         raise EngineError("the device does not answer")
-    elif word == "lost":
+    elif fault == "lost":
         raise DeviceLost("the device fell off the bus")
-    elif word == "steps":
+    elif fault == "steps":
         for _ in range(int(number)):
             work.interruption.check()
             time.sleep(STEP_SECONDS)
@@ -38,9 +41,10 @@ _fill, opencv.fill = opencv.fill, _misbehave
 
 
 def _set_clock(seconds: float) -> None:
-    right, real = time.time, datetime.datetime
+    """Puts this process's clock forward, or back if negative."""
+    real_time, real = time.time, datetime.datetime
 
-    class Wrong(real):  # type: ignore[misc, valid-type]
+    class ShiftedDatetime(real):  # type: ignore[misc, valid-type]
         @classmethod
         def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
             return real.now(tz) + datetime.timedelta(seconds=seconds)
@@ -49,18 +53,18 @@ def _set_clock(seconds: float) -> None:
         def utcnow(cls) -> datetime.datetime:
             return cls.now(datetime.UTC).replace(tzinfo=None)
 
-    time.time = lambda: right() + seconds
-    datetime.datetime = Wrong  # type: ignore[misc]
+    time.time = lambda: real_time() + seconds
+    datetime.datetime = ShiftedDatetime  # type: ignore[misc]
 
 
 def _fill_disk(switch: Path) -> None:
-    """While the file ``switch`` is there, no byte more fits on the disk."""
-    sync = os.fsync
+    """While the file ``switch`` exists, every fsync fails with ENOSPC."""
+    real_fsync = os.fsync
 
     def fsync(descriptor: int) -> None:
         if switch.exists():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
+        real_fsync(descriptor)
 
     os.fsync = fsync
 
