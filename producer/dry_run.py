@@ -114,8 +114,8 @@ class _RowPlanner:
     def _plan_pass(self, job: NewJob, mask: str, params: Params) -> tuple[regions.Region, ...]:
         image = _StoredImage(job.image, self._storage, self._settings)
         repainted = masks.load(mask, image, params, read_file=self._cached_mask)
-        plan = regions.plan_for(repainted, params, any_size=engine_spec(job.engine).any_size)
-        refinements = coarse_to_fine.steps(repainted, plan, params)
+        plan = regions.plan_pass(repainted, params, any_size=engine_spec(job.engine).any_size)
+        refinements = coarse_to_fine.plan_refinements(repainted, plan, params)
         return plan + tuple(region for step in refinements for region in step.regions)
 
     def _read_mask(self, uri: str) -> masks.Grey:

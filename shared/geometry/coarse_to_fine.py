@@ -1,7 +1,7 @@
-"""Where a round is painted again, finer: what was painted coarsely comes out soft, enlarged.
+"""Refinement: what a pass fills at a coarse scale is filled again at finer ones, up to 1:1.
 
-The coarse result shows every window what the whole is to become, so that many of them add
-detail to one picture; alone, those that see only hole would each invent another.
+A coarse result is blurred when it is enlarged. It shows every finer window what the whole is to
+become, so that their details fit together; windows without it would each invent other content.
 """
 
 from __future__ import annotations
@@ -11,52 +11,63 @@ from dataclasses import dataclass, replace
 from math import ceil, log
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shared.geometry.regions import Region, plan_for
-from shared.masks.morphology import Mask, slices
+from shared.geometry.regions import Region, plan_pass
 from shared.params import Params
 
-# Times finer at once. What is enlarged more is so soft that a strength which keeps its layout
-# keeps its softness too.
+Mask = NDArray[np.bool_]
+
+# How much finer one refinement is than the one before. Beyond it the enlarged image is so
+# blurred that a strength low enough to keep its layout keeps the blur too.
 STRIDE = 2.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefinementPass:
-    """One more go. mask: (H, W) what is painted again. regions: where, finer than before.
+    """One refinement pass.
 
-    kept: the places in the round's plan of the regions that are left alone.
+    mask: (H, W) what is filled again. regions: its plan, finer than before.
+    unrefined: indices in the first plan of the regions that this pass leaves as they are.
     """
 
     mask: Mask
     regions: tuple[Region, ...]
-    kept: tuple[int, ...]
+    unrefined: tuple[int, ...]
 
 
-def steps(mask: Mask, plan: Sequence[Region], params: Params) -> Iterator[RefinementPass]:
-    """What follows a round until all of it is 1:1; nothing unless ``refine_strength`` asks for it.
+def plan_refinements(
+    mask: Mask, plan: Sequence[Region], params: Params
+) -> Iterator[RefinementPass]:
+    """Plan the passes that follow a pass until all its regions are 1:1.
 
-    mask, plan, params: the round's. A region joins as late as the stride allows, the coarsest
-    at once.
+    mask, plan, params: the pass's. Coarser regions are refined first. Yields nothing unless
+    ``refine_strength`` is set.
     """
     if not params.refine_strength or not plan:
         return
-    scales = _scales(max(region.scale for region in plan))
+    scales = _space_scales(max(region.scale for region in plan))
     for scale, next_scale in zip(scales, [*scales, 1 / STRIDE][1:], strict=True):
-        kept = tuple(n for n, one in enumerate(plan) if one.scale <= STRIDE * next_scale)
-        soft = _within(mask, [one for n, one in enumerate(plan) if n not in kept])
-        finer = replace(params, mode="auto", scale=scale)
-        yield RefinementPass(mask=soft, regions=plan_for(soft, finer, any_size=False), kept=kept)
+        # A region that one stride brings to the next scale can wait for that pass.
+        unrefined = tuple(
+            index for index, region in enumerate(plan) if region.scale <= STRIDE * next_scale
+        )
+        coarse = [region for index, region in enumerate(plan) if index not in unrefined]
+        coarse_mask = _restrict(mask, coarse)
+        regions = plan_pass(coarse_mask, replace(params, mode="auto", scale=scale), any_size=False)
+        yield RefinementPass(mask=coarse_mask, regions=regions, unrefined=unrefined)
 
 
-def _scales(coarsest: float) -> list[float]:
-    """Evenly spaced from there down to 1, each at most a stride finer than the one before."""
+def _space_scales(coarsest: float) -> list[float]:
+    """Scales in equal ratios from below ``coarsest`` down to 1, each at most a stride apart."""
     count = ceil(log(coarsest, STRIDE))
-    return [coarsest ** (left / count) for left in reversed(range(count))]
+    return [coarsest ** (remaining / count) for remaining in reversed(range(count))]
 
 
-def _within(mask: Mask, regions: Sequence[Region]) -> Mask:
-    found = np.zeros_like(mask)
+def _restrict(mask: Mask, regions: Sequence[Region]) -> Mask:
+    """The part of the mask inside the regions' boxes."""
+    restricted = np.zeros_like(mask)
     for region in regions:
-        found[slices(region.box)] = mask[slices(region.box)]
-    return found
+        left, top, right, bottom = region.box
+        restricted[top:bottom, left:right] = mask[top:bottom, left:right]
+    return restricted

@@ -83,7 +83,7 @@ def plan(
     return tuple(sorted(regions, key=lambda region: (region.box.top, region.box.left)))
 
 
-def plan_for(mask: Mask, params: Params, *, any_size: bool) -> tuple[Region, ...]:
+def plan_pass(mask: Mask, params: Params, *, any_size: bool) -> tuple[Region, ...]:
     """The plan that a job's parameters ask for."""
     return plan(
         mask,

@@ -33,7 +33,7 @@ def main() -> None:
             measure_seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
             for _ in range(REPEATS)
         )
-        again = [step.regions for step in coarse_to_fine.steps(mask, plan, REFINED)]
+        again = [step.regions for step in coarse_to_fine.plan_refinements(mask, plan, REFINED)]
         windows, tiles = windows_of(plan), loop_tiles(mask)
         scales = {f"{one.scale:.4g}" for one in plan}
         line(

@@ -12,7 +12,7 @@ import numpy as np
 from shared.engines import engine_spec
 from shared.errors import GateError
 from shared.geometry import coarse_to_fine
-from shared.geometry.regions import Region, plan_for
+from shared.geometry.regions import Region, plan_pass
 from shared.images import DecodedImage
 from shared.masks import Mask
 from shared.params import MAX_SEED, Params
@@ -125,8 +125,8 @@ def _run_pass(
     mask, params = masked_pass.mask, masked_pass.params
     with job.stage("plan"):
         # Refinements are planned here too: a mask that cannot be planned fails before it costs.
-        regions = plan_for(mask, params, any_size=spec.any_size)
-        refinements = list(coarse_to_fine.steps(mask, regions, params))
+        regions = plan_pass(mask, params, any_size=spec.any_size)
+        refinements = list(coarse_to_fine.plan_refinements(mask, regions, params))
     if not regions:
         return before
     results = _inpaint_regions(worker, job, image, masked_pass, regions, seed=before.seed)
@@ -138,8 +138,8 @@ def _run_pass(
             worker, job, after, finer, refinement.regions, seed=before.seed
         )
         # Not onto the coarse result: a feather over a feather falls off twice as fast.
-        kept_regions = [regions[index] for index in refinement.kept]
-        kept_results = [results[index] for index in refinement.kept]
+        kept_regions = [regions[index] for index in refinement.unrefined]
+        kept_results = [results[index] for index in refinement.unrefined]
         base = _composite(job, image, masked_pass, kept_regions, kept_results)
         after = _composite(job, base, finer, refinement.regions, finer_results)
     with job.stage("examine"):

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from shared.geometry import coarse_to_fine
-from shared.geometry.regions import plan_for
+from shared.geometry.regions import plan_pass
 from shared.params import Params
 
 PHOTO = (6000, 4000)
@@ -26,8 +26,8 @@ def marked(*marks: tuple[int, int, int, int], size: tuple[int, int] = PHOTO) -> 
 def steps(
     mask: NDArray[np.bool_], params: Params, *, any_size: bool = False
 ) -> list[coarse_to_fine.RefinementPass]:
-    plan = plan_for(mask, params, any_size=any_size)
-    return list(coarse_to_fine.steps(mask, plan, params))
+    plan = plan_pass(mask, params, any_size=any_size)
+    return list(coarse_to_fine.plan_refinements(mask, plan, params))
 
 
 # marks, params, then for each step: its scale, its windows, the regions it keeps, what it repaints
@@ -76,7 +76,7 @@ def test_what_is_coarse_is_painted_again_in_finer_and_finer_windows(case: str) -
     marks, asked, expected = CASES[case]
     found = steps(marked(*marks), Params(refine_strength=0.4, **asked))
     assert [
-        (one.regions[0].scale, sum(len(region.windows) for region in one.regions), one.kept)
+        (one.regions[0].scale, sum(len(region.windows) for region in one.regions), one.unrefined)
         for one in found
     ] == [(scale, windows, kept) for scale, windows, kept, _ in expected]
     for one, (*_, again) in zip(found, expected, strict=True):
