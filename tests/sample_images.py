@@ -1,4 +1,4 @@
-"""Real photographs, honestly damaged: a watermarked catalog, a box of old scans, contact sheets.
+"""Real photographs with synthetic damage: a watermarked catalog, old scans, contact sheets.
 
 The photographs are the CC0 and public-domain ones in scikit-image's wheel, read from the
 installed files: nothing is downloaded. The same call always writes the same pixels.
@@ -28,7 +28,7 @@ STUDIO = "SAMPLE STUDIO"
 
 @dataclass(frozen=True, kw_only=True)
 class Photograph:
-    """A file to write: a source image, its crop and scale, and the mark it gets."""
+    """A file to write: its source image, crop, scale and mark."""
 
     file: str
     source: str
@@ -40,7 +40,7 @@ class Photograph:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image on a contact sheet; ``mask`` is 255 where it was repainted."""
+    """An image on a contact sheet; ``mask`` is 255 where it was repainted."""
 
     name: str
     note: str
@@ -55,11 +55,11 @@ def write_catalog(folder: Path) -> Path:
     Returns the manifest: columns id, image, mask, product, paths relative to it.
     """
     rows = []
-    for number, one in enumerate(_catalog(), start=1):
-        clean = _load(one)
-        marked = _stamp(clean, one.mark(clean.size))
-        _save_all(folder, one.file, clean=clean, damaged=marked, dilation_px=2)
-        rows.append((f"sku-{number:03}", *_paths(one.file), one.product))
+    for number, photograph in enumerate(_catalog(), start=1):
+        clean = _load(photograph)
+        marked = _stamp(clean, photograph.mark(clean.size))
+        _save_all(folder, photograph.file, clean=clean, damaged=marked, dilation_px=2)
+        rows.append((f"sku-{number:03}", *_paths(photograph.file), photograph.product))
     return _write_manifest(folder, ("key", "image", "mask", "product"), rows)
 
 
@@ -85,9 +85,9 @@ def read_photograph(name: str) -> Image.Image:
         return Image.open(file).copy()
 
 
-def changed(one: Image.Image, other: Image.Image) -> Image.Image:
-    """255 where two images of a size and mode differ, in any channel."""
-    difference = np.asarray(ImageChops.difference(one, other))
+def changed(before: Image.Image, after: Image.Image) -> Image.Image:
+    """255 where two images of one size and mode differ, in any channel."""
+    difference = np.asarray(ImageChops.difference(before, after))
     differs = difference if difference.ndim == 2 else difference.max(axis=2)
     return Image.fromarray(np.where(differs > 0, 255, 0).astype(np.uint8))
 
@@ -120,11 +120,11 @@ def _catalog() -> tuple[Photograph, ...]:
     )
 
 
-def _load(one: Photograph) -> Image.Image:
-    image = read_photograph(one.source)
-    image = image.crop(one.crop) if one.crop else image
-    size = (image.width * one.scale, image.height * one.scale)
-    return image.resize(size, Image.Resampling.LANCZOS) if one.scale > 1 else image
+def _load(photograph: Photograph) -> Image.Image:
+    image = read_photograph(photograph.source)
+    image = image.crop(photograph.crop) if photograph.crop else image
+    size = (image.width * photograph.scale, image.height * photograph.scale)
+    return image.resize(size, Image.Resampling.LANCZOS) if photograph.scale > 1 else image
 
 
 def _diagonal(size: tuple[int, int]) -> Layer:
@@ -161,7 +161,7 @@ def _tiled(size: tuple[int, int]) -> Layer:
 
 
 def _cross(size: tuple[int, int]) -> Layer:
-    """Hairlines from corner to corner, open in the middle, where the logo and a number stand."""
+    """Hairlines from corner to corner; the logo and a number in the gap in the middle."""
     unit, factor = min(size), 4
     large = Image.new("L", (size[0] * factor, size[1] * factor))
     draw, width = ImageDraw.Draw(large), max(factor, round(unit * factor / 260))
@@ -237,7 +237,7 @@ def _fade(layer: Layer, opacity: float) -> Layer:
 
 
 def _inside(mark: Layer, corner: tuple[int, int]) -> tuple[Layer, tuple[int, int]]:
-    """``alpha_composite`` takes no negative corner: cut off what would lie left of 0."""
+    """Crops what would lie left of 0: ``alpha_composite`` takes no negative corner."""
     left, top = corner
     return mark.crop((max(0, -left), 0, mark.width, mark.height)), (max(0, left), top)
 
@@ -282,7 +282,7 @@ def _damage(size: tuple[int, int], random: np.random.Generator) -> Layer:
 
 
 def _scratch(draw: ImageDraw.ImageDraw, size: tuple[int, int], random: np.random.Generator) -> None:
-    """A thin bright line, nearly straight, that skips where the emulsion held."""
+    """A thin bright line, nearly straight, with gaps where the emulsion held."""
     start = random.uniform((0.05, 0.02), (0.95, 0.5)) * size
     length, angle = random.uniform(0.25, 0.7) * size[1], random.normal(math.pi / 2, 0.25)
     steps = np.linspace(0, 1, 60)
@@ -290,9 +290,9 @@ def _scratch(draw: ImageDraw.ImageDraw, size: tuple[int, int], random: np.random
     xs = start[0] + steps * length * math.cos(angle) + bend
     ys = start[1] + steps * length * math.sin(angle)
     width = int(random.integers(3, 7))
-    for here in range(59):
+    for step in range(59):
         if random.random() < 0.88:
-            line = (xs[here], ys[here], xs[here + 1], ys[here + 1])
+            line = (xs[step], ys[step], xs[step + 1], ys[step + 1])
             draw.line(line, fill=int(random.integers(170, 250)), width=width)
 
 
@@ -308,11 +308,9 @@ def _crease(
     points = [flip((float(a), float(w))) for a, w in zip(along, wander, strict=True)]
     shifted = [(x + 5, y + 5) for x, y in points]
     ImageDraw.Draw(dark).line(shifted, fill=90, width=8)
-    for here, there in itertools.pairwise(points):
+    for start, end in itertools.pairwise(points):
         strength = int(random.choice((0, 150, 225), p=(0.15, 0.35, 0.5)))
-        ImageDraw.Draw(light).line(
-            (*here, *there), fill=strength, width=int(random.integers(4, 11))
-        )
+        ImageDraw.Draw(light).line((*start, *end), fill=strength, width=int(random.integers(4, 11)))
 
 
 def _dust(draw: ImageDraw.ImageDraw, size: tuple[int, int], random: np.random.Generator) -> None:
@@ -351,7 +349,7 @@ def _stamp(image: Image.Image, layer: Layer) -> Image.Image:
 def _save_all(
     folder: Path, file: str, *, clean: Image.Image, damaged: Image.Image, dilation_px: int
 ) -> None:
-    """Write ``originals/``, ``images/`` and ``masks/``: what the damage changed, and a margin."""
+    """Write ``originals/``, ``images/`` and ``masks/``: the damaged pixels and a margin."""
     mask = changed(clean, damaged).filter(ImageFilter.MaxFilter(2 * dilation_px + 1))
     for name, image in (("originals", clean), ("images", damaged), ("masks", mask)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -386,7 +384,7 @@ _PAPER, _INK, _FAINT, _OVERLAY = "#f7f6f3", "#222222", "#8a8780", (230, 0, 126)
 
 
 def contact_sheet(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG, 1576 px wide, with a line per image: before, mask, after, enlarged damage."""
+    """Write a PNG, 1576 px wide, with a row per image: before, mask, after, enlarged damage."""
     strips = [_strip(row) for row in rows]
     width = 2 * _MARGIN + len(_COLUMNS) * _CELL + (len(_COLUMNS) - 1) * _GAP
     height = _HEADER + sum(strip.height + _GAP for strip in strips) + _MARGIN
@@ -402,7 +400,7 @@ def contact_sheet(rows: Sequence[Row], path: Path) -> None:
 
 def _strip(row: Row) -> Image.Image:
     before, after = row.before.convert("RGB"), row.after.convert("RGB")
-    zoom = _worst(row.mask)
+    zoom = _densest(row.mask)
     cells = [
         _fit(before),
         _fit(_overlay(before, row.mask)),
@@ -420,8 +418,8 @@ def _strip(row: Row) -> Image.Image:
     return strip
 
 
-def _worst(mask: Image.Image) -> Box:
-    """The box, of the image's shape and a quarter of its sides, that holds the most mask."""
+def _densest(mask: Image.Image) -> Box:
+    """The box of a quarter of the image's sides that holds the most mask."""
     width, height = max(1, mask.width // 4), max(1, mask.height // 4)
     sums = np.pad(np.asarray(mask, dtype=np.int64) // 255, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     high = sums[height:] - sums[:-height]

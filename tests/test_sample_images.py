@@ -1,4 +1,4 @@
-"""The images that the demo and other tests use are what they say."""
+"""The sample images have the damage and the masks that other tests rely on."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ writers = pytest.mark.parametrize("write", WRITERS, ids=["catalog", "archive"])
 
 
 def _files(folder: Path) -> dict[str, str]:
-    found = (path for path in folder.rglob("*") if path.is_file())
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in found
+        for path in folder.rglob("*")
+        if path.is_file()
     }
 
 
@@ -35,9 +35,9 @@ def _files(folder: Path) -> dict[str, str]:
 def test_the_same_files_are_written_every_time(
     write: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    write(tmp_path / "one")
-    write(tmp_path / "two")
-    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+    write(tmp_path / "first")
+    write(tmp_path / "second")
+    assert _files(tmp_path / "first") == _files(tmp_path / "second")
 
 
 @writers
@@ -56,16 +56,16 @@ def test_all_damage_lies_inside_the_mask(write: Callable[[Path], Path], tmp_path
             assert not (differs & (np.asarray(mask) == 0)).any(), row
 
 
-def test_a_contact_sheet_has_a_line_for_each_image(tmp_path: Path) -> None:
+def test_a_contact_sheet_has_a_row_for_each_image(tmp_path: Path) -> None:
     image, mask = Image.new("L", (300, 200), 90), Image.new("L", (300, 200))
     mask.paste(255, (10, 10, 40, 40))
     row = sample_images.Row(name="a.png", note="", before=image, mask=mask, after=image)
-    sample_images.contact_sheet([row], tmp_path / "one.png")
-    sample_images.contact_sheet([row, row], tmp_path / "two.png")
-    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
-        assert one.width == two.width <= 1600
-        assert two.height > one.height
-        assert _magenta(two) == 2 * _magenta(one) > 0
+    sample_images.contact_sheet([row], tmp_path / "short.png")
+    sample_images.contact_sheet([row, row], tmp_path / "long.png")
+    with Image.open(tmp_path / "short.png") as short, Image.open(tmp_path / "long.png") as long:
+        assert short.width == long.width <= 1600
+        assert long.height > short.height
+        assert _magenta(long) == 2 * _magenta(short) > 0
 
 
 def _magenta(sheet: Image.Image) -> int:

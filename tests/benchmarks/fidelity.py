@@ -1,7 +1,7 @@
-"""Fidelity: what a repainted file keeps, in every format, as decoders other than ours see it.
+"""Fidelity: what a repainted file keeps, in every format, as other decoders read it.
 
-Each photograph is written in each kind of file, a mark in it is repainted, and both files are
-decoded by tifffile, imagecodecs or OpenCV, and JPEG's blocks read by jpeglib.
+Each photograph is written in each kind of file and a mark in it is repainted. Both files are
+decoded by tifffile, imagecodecs or OpenCV; jpeglib reads the blocks of JPEGs.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ WIDTHS = (40, 9, 9, 9, 7, 40)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """What became of one file. changed: pixels outside what may change. copied: the share of
-    DCT blocks with the source's coefficients, None for other formats. metadata: the kinds kept;
-    lost: the others."""
+class Comparison:
+    """A file against its source. changed: pixels that may not change and did. copied: the share
+    of DCT blocks with the source's coefficients, None for other formats. size: in parts of the
+    source's. metadata: the kinds that are equal; lost: the others."""
 
     changed: int
     repainted: int
@@ -65,8 +65,8 @@ class Kept:
     lost: tuple[str, ...]
 
 
-def compare(file: bytes) -> Kept:
-    """Repaints a mark in the file and looks at both files with other decoders."""
+def compare(file: bytes) -> Comparison:
+    """Repaints a mark in the file and compares both files, read by other decoders."""
     image = images.decode(file, max_pixels=10**9)
     touched = mark(image.size)
     result = images.encode(image.replace(repainted(image, touched), touched=touched))
@@ -76,14 +76,14 @@ def compare(file: bytes) -> Kept:
         differs = (before != after).reshape(*touched.shape, -1).any(axis=-1)
     is_jpeg = image.format == "JPEG"
     may_change = within_reach(file, touched) if is_jpeg else touched
-    had, has = metadata(file), metadata(result)
-    return Kept(
+    old, new = metadata(file), metadata(result)
+    return Comparison(
         changed=int((differs & ~may_change).sum()),
         repainted=int((differs & touched).sum()),
         copied=copied_blocks(file, result) if is_jpeg else None,
         size=len(result) / len(file),
-        metadata=tuple(name for name in had if has.get(name) == had[name]),
-        lost=tuple(name for name in had if has.get(name) != had[name]),
+        metadata=tuple(name for name in old if new.get(name) == old[name]),
+        lost=tuple(name for name in old if new.get(name) != old[name]),
     )
 
 
@@ -96,7 +96,7 @@ def mark(size: tuple[int, int]) -> Mask:
 
 
 def repainted(image: images.DecodedImage, touched: Mask) -> Pixels:
-    """The image's pixels with its own from elsewhere in the mark; alpha as it was."""
+    """The image's pixels, with pixels from elsewhere under the mark; alpha unchanged."""
     pixels = image.pixels.copy()
     moved = np.roll(pixels, (41, 67), (0, 1))
     if image.has_alpha:
@@ -129,7 +129,7 @@ def orientation(file: bytes) -> int:
 
 
 def opened(file: bytes) -> Image.Image:
-    """By Pillow, which is not to look for further images behind a JPEG."""
+    """By Pillow, without the search for further images behind a JPEG."""
     is_jpeg = file[:3] == b"\xff\xd8\xff"
     data = io.BytesIO(file)
     return JpegImagePlugin.JpegImageFile(data) if is_jpeg else Image.open(data)
@@ -166,7 +166,7 @@ def within_reach(file: bytes, touched: Mask) -> Mask:
     stored = turned(touched, {6: 8, 8: 6}.get(turn, turn))
     with opened(file) as image:
         layers: list[tuple[int, int, int, int]] = image.layer  # type: ignore[attr-defined]
-    across, down = (max(one[n] for one in layers) if len(layers) > 1 else 1 for n in (1, 2))
+    across, down = (max(layer[n] for layer in layers) if len(layers) > 1 else 1 for n in (1, 2))
     grid = np.pad(
         stored, ((0, -stored.shape[0] % (8 * down)), (0, -stored.shape[1] % (8 * across)))
     )
@@ -180,9 +180,9 @@ def within_reach(file: bytes, touched: Mask) -> Mask:
 def copied_blocks(file: bytes, result: bytes) -> float:
     """The share of DCT blocks, of all components, with the same coefficients."""
     same = total = 0
-    for one, other in zip(coefficients(file), coefficients(result), strict=True):
-        same += int((one == other).all(axis=(2, 3)).sum())
-        total += one.shape[0] * one.shape[1]
+    for old, new in zip(coefficients(file), coefficients(result), strict=True):
+        same += int((old == new).all(axis=(2, 3)).sum())
+        total += old.shape[0] * old.shape[1]
     return same / total
 
 
@@ -196,21 +196,21 @@ def coefficients(file: bytes) -> list[NDArray[np.int16]]:
 
 
 def metadata(file: bytes) -> dict[str, object]:
-    """Everything beside the pixels that others find, and how the pixels are stored."""
-    found = of_tiff(file) if is_tiff(file) else of_others(file)
-    return {name: value for name, value in found.items() if value}
+    """All metadata that other programs read, and how the pixels are stored."""
+    values = tiff_metadata(file) if is_tiff(file) else pillow_metadata(file)
+    return {name: value for name, value in values.items() if value}
 
 
-def of_tiff(file: bytes) -> dict[str, object]:
+def tiff_metadata(file: bytes) -> dict[str, object]:
     with tifffile.TiffFile(io.BytesIO(file)) as tiff:
         page = tiff.pages.first
         stored = (page.photometric, page.bitspersample, page.extrasamples, page.predictor)
-        values = {name: page.tags.get(tag) for name, tag in TAGS.items()}
-        found = {name: tag.value for name, tag in values.items() if tag is not None}
-        return {"mode": (*stored, page.compression), **found}
+        tags = {name: page.tags.get(number) for name, number in TAGS.items()}
+        values = {name: tag.value for name, tag in tags.items() if tag is not None}
+        return {"mode": (*stored, page.compression), **values}
 
 
-def of_others(file: bytes) -> dict[str, object]:
+def pillow_metadata(file: bytes) -> dict[str, object]:
     with opened(file) as image:
         if image.format == "PNG":
             image.load()  # text may stand behind the pixels
@@ -239,8 +239,8 @@ def storage(file: bytes, image: Image.Image) -> tuple[object, ...]:
 
 def restarts(file: bytes) -> bytes:
     """JPEG's interval, in MCUs."""
-    _, found, segment = file.partition(b"\xff\xdd\0\4")
-    return segment[:2] if found and file[:2] == b"\xff\xd8" else b""
+    _, marker, segment = file.partition(b"\xff\xdd\0\4")
+    return segment[:2] if marker and file[:2] == b"\xff\xd8" else b""
 
 
 # Files
@@ -250,14 +250,14 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
     exif = Image.Exif()
     exif[ExifTags.Base.Make] = "camera"
     exif[ExifTags.Base.Orientation] = options.pop("orientation", 1)
-    beside = {"icc_profile": ICC, "xmp": XMP, "dpi": DPI, "comment": b"a photograph", "exif": exif}
+    extras = {"icc_profile": ICC, "xmp": XMP, "dpi": DPI, "comment": b"a photograph", "exif": exif}
     if image.mode == "CMYK":
-        del beside["icc_profile"]
-    return saved(image, "JPEG", **{"quality": 88, **beside, **options})
+        del extras["icc_profile"]
+    return saved(image, "JPEG", **{"quality": 88, **extras, **options})
 
 
 def sampled(image: Image.Image, *factors: tuple[int, int]) -> bytes:
-    """Sampling factors, (down, across), that Pillow does not write."""
+    """A JPEG with sampling factors, (down, across), that Pillow does not write."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sampled.jpg"
         spatial = jpeglib.from_spatial(np.array(image))
@@ -267,7 +267,7 @@ def sampled(image: Image.Image, *factors: tuple[int, int]) -> bytes:
 
 
 def with_trailer(file: bytes) -> bytes:
-    """A smaller image behind the first, as phones write them, and a directory that says so."""
+    """A smaller image behind the first, and the directory that phones write for both."""
     segment = struct.pack(">HH4s", 0xFFE2, 6, b"MPF\0")
     return file[:2] + segment + file[2:] + jpeg(Image.new("RGB", (320, 240)))
 
@@ -330,7 +330,7 @@ def saved(image: Image.Image, format: str, **options: Any) -> bytes:
 
 
 def deep(image: Image.Image) -> Pixels:
-    """uint16, with something in the low bits."""
+    """uint16, with varying low bits."""
     pixels = np.asarray(image).astype(np.uint16)
     return pixels * 257 ^ (np.arange(pixels.size).reshape(pixels.shape) % 251).astype(np.uint16)
 
@@ -360,110 +360,118 @@ Writer = Callable[[Image.Image], bytes]
 
 JPEGS: Mapping[str, Writer] = {
     **{
-        f"JPEG {name} {kind}": lambda one, s=number, p=kind == "progressive": jpeg(
-            one, subsampling=s, progressive=p
+        f"JPEG {name} {kind}": lambda photo, s=number, p=kind == "progressive": jpeg(
+            photo, subsampling=s, progressive=p
         )
         for kind in ("baseline", "progressive")
         for number, name in enumerate(("4:4:4", "4:2:2", "4:2:0"))
     },
-    "JPEG 4:1:1": lambda one: sampled(one, (1, 4), (1, 1), (1, 1)),
-    "JPEG 4:4:0": lambda one: sampled(one, (2, 1), (1, 1), (1, 1)),
-    "JPEG grey": lambda one: jpeg(grey(one)),
-    "JPEG grey progressive": lambda one: jpeg(grey(one), progressive=True),
-    "JPEG CMYK": lambda one: jpeg(cmyk(one)),
-    "JPEG CMYK progressive": lambda one: jpeg(cmyk(one), progressive=True),
-    "JPEG RGB inside": lambda one: jpeg(one, keep_rgb=True),
-    "JPEG restarts by block": lambda one: jpeg(one, restart_marker_blocks=7),
-    "JPEG restarts by row": lambda one: jpeg(one, restart_marker_rows=1, subsampling=0),
-    "JPEG grey restarts": lambda one: jpeg(grey(one), restart_marker_blocks=5),
-    "JPEG progressive restarts": lambda one: jpeg(one, restart_marker_rows=1, progressive=True),
-    "JPEG quality 100": lambda one: jpeg(one, quality=100, subsampling=0),
-    "JPEG quality 30": lambda one: jpeg(one, quality=30),
-    "JPEG and a second image": lambda one: with_trailer(jpeg(one)),
-    "JPEG without its end": lambda one: jpeg(one)[:-2],
+    "JPEG 4:1:1": lambda photo: sampled(photo, (1, 4), (1, 1), (1, 1)),
+    "JPEG 4:4:0": lambda photo: sampled(photo, (2, 1), (1, 1), (1, 1)),
+    "JPEG grey": lambda photo: jpeg(grey(photo)),
+    "JPEG grey progressive": lambda photo: jpeg(grey(photo), progressive=True),
+    "JPEG CMYK": lambda photo: jpeg(cmyk(photo)),
+    "JPEG CMYK progressive": lambda photo: jpeg(cmyk(photo), progressive=True),
+    "JPEG RGB inside": lambda photo: jpeg(photo, keep_rgb=True),
+    "JPEG restarts by block": lambda photo: jpeg(photo, restart_marker_blocks=7),
+    "JPEG restarts by row": lambda photo: jpeg(photo, restart_marker_rows=1, subsampling=0),
+    "JPEG grey restarts": lambda photo: jpeg(grey(photo), restart_marker_blocks=5),
+    "JPEG progressive restarts": lambda photo: jpeg(photo, restart_marker_rows=1, progressive=True),
+    "JPEG quality 100": lambda photo: jpeg(photo, quality=100, subsampling=0),
+    "JPEG quality 30": lambda photo: jpeg(photo, quality=30),
+    "JPEG and a second image": lambda photo: with_trailer(jpeg(photo)),
+    "JPEG without its end": lambda photo: jpeg(photo)[:-2],
     **{
-        f"JPEG orientation {turn}": lambda one, t=turn: jpeg(one, orientation=t)
+        f"JPEG orientation {turn}": lambda photo, t=turn: jpeg(photo, orientation=t)
         for turn in range(2, 9)
     },
 }
 PNGS: Mapping[str, Writer] = {
-    "PNG black and white": lambda one: png(one.convert("1")),
-    "PNG grey": lambda one: png(grey(one)),
-    "PNG grey, alpha": lambda one: png(with_alpha(grey(one))),
+    "PNG black and white": lambda photo: png(photo.convert("1")),
+    "PNG grey": lambda photo: png(grey(photo)),
+    "PNG grey, alpha": lambda photo: png(with_alpha(grey(photo))),
     "PNG RGB": png,
-    "PNG RGBA": lambda one: png(with_alpha(one)),
-    "PNG palette": lambda one: png(one.quantize(256)),
-    "PNG palette of 16": lambda one: png(one.quantize(16)),
-    "PNG palette, alpha": lambda one: png(with_alpha(one).quantize(200)),
-    "PNG RGB, colour key": lambda one: keyed(png(one), *one.getpixel((0, 0))),  # type: ignore[misc]
-    "PNG grey, colour key": lambda one: keyed(png(grey(one)), int(np.asarray(grey(one))[0, 0])),
-    "PNG 16-bit grey": lambda one: deep_png(deep(grey(one))),
-    "PNG 16-bit grey, alpha": lambda one: deep_png(deep(with_alpha(grey(one)))),
-    "PNG 16-bit RGB": lambda one: deep_png(deep(one)),
-    "PNG 16-bit RGBA": lambda one: deep_png(deep(with_alpha(one))),
-    "PNG 16-bit RGB, colour key": lambda one: keyed(deep_png(deep(one)), *deep(one)[0, 0].tolist()),
+    "PNG RGBA": lambda photo: png(with_alpha(photo)),
+    "PNG palette": lambda photo: png(photo.quantize(256)),
+    "PNG palette of 16": lambda photo: png(photo.quantize(16)),
+    "PNG palette, alpha": lambda photo: png(with_alpha(photo).quantize(200)),
+    "PNG RGB, colour key": lambda photo: keyed(png(photo), *photo.getpixel((0, 0))),  # type: ignore[misc]
+    "PNG grey, colour key": lambda photo: keyed(
+        png(grey(photo)), int(np.asarray(grey(photo))[0, 0])
+    ),
+    "PNG 16-bit grey": lambda photo: deep_png(deep(grey(photo))),
+    "PNG 16-bit grey, alpha": lambda photo: deep_png(deep(with_alpha(grey(photo)))),
+    "PNG 16-bit RGB": lambda photo: deep_png(deep(photo)),
+    "PNG 16-bit RGBA": lambda photo: deep_png(deep(with_alpha(photo))),
+    "PNG 16-bit RGB, colour key": lambda photo: keyed(
+        deep_png(deep(photo)), *deep(photo)[0, 0].tolist()
+    ),
 }
 _LZW: Mapping[str, Any] = {"compression": "lzw", "predictor": True}
 TIFFS: Mapping[str, Writer] = {
-    "TIFF black and white, fax": lambda one: saved(one.convert("1"), "TIFF", compression="group4"),
-    "TIFF grey": lambda one: tiff(np.asarray(grey(one))),
-    "TIFF grey, white is zero": lambda one: tiff(np.asarray(grey(one)), photometric="miniswhite"),
-    "TIFF grey, alpha": lambda one: tiff(
-        np.asarray(with_alpha(grey(one))),
+    "TIFF black and white, fax": lambda photo: saved(
+        photo.convert("1"), "TIFF", compression="group4"
+    ),
+    "TIFF grey": lambda photo: tiff(np.asarray(grey(photo))),
+    "TIFF grey, white is zero": lambda photo: tiff(
+        np.asarray(grey(photo)), photometric="miniswhite"
+    ),
+    "TIFF grey, alpha": lambda photo: tiff(
+        np.asarray(with_alpha(grey(photo))),
         photometric="minisblack",
         extrasamples=["unassalpha"],
         planarconfig="contig",
     ),
-    "TIFF RGB": lambda one: tiff(np.asarray(one), photometric="rgb"),
-    "TIFF RGB, LZW": lambda one: tiff(np.asarray(one), photometric="rgb", **_LZW),
-    "TIFF RGB, tiles": lambda one: tiff(
-        np.asarray(one), photometric="rgb", tile=(64, 48), compression="adobe_deflate"
+    "TIFF RGB": lambda photo: tiff(np.asarray(photo), photometric="rgb"),
+    "TIFF RGB, LZW": lambda photo: tiff(np.asarray(photo), photometric="rgb", **_LZW),
+    "TIFF RGB, tiles": lambda photo: tiff(
+        np.asarray(photo), photometric="rgb", tile=(64, 48), compression="adobe_deflate"
     ),
-    "TIFF RGB, planes": lambda one: tiff(
-        np.asarray(one), photometric="rgb", planarconfig="separate", compression="packbits"
+    "TIFF RGB, planes": lambda photo: tiff(
+        np.asarray(photo), photometric="rgb", planarconfig="separate", compression="packbits"
     ),
-    "TIFF RGB, BigTIFF, big endian": lambda one: tiff(
-        np.asarray(one), photometric="rgb", bigtiff=True, byteorder=">"
+    "TIFF RGB, BigTIFF, big endian": lambda photo: tiff(
+        np.asarray(photo), photometric="rgb", bigtiff=True, byteorder=">"
     ),
-    "TIFF RGBA": lambda one: tiff(
-        np.asarray(with_alpha(one)), photometric="rgb", extrasamples=["unassalpha"]
+    "TIFF RGBA": lambda photo: tiff(
+        np.asarray(with_alpha(photo)), photometric="rgb", extrasamples=["unassalpha"]
     ),
-    "TIFF RGBA, associated": lambda one: tiff(
-        np.asarray(with_alpha(one)), photometric="rgb", extrasamples=["assocalpha"]
+    "TIFF RGBA, associated": lambda photo: tiff(
+        np.asarray(with_alpha(photo)), photometric="rgb", extrasamples=["assocalpha"]
     ),
-    "TIFF palette": lambda one: saved(one.quantize(256), "TIFF", compression="tiff_lzw"),
-    "TIFF CMYK": lambda one: tiff(np.asarray(cmyk(one)), photometric="separated", **_LZW),
-    "TIFF 16-bit grey": lambda one: tiff(deep(grey(one)), **_LZW),
-    "TIFF 16-bit grey, white is zero": lambda one: tiff(
-        deep(grey(one)), photometric="miniswhite", byteorder=">"
+    "TIFF palette": lambda photo: saved(photo.quantize(256), "TIFF", compression="tiff_lzw"),
+    "TIFF CMYK": lambda photo: tiff(np.asarray(cmyk(photo)), photometric="separated", **_LZW),
+    "TIFF 16-bit grey": lambda photo: tiff(deep(grey(photo)), **_LZW),
+    "TIFF 16-bit grey, white is zero": lambda photo: tiff(
+        deep(grey(photo)), photometric="miniswhite", byteorder=">"
     ),
-    "TIFF 16-bit grey, alpha": lambda one: tiff(
-        deep(with_alpha(grey(one))),
+    "TIFF 16-bit grey, alpha": lambda photo: tiff(
+        deep(with_alpha(grey(photo))),
         photometric="minisblack",
         extrasamples=["unassalpha"],
         planarconfig="contig",
         **_LZW,
     ),
-    "TIFF 16-bit RGB": lambda one: tiff(deep(one), photometric="rgb", compression="zstd"),
-    "TIFF 16-bit RGB, LZW, big endian": lambda one: tiff(
-        deep(one), photometric="rgb", byteorder=">", **_LZW
+    "TIFF 16-bit RGB": lambda photo: tiff(deep(photo), photometric="rgb", compression="zstd"),
+    "TIFF 16-bit RGB, LZW, big endian": lambda photo: tiff(
+        deep(photo), photometric="rgb", byteorder=">", **_LZW
     ),
-    "TIFF 16-bit RGB, planes, tiles": lambda one: tiff(
-        deep(one), photometric="rgb", planarconfig="separate", tile=(64, 64), **_LZW
+    "TIFF 16-bit RGB, planes, tiles": lambda photo: tiff(
+        deep(photo), photometric="rgb", planarconfig="separate", tile=(64, 64), **_LZW
     ),
-    "TIFF 16-bit RGBA": lambda one: tiff(
-        deep(with_alpha(one)), photometric="rgb", extrasamples=["unassalpha"], **_LZW
+    "TIFF 16-bit RGBA": lambda photo: tiff(
+        deep(with_alpha(photo)), photometric="rgb", extrasamples=["unassalpha"], **_LZW
     ),
 }
 OTHERS: Mapping[str, Writer] = {
-    "WebP lossless": lambda one: webp(one, lossless=True),
-    "WebP lossless, alpha": lambda one: webp(with_alpha(one), lossless=True, exact=True),
-    "WebP, lossy": lambda one: webp(one, quality=80),
-    "BMP": lambda one: saved(one, "BMP", dpi=DPI),
-    "BMP RGBA": lambda one: images.encode(
-        images.decode(png(with_alpha(one)), max_pixels=10**9), format="BMP"
+    "WebP lossless": lambda photo: webp(photo, lossless=True),
+    "WebP lossless, alpha": lambda photo: webp(with_alpha(photo), lossless=True, exact=True),
+    "WebP, lossy": lambda photo: webp(photo, quality=80),
+    "BMP": lambda photo: saved(photo, "BMP", dpi=DPI),
+    "BMP RGBA": lambda photo: images.encode(
+        images.decode(png(with_alpha(photo)), max_pixels=10**9), format="BMP"
     ),
-    "BMP palette": lambda one: saved(one.quantize(256), "BMP", dpi=DPI),
+    "BMP palette": lambda photo: saved(photo.quantize(256), "BMP", dpi=DPI),
 }
 KINDS: Mapping[str, Writer] = {**JPEGS, **PNGS, **TIFFS, **OTHERS}
 
@@ -471,24 +479,25 @@ KINDS: Mapping[str, Writer] = {**JPEGS, **PNGS, **TIFFS, **OTHERS}
 def main() -> None:
     photographs = [sample_images.read_photograph(name) for name in PHOTOGRAPHS]
     photographs = [
-        one.crop((0, 0, min(one.width, 701), min(one.height, 523))) for one in photographs
+        photo.crop((0, 0, min(photo.width, 701), min(photo.height, 523))) for photo in photographs
     ]
-    line("files", "images", "outside", "copied", "size", "kept")
+    print_row("files", "images", "outside", "copied", "size", "kept")
     for kind, write in KINDS.items():
-        kept = [compare(write(one)) for one in photographs]
-        copied = [one.copied for one in kept if one.copied is not None]
-        lost = {name for one in kept for name in one.lost}
-        line(
+        comparisons = [compare(write(photo)) for photo in photographs]
+        copied = [file.copied for file in comparisons if file.copied is not None]
+        lost = {name for file in comparisons for name in file.lost}
+        print_row(
             kind,
-            len(kept),
-            sum(one.changed for one in kept),
+            len(comparisons),
+            sum(file.changed for file in comparisons),
             f"{min(copied):.1%}" if copied else "",
-            f"{sum(one.size for one in kept) / len(kept):.2f}x",
-            ", ".join(kept[0].metadata) + (f"; not {', '.join(sorted(lost))}" if lost else ""),
+            f"{sum(file.size for file in comparisons) / len(comparisons):.2f}x",
+            ", ".join(comparisons[0].metadata)
+            + (f"; not {', '.join(sorted(lost))}" if lost else ""),
         )
 
 
-def line(*cells: object) -> None:
+def print_row(*cells: object) -> None:
     padded = (f"{cell!s:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
     print("  ".join(padded).rstrip(), flush=True)
 

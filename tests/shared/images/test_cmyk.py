@@ -36,9 +36,11 @@ def profile() -> bytes:
     axis = np.linspace(0, 255, 17).astype(np.uint8)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(1, -1, 3)
     signed = points ^ np.array([0, 128, 128], np.uint8)  # as Pillow keeps a and b
-    asked = Image.frombytes("LAB", (points.shape[1], 1), signed.tobytes())
-    wanted = ImageCms.applyTransform(asked, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
-    ink = np.asarray(wanted).reshape(-1, 3) / 255
+    points_lab = Image.frombytes("LAB", (points.shape[1], 1), signed.tobytes())
+    points_rgb = ImageCms.applyTransform(
+        points_lab, ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
+    )
+    ink = np.asarray(points_rgb).reshape(-1, 3) / 255
     black = (1 - ink.max(axis=-1, keepdims=True)) * 0.8
     inks = (1 - ink / np.maximum(1 - black, 1e-3)) / [1.0, 0.6, 1.0]
     back = np.concatenate([inks, black], axis=-1).clip(0, 1) * 255
@@ -101,14 +103,14 @@ def test_an_engine_sees_the_colours_that_the_profile_says(format: str) -> None:
 
 @pytest.mark.parametrize("icc", [b"", PROFILE], ids=["without a profile", "with a profile"])
 def test_what_is_painted_looks_as_asked_and_has_black_ink(icc: bytes) -> None:
-    asked = np.array([[20, 25, 30], [90, 60, 40], [200, 180, 160], [255, 255, 255]], np.float32)
-    inks = cmyk.from_rgb(asked, icc)
+    rgb = np.array([[20, 25, 30], [90, 60, 40], [200, 180, 160], [255, 255, 255]], np.float32)
+    inks = cmyk.from_rgb(rgb, icc)
     assert inks.shape == (4, 4)
     assert inks[0, 3] > 120
     assert inks[2, 3] < 60
     assert inks.sum(axis=1).max() <= 3.2 * 255
     seen = cmyk.to_rgb(np.rint(inks).astype(np.uint8)[None], icc)[0]
-    assert np.abs(seen.astype(int) - asked).max() <= (24 if icc else 2)
+    assert np.abs(seen.astype(int) - rgb).max() <= (24 if icc else 2)
 
 
 def test_black_and_nothing_come_back_exactly_without_a_profile() -> None:
@@ -118,9 +120,9 @@ def test_black_and_nothing_come_back_exactly_without_a_profile() -> None:
 
 def test_a_profile_that_cannot_be_used_is_none() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    asked = np.array([[10, 200, 90]], np.float32)
+    rgb = np.array([[10, 200, 90]], np.float32)
     for useless in (b"no profile", srgb, PROFILE[:400]):
-        assert np.array_equal(cmyk.from_rgb(asked, useless), cmyk.from_rgb(asked, b""))
+        assert np.array_equal(cmyk.from_rgb(rgb, useless), cmyk.from_rgb(rgb, b""))
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 3), (4, 6, 3)])

@@ -22,7 +22,7 @@ from shared.images.tiff_ifd import copy_tags, read_directory
 LIMIT = 10_000_000
 CAT = Image.fromarray(data.chelsea()).resize((150, 100))
 GREY16 = (np.asarray(CAT.convert("L")).astype(np.uint16) << 8) + 7
-ICC = b"not a real profile, but kept as it is" * 3
+ICC = b"not a valid profile, but copied unread" * 3
 XMP = b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>"
 
 
@@ -135,10 +135,10 @@ def test_jpeg_keeps_tables_subsampling_and_progression() -> None:
     for subsampling, progressive in ((0, True), (1, False), (2, True)):
         options = {"quality": 71, "subsampling": subsampling, "progressive": progressive}
         before = save(CAT, "JPEG", **options)
-        one, other = open_(before), open_(repainted(before))
-        assert one.quantization == other.quantization  # type: ignore[attr-defined]
-        assert one.layer == other.layer  # type: ignore[attr-defined]
-        assert other.info.get("progressive", 0) == (1 if progressive else 0)
+        old, new = open_(before), open_(repainted(before))
+        assert old.quantization == new.quantization  # type: ignore[attr-defined]
+        assert old.layer == new.layer  # type: ignore[attr-defined]
+        assert new.info.get("progressive", 0) == (1 if progressive else 0)
 
 
 def test_jpeg_with_rgb_inside_stays_rgb() -> None:
@@ -153,12 +153,12 @@ def test_jpeg_changes_little_outside_and_nothing_in_its_header() -> None:
     exif[0x010E] = "a cat"
     comment = {"comment": b"hello", "dpi": (300, 300), "exif": exif, "icc_profile": ICC}
     before = save(CAT, "JPEG", quality=90, **comment, xmp=XMP)
-    one, other = open_(before), open_(repainted(before))
-    assert other.info["comment"] == b"hello"
-    assert other.info["dpi"] == (300, 300)
-    assert other.info["icc_profile"] == ICC
-    assert other.info["xmp"] == XMP
-    assert other.info["exif"] == one.info["exif"]
+    old, new = open_(before), open_(repainted(before))
+    assert new.info["comment"] == b"hello"
+    assert new.info["dpi"] == (300, 300)
+    assert new.info["icc_profile"] == ICC
+    assert new.info["xmp"] == XMP
+    assert new.info["exif"] == old.info["exif"]
 
 
 def test_a_large_colour_profile_survives_in_pieces() -> None:
@@ -173,18 +173,18 @@ def test_a_large_colour_profile_survives_in_pieces() -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "TIFF", "BMP"])
 def test_profile_resolution_and_xmp_are_kept(format: str) -> None:
-    kept: dict[str, dict[str, Any]] = {
+    options: dict[str, dict[str, Any]] = {
         "PNG": {"icc_profile": ICC, "dpi": (300, 150)},
         "WEBP": {"icc_profile": ICC, "xmp": XMP, "lossless": True},
         "TIFF": {"icc_profile": ICC, "dpi": (300, 150), "tiffinfo": {700: XMP}},
         "BMP": {"dpi": (300, 150)},
     }
-    before = save(CAT, format, **kept[format])
-    one, other = open_(before), open_(repainted(before))
+    before = save(CAT, format, **options[format])
+    old, new = open_(before), open_(repainted(before))
     for key in ("icc_profile", "xmp"):
-        assert other.info.get(key) == one.info.get(key)
-    if "dpi" in one.info:
-        assert other.info["dpi"] == pytest.approx(one.info["dpi"])
+        assert new.info.get(key) == old.info.get(key)
+    if "dpi" in old.info:
+        assert new.info["dpi"] == pytest.approx(old.info["dpi"])
 
 
 def test_a_bitmap_without_a_resolution_gets_none() -> None:

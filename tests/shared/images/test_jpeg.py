@@ -1,4 +1,4 @@
-"""JPEG results: what was not repainted decodes exactly as before, in every kind of file."""
+"""JPEG results: untouched pixels decode exactly as before, in every kind of file."""
 
 from __future__ import annotations
 
@@ -69,22 +69,22 @@ def boxed(shape: tuple[int, ...], box: Area) -> Mask:
 
 
 def repainted(file: bytes, touched: Mask) -> images.DecodedImage:
-    """The file's image with other parts of itself where it is touched."""
+    """The file's image with pixels from elsewhere where it is touched."""
     image = decode(file)
     pixels = image.pixels.copy()
     pixels[touched] = np.roll(pixels, (37, 53), (0, 1))[touched] ^ 1
     return image.replace(pixels, touched=touched)
 
 
-def differs(one: Pixels, other: Pixels) -> Mask:
-    assert one.shape == other.shape
-    return (one != other).reshape(*one.shape[:2], -1).any(axis=-1)
+def differs(before: Pixels, after: Pixels) -> Mask:
+    assert before.shape == after.shape
+    return (before != after).reshape(*before.shape[:2], -1).any(axis=-1)
 
 
 def allowed(file: bytes, touched: Mask) -> Mask:
     """The touched MCUs, and one colour sample around them where colour is subsampled."""
     layers = opened(file).layer
-    across, down = max(one[1] for one in layers), max(one[2] for one in layers)
+    across, down = max(layer[1] for layer in layers), max(layer[2] for layer in layers)
     if len(layers) == 1:
         across = down = 1
     height, width = touched.shape
@@ -100,9 +100,8 @@ def allowed(file: bytes, touched: Mask) -> Mask:
     return near[:height, :width]
 
 
-def error(pixels: Pixels, wanted: Pixels, where: Mask) -> float:
-    """Root of the mean square difference."""
-    return float(np.sqrt(((pixels[where].astype(float) - wanted[where]) ** 2).mean()))
+def rms_error(pixels: Pixels, expected: Pixels, where: Mask) -> float:
+    return float(np.sqrt(((pixels[where].astype(float) - expected[where]) ** 2).mean()))
 
 
 def with_sampling(folder: Path, *factors: tuple[int, int]) -> bytes:
@@ -114,7 +113,7 @@ def with_sampling(folder: Path, *factors: tuple[int, int]) -> bytes:
 
 
 def transformed(file: bytes, transform: int) -> bytes:
-    """The file with another colour space in its Adobe segment: strange colours, but valid."""
+    """The file with another colour space in its Adobe segment: valid, with odd colours."""
     return with_byte(file, b"Adobe", 11, transform)
 
 
@@ -123,14 +122,14 @@ def with_byte(file: bytes, segment: bytes, offset: int, value: int) -> bytes:
     return file[:place] + bytes([value]) + file[place + 1 :]
 
 
-def unmarked(file: bytes) -> bytes:
+def without_adobe(file: bytes) -> bytes:
     """The file without its Adobe segment."""
     start = file.index(b"\xff\xee")
     return file[:start] + file[start + 16 :]
 
 
 def renamed(file: bytes) -> bytes:
-    """An RGB file whose components are numbered 1 to 3, so that only its Adobe segment tells."""
+    """An RGB file with components 1 to 3, so that only its Adobe segment says that it is RGB."""
     start = file.index(b"\xff\xc0") + 10
     scan = file.index(b"\xff\xda") + 5
     names = {start: 1, start + 3: 2, start + 6: 3, scan: 1, scan + 2: 2, scan + 4: 3}
@@ -150,10 +149,10 @@ FILES = {
     "CMYK": save(COFFEE.convert("CMYK")),
     "CMYK, progressive": save(COFFEE.convert("CMYK"), progressive=True),
     "YCCK": transformed(save(COFFEE.convert("CMYK")), 2),
-    "CMYK, unmarked": unmarked(save(COFFEE.convert("CMYK"))),
+    "CMYK, unmarked": without_adobe(save(COFFEE.convert("CMYK"))),
     "RGB": save(COFFEE, keep_rgb=True),
     "RGB, numbered": renamed(save(COFFEE, keep_rgb=True)),
-    "RGB, unmarked": unmarked(save(COFFEE, keep_rgb=True)),
+    "RGB, unmarked": without_adobe(save(COFFEE, keep_rgb=True)),
     "YCC, numbered as RGB": transformed(save(COFFEE, keep_rgb=True), 1),
     "restarts": save(COFFEE, restart_marker_blocks=3),
     "restarts, progressive": save(COFFEE, restart_marker_rows=1, progressive=True),
@@ -194,18 +193,18 @@ def test_nothing_outside_the_touched_blocks_changes(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["4:4:4, baseline", "4:2:0, baseline", "4:2:0, progressive", "grey", "RGB", "coarse"]
 )
-def test_inside_it_is_as_good_as_a_file_encoded_as_a_whole(name: str) -> None:
+def test_touched_pixels_are_as_exact_as_in_a_file_encoded_as_a_whole(name: str) -> None:
     image = repainted(FILES[name], boxed((171, 203), BOX))
     spliced, whole = images.encode(image), jpeg_format.encode(image, None)
     assert image.touched is not None
     ours, theirs = (
-        error(by_pillow(file), image.pixels, image.touched) for file in (spliced, whole)
+        rms_error(by_pillow(file), image.pixels, image.touched) for file in (spliced, whole)
     )
     assert ours <= theirs * 1.03 + 0.05
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name[:3] in ("CMY", "YCC", "RGB")])
-def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
+def test_new_pixels_have_the_given_colour_in_every_colour_space(name: str) -> None:
     image, touched = decode(FILES[name]), boxed((171, 203), BOX)
     colour = (30, 90, 120, 60)[: image.pixels.shape[2]]
     pixels = image.pixels.copy()
@@ -216,15 +215,15 @@ def test_every_colour_space_becomes_what_was_asked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["4:2:2, baseline", "4:2:0, baseline", "4:2:0, progressive"])
-def test_what_shares_a_block_with_the_mask_suffers_less_than_in_a_file_encoded_as_a_whole(
+def test_pixels_that_share_a_block_with_the_mask_change_less_than_in_a_file_encoded_as_a_whole(
     name: str,
 ) -> None:
     image = repainted(FILES[name], boxed((171, 203), BOX))
     assert image.touched is not None
     beside = allowed(FILES[name], image.touched) & ~image.touched
     before = by_pillow(FILES[name])
-    ours = error(by_pillow(images.encode(image)), before, beside)
-    assert ours < error(by_pillow(jpeg_format.encode(image, None)), before, beside)
+    ours = rms_error(by_pillow(images.encode(image)), before, beside)
+    assert ours < rms_error(by_pillow(jpeg_format.encode(image, None)), before, beside)
 
 
 def test_no_trace_of_a_mark_that_the_file_clipped_to_white() -> None:
@@ -250,16 +249,16 @@ def test_blocks_are_copied_and_the_file_keeps_its_size(name: str) -> None:
     assert len(spliced.data) < len(before) * 1.05
 
 
-def test_brightness_is_copied_in_blocks_of_eight_pixels_whatever_colour_does(
+def test_luma_is_copied_in_blocks_of_eight_pixels_whatever_the_chroma_sampling(
     tmp_path: Path,
 ) -> None:
     before = FILES["4:2:0, baseline"]
     after = images.encode(repainted(before, boxed((171, 203), (40, 40, 44, 44))))
     old, new = (coefficients(file, tmp_path) for file in (before, after))
-    changed = [(one != other).any(axis=(2, 3)) for one, other in zip(old, new, strict=True)]
-    brightness, *colours = [np.argwhere(one).tolist() for one in changed]
-    assert brightness == [[5, 5]]
-    assert all(colour in ([[2, 2]], []) for colour in colours)
+    changed = [(a != b).any(axis=(2, 3)) for a, b in zip(old, new, strict=True)]
+    luma, *chroma = [np.argwhere(component).tolist() for component in changed]
+    assert luma == [[5, 5]]
+    assert all(component in ([[2, 2]], []) for component in chroma)
 
 
 def coefficients(file: bytes, folder: Path) -> list[NDArray[np.int16]]:
@@ -307,7 +306,7 @@ def test_any_size_and_any_touched_pixels(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_a_turned_image_stays_stored_as_it_was(orientation: int, subsampling: int) -> None:
+def test_an_image_with_an_orientation_keeps_it(orientation: int, subsampling: int) -> None:
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = orientation, "camera"
     before = save(COFFEE, exif=exif, subsampling=subsampling)
@@ -320,11 +319,11 @@ def test_a_turned_image_stays_stored_as_it_was(orientation: int, subsampling: in
     outside = ~boxed(old.shape, (left - 18, top - 18, right + 18, bottom + 18))
     assert not (differs(old, new) & outside).any()
     inside = boxed(old.shape, BOX)
-    assert error(new, image.pixels, inside) < error(new, old, inside) / 4
+    assert rms_error(new, image.pixels, inside) < rms_error(new, old, inside) / 4
     assert np.array_equal(decode(after).pixels, new)
 
 
-def test_every_segment_is_kept_and_the_thumbnail_goes() -> None:
+def test_every_segment_is_kept_except_the_thumbnail() -> None:
     directory = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x112, 3, 1, 6, 0, 26)
     thumbnail = struct.pack("<HHHIIHHIII", 2, 0x201, 4, 1, 56, 0x202, 4, 1, 9, 0)
     exif = b"Exif\0\0" + directory + thumbnail + b"THUMBNAIL"
@@ -339,7 +338,7 @@ def test_every_segment_is_kept_and_the_thumbnail_goes() -> None:
     assert b"THUMBNAIL" not in after
 
 
-def test_a_file_without_jfif_gets_none_and_keeps_its_component_names() -> None:
+def test_a_file_without_jfif_gets_no_jfif_segment_and_keeps_its_component_names() -> None:
     plain = FILES["4:2:0, baseline"]
     start = plain.index(b"\xff\xe0")
     before = plain[:start] + plain[start + 18 :]
@@ -348,18 +347,17 @@ def test_a_file_without_jfif_gets_none_and_keeps_its_component_names() -> None:
     assert_same_outside(before, after, boxed((171, 203), BOX))
 
 
-def test_threads_do_not_disturb_each_other() -> None:
+def test_results_are_the_same_in_concurrent_threads() -> None:
     names = ["4:2:0, baseline", "4:2:0, progressive", "grey, progressive", "CMYK", "restarts"] * 8
     repainted_images = [repainted(FILES[name], boxed((171, 203), BOX)) for name in names]
-    alone = {
-        name: images.encode(one) for name, one in zip(names[:5], repainted_images[:5], strict=True)
-    }
+    first = zip(names[:5], repainted_images[:5], strict=True)
+    alone = {name: images.encode(image) for name, image in first}
     with ThreadPoolExecutor(4) as threads:
         together = list(threads.map(images.encode, repainted_images))
     assert together == [alone[name] for name in names]
 
 
-# What cannot be spliced
+# Files that cannot be spliced
 
 
 def without_last_scan(file: bytes) -> bytes:
@@ -391,7 +389,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_cannot_be_spliced_is_encoded_as_a_whole_and_the_log_says_so(
+def test_a_file_that_cannot_be_spliced_is_encoded_as_a_whole_with_a_warning(
     reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = REFUSED[reason]
@@ -423,7 +421,7 @@ def test_more_blocks_than_a_scan_can_hold_never_reach_the_c_library() -> None:
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("name", ["4:2:0, baseline", "4:2:0, progressive", "restarts"])
-def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: float) -> None:
+def test_damage_that_pillow_ignores_never_ends_the_process(name: str, share: float) -> None:
     file = bytearray(FILES[name])
     place = int(len(file) * share)
     file[place : place + 8] = b"\x5a" * 8
@@ -437,7 +435,7 @@ def test_damage_that_pillow_reads_over_never_ends_the_process(name: str, share: 
         pass
 
 
-def test_a_file_that_would_decode_otherwise_is_not_handed_out(
+def test_a_file_that_decodes_differently_outside_the_mask_is_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
@@ -455,7 +453,7 @@ def test_without_jpeglib_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPa
         images.encode(image)
 
 
-def test_a_full_disk_is_noticed_before_the_c_library_writes(
+def test_a_full_disk_is_an_error_before_the_c_library_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     full = shutil.disk_usage("/")._replace(free=1000)

@@ -54,7 +54,7 @@ def rdf(packet: bytes) -> Any:
 
 
 def values(packet: bytes, space: str, name: str) -> list[str]:
-    elements = [one.text for one in rdf(packet).iter(f"{{{space}}}{name}")]
+    elements = [element.text for element in rdf(packet).iter(f"{{{space}}}{name}")]
     return elements + rdf(packet).xpath(
         f"//@*[local-name()='{name}' and namespace-uri()='{space}']"
     )
@@ -68,7 +68,7 @@ def source_type(term: str) -> bytes:
     return packet(f'<rdf:Description rdf:about="" xmlns:i="{IPTC}" i:DigitalSourceType="{term}"/>')
 
 
-# What the note says
+# Contents of the note
 
 
 def test_an_image_without_a_packet_gets_one() -> None:
@@ -85,9 +85,9 @@ def test_an_image_without_a_packet_gets_one() -> None:
     assert marked.endswith(b'<?xpacket end="w"?>')
 
 
-def test_an_engine_without_a_trained_model_is_no_generative_ai() -> None:
-    found = values(add_provenance(b"", OPENCV), IPTC, "DigitalSourceType")
-    assert found == [SOURCE_TYPES + "algorithmicallyEnhanced"]
+def test_an_engine_without_a_trained_model_is_not_declared_as_generative_ai() -> None:
+    types = values(add_provenance(b"", OPENCV), IPTC, "DigitalSourceType")
+    assert types == [SOURCE_TYPES + "algorithmicallyEnhanced"]
 
 
 @pytest.mark.parametrize("note", [NOTE, OPENCV])
@@ -105,14 +105,14 @@ def test_a_photograph_is_no_longer_an_untouched_capture() -> None:
 def test_the_source_type_is_also_found_as_a_resource() -> None:
     inside = f'<i:DigitalSourceType rdf:resource="{SOURCE_TYPES}compositeSynthetic"/>'
     source = packet(f'<rdf:Description xmlns:i="{IPTC}">{inside}</rdf:Description>')
-    found = values(add_provenance(source, NOTE), IPTC, "DigitalSourceType")
-    assert found == [SOURCE_TYPES + "compositeSynthetic"]
+    types = values(add_provenance(source, NOTE), IPTC, "DigitalSourceType")
+    assert types == [SOURCE_TYPES + "compositeSynthetic"]
 
 
-# What was there
+# Contents of the source's packet
 
 
-def test_all_that_the_source_said_stays() -> None:
+def test_everything_in_the_sources_packet_stays() -> None:
     marked = add_provenance(PHOTOSHOP, NOTE)
     start = PHOTOSHOP.index(b"<dc:title>")
     assert PHOTOSHOP[start : PHOTOSHOP.index(b"</MM:History>")].split(b"</r:Seq>")[0] in marked
@@ -120,22 +120,22 @@ def test_all_that_the_source_said_stays() -> None:
     assert values(marked, XMP, "Rating") == ["4"]
     assert b"<!-- kept -->" in marked
     assert b'xmptk="Adobe XMP Core 9.1"' in marked
-    abouts = {one.get(f"{{{RDF}}}about") for one in rdf(marked)}
+    abouts = {element.get(f"{{{RDF}}}about") for element in rdf(marked)}
     assert abouts == {"uuid:9"}
 
 
-def test_our_event_follows_the_others() -> None:
+def test_the_new_event_follows_the_others() -> None:
     marked = add_provenance(PHOTOSHOP, NOTE)
     (events,) = rdf(marked).iter(f"{{{RDF}}}Seq")
     first, second = events
     assert first.get(f"{{{EVENT}}}softwareAgent") == "Photoshop"
     assert second.findtext(f"{{{EVENT}}}action") == "edited"
-    what = second.findtext(f"{{{EVENT}}}parameters")
-    assert what == f"inpainted by job 17, engine sd2, seed {2**63 - 1}"
+    text = second.findtext(f"{{{EVENT}}}parameters")
+    assert text == f"inpainted by job 17, engine sd2, seed {2**63 - 1}"
 
 
 @pytest.mark.parametrize("source", [b"", PHOTOSHOP, source_type("digitalCapture")])
-def test_marking_twice_for_one_job_changes_nothing(source: bytes) -> None:
+def test_adding_the_note_of_a_job_twice_changes_nothing(source: bytes) -> None:
     marked = add_provenance(source, NOTE)
     assert add_provenance(marked, NOTE) == marked
     assert add_provenance(source, NOTE) == marked
@@ -163,12 +163,12 @@ def test_packets_in_other_encodings_are_read(encoding: str) -> None:
     assert "Łódź &amp; fog" in marked.decode()
 
 
-def test_a_stray_byte_and_a_control_character_cost_only_themselves() -> None:
+def test_only_a_stray_byte_and_a_control_character_are_replaced() -> None:
     marked = add_provenance(PHOTOSHOP.replace("Łódź".encode(), b"Caf\xe9\0"), NOTE)
     assert "Café  &amp; fog" in marked.decode()
 
 
-# What is damaged
+# Damaged packets
 
 
 @pytest.mark.parametrize(
@@ -190,31 +190,31 @@ def test_a_damaged_packet_is_replaced_and_logged(
     assert "damaged" in caplog.text
 
 
-def test_what_xml_cannot_hold_is_left_out_of_the_note() -> None:
+def test_characters_that_xml_does_not_allow_become_spaces() -> None:
     marked = add_provenance(b"", replace(NOTE, params_json="a\uffffb\x01c"))
     assert values(marked, NAMESPACE, "parameters") == ["a b c"]
 
 
-def test_an_xml_declaration_inside_the_packet_is_no_damage() -> None:
+def test_an_xml_declaration_inside_the_packet_is_not_damage() -> None:
     declared = PHOTOSHOP.replace(b"<x:xmpmeta", b'<?xml version="1.0"?><x:xmpmeta')
     assert add_provenance(declared, NOTE) == add_provenance(PHOTOSHOP, NOTE)
 
 
-# Files, as other programs read them
+# Files, read by other programs
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One marked result a format, and a JPEG whose packet is longer than a segment."""
+    """A result with a note per format, and a JPEG whose packet is longer than a segment."""
     folder = tmp_path_factory.mktemp("marked")
-    found = {}
+    paths = {}
     for name in (*FORMATS, "long JPEG"):
         filler = "long " * 20_000 if name == "long JPEG" else ""
         source = LIGHTROOM.replace(b"</dc:title>", filler.encode() + b"</dc:title>")
         format = name.split()[-1]
-        found[name] = folder / f"{name}.{format.lower()}"
-        found[name].write_bytes(encoded(format, add_provenance(source, NOTE)))
-    return found
+        paths[name] = folder / f"{name}.{format.lower()}"
+        paths[name].write_bytes(encoded(format, add_provenance(source, NOTE)))
+    return paths
 
 
 def encoded(format: str, packet: bytes) -> bytes:
@@ -230,27 +230,27 @@ def encoded(format: str, packet: bytes) -> bytes:
 @pytest.mark.parametrize("name", FORMATS)
 def test_exiv2_reads_the_note(files: dict[str, Path], name: str) -> None:
     with pyexiv2.Image(str(files[name])) as image:
-        found = image.read_xmp()
-    assert found["Xmp.iptcExt.DigitalSourceType"] == EDITED
-    assert found["Xmp.inpaint.parameters"] == NOTE.params_json
-    assert found["Xmp.inpaint.seed"] == str(NOTE.seed)
-    assert found["Xmp.xmp.CreatorTool"] == "X-T5 Ver1.10"
-    assert found["Xmp.xmpMM.History[2]/stEvt:action"] == "edited"
+        tags = image.read_xmp()
+    assert tags["Xmp.iptcExt.DigitalSourceType"] == EDITED
+    assert tags["Xmp.inpaint.parameters"] == NOTE.params_json
+    assert tags["Xmp.inpaint.seed"] == str(NOTE.seed)
+    assert tags["Xmp.xmp.CreatorTool"] == "X-T5 Ver1.10"
+    assert tags["Xmp.xmpMM.History[2]/stEvt:action"] == "edited"
 
 
 @pytest.mark.skipif(not shutil.which("exiftool"), reason="exiftool is not installed")
-def test_exiftool_reads_the_note_and_finds_no_fault(files: dict[str, Path]) -> None:
+def test_exiftool_reads_the_note_without_a_warning(files: dict[str, Path]) -> None:
     command = ["exiftool", "-json", "-G1", "-struct", "-validate", "-warning", "-XMP:all"]
     output = subprocess.run([*command, *files.values()], capture_output=True, check=True).stdout
-    for found in json.loads(output):
-        assert found["XMP-iptcExt:DigitalSourceType"] == EDITED, found["SourceFile"]
-        assert found["XMP-inpaint:Job"] == NOTE.job
-        assert found["XMP-inpaint:Engine"] == "sd2"
+    for tags in json.loads(output):
+        assert tags["XMP-iptcExt:DigitalSourceType"] == EDITED, tags["SourceFile"]
+        assert tags["XMP-inpaint:Job"] == NOTE.job
+        assert tags["XMP-inpaint:Engine"] == "sd2"
         assert json.loads(NOTE.params_json) in (
-            found["XMP-inpaint:Parameters"],
-            json.loads(found["XMP-inpaint:Parameters"]),
+            tags["XMP-inpaint:Parameters"],
+            json.loads(tags["XMP-inpaint:Parameters"]),
         )
-        assert found["XMP-xmp:CreatorTool"] == "X-T5 Ver1.10"
-        assert [event["Action"] for event in found["XMP-xmpMM:History"]] == ["saved", "edited"]
-        assert found["XMP-dc:Title"].startswith("Łódź & fog")
-        assert found.get("ExifTool:Warning", "[minor]").startswith("[minor]")
+        assert tags["XMP-xmp:CreatorTool"] == "X-T5 Ver1.10"
+        assert [event["Action"] for event in tags["XMP-xmpMM:History"]] == ["saved", "edited"]
+        assert tags["XMP-dc:Title"].startswith("Łódź & fog")
+        assert tags.get("ExifTool:Warning", "[minor]").startswith("[minor]")

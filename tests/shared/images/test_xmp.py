@@ -83,7 +83,7 @@ def test_a_file_without_a_packet_gets_one(format: str) -> None:
     assert Image.open(io.BytesIO(after)).info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
-def test_bmp_holds_none() -> None:
+def test_bmp_has_no_packet() -> None:
     assert NEW not in images.encode(repainted(save("PNG")), format="BMP", xmp=NEW)
 
 
@@ -93,21 +93,21 @@ def test_an_image_that_nothing_touched_is_not_marked(format: str) -> None:
     assert images.encode(decode(file), xmp=NEW) is file
 
 
-def test_jpeg_cuts_a_long_packet_into_pieces_and_puts_them_together_again() -> None:
+def test_jpeg_splits_a_long_packet_over_segments_and_joins_them_again() -> None:
     after = images.encode(repainted(save("JPEG")), xmp=LONG)
     assert after.count(xmp.STANDARD) == 1
     assert after.count(xmp.EXTENSION) == 4
-    found = decode(after).metadata.xmp
-    assert b"long " * 40_000 in found
-    assert b"HasExtendedXMP" not in found
-    expat.ParserCreate().Parse(found, True)
+    merged = decode(after).metadata.xmp
+    assert b"long " * 40_000 in merged
+    assert b"HasExtendedXMP" not in merged
+    expat.ParserCreate().Parse(merged, True)
     again = images.encode(repainted(after), xmp=NEW)
     assert again.count(xmp.EXTENSION) == 0
     assert decode(again).metadata.xmp == NEW
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "not XML"])
-def test_an_extension_that_does_not_fit_is_left_out(damage: str) -> None:
+def test_an_extended_packet_that_is_damaged_is_ignored(damage: str) -> None:
     standard, *pieces = xmp.make_jpeg_bodies(LONG)
     if damage == "missing":
         pieces = pieces[:-1]
@@ -118,19 +118,19 @@ def test_an_extension_that_does_not_fit_is_left_out(damage: str) -> None:
     assert xmp.read_jpeg_bodies([standard, *pieces]) == standard[len(xmp.STANDARD) :]
 
 
-def test_padding_alone_makes_no_pieces() -> None:
+def test_padding_alone_does_not_split_a_packet() -> None:
     padded = NEW.replace(b"<?xpacket end", b" " * 70_000 + b"<?xpacket end")
     assert len(xmp.make_jpeg_bodies(padded)) == 1
 
 
-def test_a_packet_stands_behind_exif() -> None:
+def test_a_new_packet_follows_exif() -> None:
     head = save("JPEG")
     exif = make_segment(0xE1, b"Exif\0\0" + struct.pack("<2sHIHI", b"II", 42, 8, 0, 0))
     after = images.encode(repainted(head[:20] + exif + head[20:]), xmp=NEW)
     assert after.index(b"JFIF") < after.index(b"Exif") < after.index(NEW)
 
 
-def test_a_damaged_text_chunk_is_no_packet() -> None:
+def test_a_damaged_text_chunk_is_ignored() -> None:
     file = save("PNG")
     whole = file[:33] + make_chunk(b"iTXt", xmp.PNG_KEYWORD + b"\1\0\0\0zip?") + file[33:]
     assert decode(whole).metadata.xmp == OLD
@@ -149,10 +149,10 @@ def test_a_long_packet_keeps_its_small_descriptions_in_the_first_segment() -> No
     assert b"0%" * 60_000 in again
 
 
-def test_a_long_packet_that_is_no_xml_is_an_extension_as_a_whole() -> None:
+def test_a_long_packet_that_is_not_xml_becomes_an_extended_packet_as_a_whole() -> None:
     first, *rest = xmp.make_jpeg_bodies(b"<broken " + b"x" * 70_000)
     assert b"HasExtendedXMP" in first
-    assert b"".join(one[len(xmp.EXTENSION) + 40 :] for one in rest).startswith(b"<broken x")
+    assert b"".join(body[len(xmp.EXTENSION) + 40 :] for body in rest).startswith(b"<broken x")
 
 
 def test_the_note_of_how_a_result_was_made_is_in_the_first_segment() -> None:
