@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from shared.errors import EngineUnavailable
 from shared.settings import Settings
 from tests.tiny_pipeline import build, change_config, tokenizer
-from tests.workers.engines.stable_diffusion.samples import region
+from tests.workers.engines.stable_diffusion.samples import region_work
 from workers.engines import load_engine
 from workers.engines.options import engine_options
 from workers.engines.stable_diffusion.components import configure_kernels
@@ -54,7 +54,7 @@ def test_a_pipeline_folder_becomes_an_engine(tiny_model: Path) -> None:
         assert engine.name == name
         assert engine.device == "cpu"
         assert engine.revision.startswith("sha256:")
-        assert engine.submit(region()).result(60).shape == (64, 64, 3)
+        assert engine.submit(region_work()).result(60).shape == (64, 64, 3)
     finally:
         engine.close()
 
@@ -138,7 +138,7 @@ def test_weights_in_half_precision_alone_are_used(copy: Path) -> None:
     for path in copy.glob("*/*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     engine = load_engine(f"diffusers:{copy}", device="cpu")
-    assert engine.submit(region()).result(60).shape == (64, 64, 3)
+    assert engine.submit(region_work()).result(60).shape == (64, 64, 3)
     engine.close()
 
 
@@ -179,7 +179,7 @@ def test_damaged_files_are_an_answer_too(copy: Path) -> None:
 def test_parts_that_do_not_belong_together(copy: Path) -> None:
     change_config(copy, "unet/config.json", cross_attention_dim=48)
     text = why_not(copy)
-    assert "writes 32 numbers a token and the UNet reads 48" in text
+    assert "embeddings have 32 values and the UNet reads 48" in text
     change_config(copy, "text_encoder/config.json", hidden_size=48)
     assert "cannot be loaded on cpu" in why_not(copy)
 
@@ -229,7 +229,7 @@ def test_a_tokenizer_without_its_settings_cuts_prompts_at_what_the_encoder_takes
 ) -> None:
     (copy / "tokenizer" / "tokenizer_config.json").unlink()
     engine = load_engine(f"diffusers:{copy}", device="cpu")
-    assert engine.submit(region(prompt="a cat " * 99)).result(60).shape == (64, 64, 3)
+    assert engine.submit(region_work(prompt="a cat " * 99)).result(60).shape == (64, 64, 3)
     engine.close()
 
 
@@ -250,7 +250,7 @@ def test_half_precision_stays_near_full_precision(tiny_model: Path, dtype: str, 
     pictures = []
     for name in ("float32", dtype):
         engine = load_engine(f"diffusers:{tiny_model}", device="cpu", dtype=name)  # type: ignore[arg-type]
-        pictures.append(engine.submit(region()).result(60).astype(int))
+        pictures.append(engine.submit(region_work()).result(60).astype(int))
         engine.close()
     assert 0 < abs(pictures[0] - pictures[1]).max() <= most
 

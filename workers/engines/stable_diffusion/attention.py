@@ -1,4 +1,4 @@
-"""Which kernel computes the UNet's attention."""
+"""The kernel that computes the UNet's attention."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from shared.errors import EngineUnavailable
 from shared.settings import Attention, Compile
 from workers.engines.stable_diffusion.components import Components, one_line
 
+# UNet2DConditionModel ignores diffusers' set_attention_backend, so torch's own switch is used.
 KERNELS: Mapping[Attention, SDPBackend] = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -22,32 +23,36 @@ CUDA_ONLY: frozenset[Attention] = frozenset({"cudnn", "efficient", "xformers"})
 
 
 def set_attention(components: Components, attention: Attention, compile: Compile) -> None:
-    """Sets the UNet's processors. Raises EngineUnavailable where a kernel cannot run here."""
+    """Set the UNet's attention processors.
+
+    Raises EngineUnavailable if the choice cannot run on this device or with this ``compile``.
+    """
     if attention == "sliced" and compile not in ("off", "auto"):
         raise EngineUnavailable(
             "attention sliced does not compile; use attention auto or compile off"
         )
     if attention in CUDA_ONLY and components.device.type != "cuda":
-        raise EngineUnavailable(f"attention {attention} needs a CUDA device; use auto")
+        raise EngineUnavailable(f"attention {attention} needs a CUDA device; use attention auto")
     if attention == "sliced":
         components.unet.set_attention_slice("auto")
     if attention == "xformers":
-        _use_xformers(components)
+        _enable_xformers(components)
 
 
 def attention_kernel(attention: Attention) -> AbstractContextManager[object]:
-    """Inside it torch's scaled dot product uses this kernel alone; any for the other names."""
+    """Restrict scaled_dot_product_attention to one kernel; other names leave it to torch."""
     if attention in KERNELS:
         return sdpa_kernel(KERNELS[attention])
     return nullcontext()
 
 
-def _use_xformers(components: Components) -> None:
+def _enable_xformers(components: Components) -> None:
     if find_spec("xformers") is None:
         raise EngineUnavailable("xformers is not installed; pip install 'inpaint-batch[xformers]'")
     try:
         components.unet.enable_xformers_memory_efficient_attention()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
+        # diffusers runs one attention call to test xformers, which fails in many ways.
         raise EngineUnavailable(
-            f"xformers does not run on {components.device}: {one_line(error)}; leave it out"
+            f"xformers does not run on {components.device}: {one_line(error)}; use attention auto"
         ) from error

@@ -1,4 +1,4 @@
-"""The best of several ways to compute one thing: measured on the device, held to one result."""
+"""Autotuning: time several implementations of one computation on the device, keep the fastest."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from workers.engines.stable_diffusion.components import one_line
+
 log = logging.getLogger(__name__)
 Candidate = TypeVar("Candidate")
 
 REPEATS = 3
-MAX_TIME_RATIO = 0.97  # of the time; what is less faster may be noise
-MAX_DEVIATION = 0.02  # mean, of the result's own mean; half precision's rounding is a tenth of it
+MAX_TIME_RATIO = 0.97  # a gain of less than 3% may be noise
+MAX_DEVIATION = 0.02  # mean absolute difference / mean magnitude; float16 rounding is near 0.002
 
 Stopwatch = Callable[[Callable[[], Tensor]], float]
 
@@ -25,67 +27,71 @@ def choose_fastest(
     make: Callable[[Candidate], Callable[[], Tensor]],
     stopwatch: Stopwatch,
 ) -> Candidate:
-    """The first way, or a later one that is faster by 3% and gives the same result.
+    """Return the first candidate, or a later one that is 3% faster and gives the same result.
 
-    make: what computes one way, made ready; it may raise, and is gone before the next is made,
-    lest both must fit the device. Whatever the first one raises is raised; a later one that does
-    not run is passed over, unless the device itself is lost.
+    make(candidate): a ready-to-run callable; freed before the next candidate is built, so two
+    never share device memory.
+
+    Errors of the first candidate propagate. A later candidate that fails is skipped, except on
+    torch.AcceleratorError, after which the device may be unusable.
     """
 
-    def attempt(candidate: Candidate) -> tuple[Tensor, float]:
+    def measure(candidate: Candidate) -> tuple[Tensor, float]:
         run = make(candidate)
+        # Candidates may be CUDA graphs of one memory pool: the next replay overwrites the output.
         return run().clone(), stopwatch(run)
 
     best = candidates[0]
-    expected, least = attempt(best)
+    expected, best_seconds = measure(best)
     for candidate in candidates[1:]:
         try:
-            found, seconds = attempt(candidate)
+            result, seconds = measure(candidate)
         except torch.AcceleratorError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
-            log.info("%s does not run here: %s", candidate, " ".join(str(error).split())[:200])
+            log.info("skipped %s, which does not run here: %s", candidate, one_line(error))
             continue
-        if not is_close(found, expected):
-            log.warning(
-                "%s computes something else than %s, and is not used", candidate, candidates[0]
-            )
-        elif seconds < MAX_TIME_RATIO * least:
-            best, least = candidate, seconds
+        if not is_close(result, expected):
+            log.warning("skipped %s: its result differs from %s", candidate, candidates[0])
+        elif seconds < MAX_TIME_RATIO * best_seconds:
+            best, best_seconds = candidate, seconds
     return best
 
 
-def is_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same but for rounding, taken over all of their values."""
-    deviation = (found.float() - expected.float()).abs().mean()
+def is_close(result: Tensor, expected: Tensor) -> bool:
+    """Whether mean |result - expected| <= MAX_DEVIATION * mean |expected|; False for NaN."""
+    deviation = (result.float() - expected.float()).abs().mean()
     return bool(deviation <= MAX_DEVIATION * expected.float().abs().mean())
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
-    """Seconds of one call, the least of three, by the device's own clock where it has one."""
-    return _on_cuda if device.type == "cuda" else _on_host
+    """Return a function that runs a callable three times and returns the shortest time, seconds.
+
+    CUDA calls return before the device is done, so they are timed with CUDA events.
+    """
+    return _time_on_cuda if device.type == "cuda" else _time_on_host
 
 
-def _on_host(run: Callable[[], Tensor]) -> float:
-    def once() -> float:
+def _time_on_host(run: Callable[[], Tensor]) -> float:
+    def run_once() -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
-    return min(once() for _ in range(REPEATS))
+    return min(run_once() for _ in range(REPEATS))
 
 
-def _on_cuda(run: Callable[[], Tensor]) -> float:
-    def once() -> float:
-        start, end = _event(), _event()
+def _time_on_cuda(run: Callable[[], Tensor]) -> float:
+    def run_once() -> float:
+        start, end = _timing_event(), _timing_event()
         start.record()
         run()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
+        return float(start.elapsed_time(end)) / 1000  # from milliseconds
 
-    return min(once() for _ in range(REPEATS))
+    return min(run_once() for _ in range(REPEATS))
 
 
-def _event() -> torch.cuda.Event:
+def _timing_event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""From a model's name to its components on the device, ready for the step loop."""
+"""The model's components (UNet, VAE, text encoder, tokenizer), loaded from its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers.engines.stable_diffusion.model_files import ModelFiles, find_model,
 from workers.engines.stable_diffusion.quantization import check_quantization, quantize, unet_dtype
 from workers.engines.stable_diffusion.schedulers import build_scheduler
 
-NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
+DTYPES: Mapping[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -32,11 +32,11 @@ NAMED_DTYPES: Mapping[Dtype, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Components:
-    """A model and where it is to run; sizes are the model's own.
+    """A model, and where and how it runs.
 
-    vae_factor: image pixels to a latent's side. latent_channels: C. scaling_factor: of the
-    latents. scheduler_config: the model's, from which every scheduler is built. dtype: of all
-    but a quantized UNet. quantization: of the UNet's weights, named in the revision too.
+    scheduler_config: the model's own; every scheduler is built from it. device: where the model
+    runs; the modules start on the host. dtype: of all components but a quantized UNet.
+    quantization: of the UNet's weights, also part of the revision.
     """
 
     vae: Any
@@ -55,19 +55,22 @@ class Components:
 
     @property
     def vae_factor(self) -> int:
+        """Image pixels per latent along a side: 8 for SD2."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def latent_channels(self) -> int:
+        """4 for SD2."""
         return int(self.vae.config.latent_channels)
 
     @property
     def scaling_factor(self) -> float:
+        """The latents are the VAE's times this factor, which gives them unit variance."""
         return float(self.vae.config.scaling_factor)
 
 
 def load_components(model: str, revision: str | None, options: EngineOptions) -> Components:
-    """Finds the model and reads its weights, on the host as yet.
+    """Find the model and read its weights into host memory.
 
     Raises EngineUnavailable with one line that names the remedy.
     """
@@ -85,7 +88,7 @@ def load_components(model: str, revision: str | None, options: EngineOptions) ->
 
 
 def choose_device(name: str) -> torch.device:
-    """Raises EngineUnavailable where a CUDA device was asked for and is not there."""
+    """Raises EngineUnavailable if the device is unknown, unsupported or not present."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -106,23 +109,27 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
-    """float16 on CUDA, float32 on the CPU, unless one is named.
+    """``auto`` is float16 on CUDA and float32 on the CPU.
 
-    SD2 was published in float16, and its 11-bit significand keeps results eight times
-    closer to float32 than bfloat16's at the same speed; the latents stay float32 anyway.
+    SD2 was published in float16. Its 11-bit significand keeps results eight times closer to
+    float32 than bfloat16 does at the same speed, and the latents stay float32 in any case.
     """
     if name != "auto":
-        return NAMED_DTYPES[name]
+        return DTYPES[name]
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def configure_kernels(device: torch.device, *, is_deterministic: bool) -> None:
-    """For this process, before it computes on the device: TF32, and none that vary where asked."""
+    """Set process-wide torch flags for CUDA: TF32, and deterministic kernels if asked for.
+
+    Call it before the process first computes on the device.
+    """
     if device.type != "cuda":
         return
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic = is_deterministic
-    if is_deterministic:  # read by cuBLAS when it starts
+    if is_deterministic:
+        # cuBLAS reads it once, when it starts; without it split-K sums vary in their order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -133,13 +140,10 @@ def one_line(error: Exception) -> str:
 def _load(
     files: ModelFiles, device: torch.device, dtype: torch.dtype, options: EngineOptions
 ) -> Components:
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    diffusers_logging.disable_progress_bar()
-    for logging in (transformers_logging, diffusers_logging):
-        logging.set_verbosity_error()  # what is amiss with the files, one line of ours says
+    _silence_libraries()
     quantization = options.quantization
-    own_dtype = unet_dtype(dtype, quantization)
-    unet = _to_channels_last(_load_weights(UNet2DConditionModel, files, "unet", own_dtype), device)
+    unet = _load_weights(UNet2DConditionModel, files, "unet", unet_dtype(dtype, quantization))
+    unet = _to_channels_last(unet, device)
     if quantization != "off":
         quantize(unet, options, device)
     text_encoder = _load_weights(CLIPTextModel, files, "text_encoder", dtype)
@@ -156,10 +160,18 @@ def _load(
     )
 
 
-def _load_weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -> Any:
-    """Raises EngineUnavailable where the files lack a weight: it would be left at random."""
-    folder = Path(files.path) / part
-    model, found = kind.from_pretrained(
+def _silence_libraries() -> None:
+    """No progress bars; what is wrong with the files is in the EngineUnavailable raised here."""
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    diffusers_logging.disable_progress_bar()
+    for library_logging in (transformers_logging, diffusers_logging):
+        library_logging.set_verbosity_error()
+
+
+def _load_weights(model_class: Any, files: ModelFiles, component: str, dtype: torch.dtype) -> Any:
+    """Raises EngineUnavailable if the files lack a weight."""
+    folder = Path(files.path) / component
+    model, loading_info = model_class.from_pretrained(
         folder,
         dtype=dtype,
         variant=files.variant,
@@ -167,7 +179,8 @@ def _load_weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -
         local_files_only=True,
         output_loading_info=True,
     )
-    if missing := sorted(found["missing_keys"]):
+    # from_pretrained would leave a missing weight at its random initial value.
+    if missing := sorted(loading_info["missing_keys"]):
         raise EngineUnavailable(
             f"{folder}: {len(missing)} of the model's weights are missing, {missing[0]} for one; "
             "fetch the model again"
@@ -176,19 +189,19 @@ def _load_weights(kind: Any, files: ModelFiles, part: str, dtype: torch.dtype) -
 
 
 def _load_tokenizer(files: ModelFiles, text_encoder: Any) -> Any:
-    """Raises EngineUnavailable where it has tokens that the text encoder does not know."""
+    """Raises EngineUnavailable if it has tokens that the text encoder does not know."""
     tokenizer = CLIPTokenizer.from_pretrained(files.path / "tokenizer")
-    known = text_encoder.config.vocab_size
-    if len(tokenizer) > known:
+    vocabulary_size = text_encoder.config.vocab_size
+    if len(tokenizer) > vocabulary_size:
         raise EngineUnavailable(
             f"{files.path}: the tokenizer has {len(tokenizer)} tokens and the text encoder "
-            f"{known}; they are not of one model"
+            f"{vocabulary_size}; they belong to different models"
         )
     return tokenizer
 
 
 def _read_scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
-    """Raises EngineUnavailable where no scheduler can be built from it."""
+    """Raises EngineUnavailable if the default scheduler cannot be built from it."""
     config = read_json(files.path / "scheduler" / "scheduler_config.json")
     try:
         build_scheduler(config, Params().scheduler)
@@ -198,5 +211,5 @@ def _read_scheduler_config(files: ModelFiles) -> Mapping[str, Any]:
 
 
 def _to_channels_last(model: Any, device: torch.device) -> Any:
-    """For CUDA in the layout that half-precision convolutions want; others transpose each time."""
+    """On CUDA half-precision convolutions run in channels_last; other layouts are transposed."""
     return model.to(memory_format=torch.channels_last) if device.type == "cuda" else model

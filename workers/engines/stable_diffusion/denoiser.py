@@ -1,4 +1,4 @@
-"""The model's uses, each on a batch: encode and begin, predict a step's noise, step, decode."""
+"""The model's operations on batches: VAE encode, UNet forward pass, scheduler step, VAE decode."""
 
 from __future__ import annotations
 
@@ -29,49 +29,39 @@ from workers.engines.stable_diffusion.region_state import (
 from workers.engines.stable_diffusion.schedule_table import COMMON_COLUMNS, apply_guidance
 from workers.engines.stable_diffusion.unet_runner import GraphPool, UNetRunner
 
-MAX_ROWS = {"cuda": 64, "cpu": 8}  # rows; more is no faster
+MAX_ROWS = {"cuda": 64, "cpu": 8}  # more rows are no faster
 DETERMINISTIC_BATCH = 8
 VAE_BATCH = 8
-VAE_LATENTS = 8 * 64 * 64  # in one VAE pass: more pixels than 32-bit indices reach above that
+# Latents of one VAE batch. Above it the decoder's tensors outgrow 32-bit indices.
+MAX_VAE_LATENTS = 8 * 64 * 64
 STAGE_NAMES = {"unet": "the UNet", "vae": "the VAE", "text_encoder": "the text encoder"}
 
 
 class Denoiser:
-    """Runs the model for the device thread; the items of a call share one window size.
+    """Runs the model for the device thread; the items of one call share a window size.
 
-    Latents and pictures are float32 between the calls, whatever the model's dtype, so that
-    a scheduler's many small steps lose nothing.
+    Latents and images between the calls are float32 whatever the model's dtype, so that the
+    rounding of many small scheduler steps does not add up.
     """
 
     def __init__(self, components: Components, options: EngineOptions) -> None:
-        """Places the model. Raises EngineUnavailable where it does not fit the device."""
+        """Place the model on its device and warm it up. Raises OutOfMemory if it does not fit."""
         self.copy_streams = CopyStreams(components.device)
         self._components = components
         self._modes = MemoryModes(components, options.memory)
-        guess = DETERMINISTIC_BATCH if options.deterministic else MAX_ROWS[components.device.type]
-        self._max_batch = options.max_batch or guess
+        self._is_deterministic = options.deterministic
+        self._is_auto_batch = options.max_batch is None and not options.deterministic
+        default = DETERMINISTIC_BATCH if options.deterministic else MAX_ROWS[components.device.type]
+        self._max_batch = options.max_batch or default
         self._prompts = PromptEncoder(
             components, before_encode=lambda: self._modes.bring_to_device("text_encoder")
         )
-        pool = GraphPool()
-        self._unet_runners = {
-            kind: UNetRunner(
-                components,
-                attention=options.attention,
-                compile=options.compile,
-                graphs=options.graphs,
-                deterministic=options.deterministic,
-                kind=kind,
-                pool=pool,
-            )
-            for kind in get_args(ForwardKind)
-        }
-        self._is_deterministic = options.deterministic
-        self._is_auto_batch = options.max_batch is None and not options.deterministic
-        is_single = components.device.type == "cpu" or options.deterministic
+        self._unet_runners = _build_unet_runners(components, options)
+        is_on_cuda = components.device.type == "cuda"
+        # One image at a time: on the CPU a batch is no faster, and its results may round otherwise.
+        is_single = options.deterministic or not is_on_cuda
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, LatentSize], RowLimit] = {}
-        is_on_cuda = components.device.type == "cuda"
         if is_on_cuda and self._is_auto_batch:
             self._find_max_batch()
         if is_on_cuda or self._unet_runners["full"].needs_buckets:
@@ -79,29 +69,32 @@ class Denoiser:
 
     @property
     def max_batch(self) -> int:
-        """The most rows of any UNet forward."""
+        """The most rows of one UNet forward pass at any window size."""
         return self._max_batch
 
     def max_rows(self, size: LatentSize) -> int:
-        """The most rows of one UNet forward at this window size."""
+        """The most rows of one UNet forward pass at this window size, now."""
         return self._limit("unet", size).rows
 
     def max_vae_images(self, size: LatentSize) -> int:
-        """The most pictures of one VAE pass at this window size."""
+        """The most images of one VAE batch at this window size, now."""
         return self._limit("vae", size).rows
 
     def memory_report(self, size: LatentSize) -> str:
-        """What it took to fit, for the record: ``batch 2, attention_slicing``."""
+        """The reduced batch and the memory modes, for the record: ``batch 2, vae_slicing``."""
         limit = self._limit("unet", size)
-        lowered = [f"batch {limit.rows}"] if limit.is_reduced else []
-        return ", ".join([*lowered, *self._modes.active])
+        reduced = [f"batch {limit.rows}"] if limit.is_reduced else []
+        return ", ".join([*reduced, *self._modes.active])
 
     def start(self, prepared_regions: list[PreparedRegion]) -> list[DenoisingRegion]:
-        """The drafts' first latents. Raises OutOfMemory where one window does not fit."""
+        """Encode the images and prompts and compute the first latents.
+
+        Raises OutOfMemory if one window does not fit.
+        """
         size = prepared_regions[0].window_size
         moments = run_in_chunks(
             self._encode,
-            [picture for prepared in prepared_regions for picture in prepared.vae_inputs],
+            [image for prepared in prepared_regions for image in prepared.vae_inputs],
             self._limit("vae", size),
             lambda tried: self._reduce_memory("vae", size, tried),
         )
@@ -109,7 +102,7 @@ class Denoiser:
             start_denoising(
                 prepared,
                 moments=torch.stack(list(islice(moments, len(prepared.vae_inputs)))),
-                embeddings=[self._embed(text, size) for text in prepared.prompts],
+                embeddings=[self._embed(prompt, size) for prompt in prepared.prompts],
                 scaling_factor=self._components.scaling_factor,
                 copy_streams=self.copy_streams,
             )
@@ -117,10 +110,11 @@ class Denoiser:
         ]
 
     def predict(self, rows: list[BatchRow]) -> list[Tensor]:
-        """One UNet forward: (C, h, w) float32 for each row, or none where memory ran out.
+        """Run one UNet forward pass: noise (C, h, w) float32 for each row, all of one kind.
 
-        The rows are of one kind; a state that the forward keeps goes to their sequences. After
-        none the next call needs less. Raises OutOfMemory where nothing is left to try.
+        A cache_write pass stores the features of its rows' regions. Returns an empty list if
+        memory ran out; the next call then needs less. Raises OutOfMemory if nothing is left to
+        reduce.
         """
         if self._modes.disable_fallback():
             self._drop_graphs()
@@ -131,95 +125,102 @@ class Denoiser:
             return []
         return list(predictions.unbind())
 
-    def step(self, sequences: list[DenoisingRegion]) -> None:
-        """Guidance and one scheduler step for all; of one group of ``group_by_formula``."""
-        without, prediction = (
-            torch.cat(each) for each in zip(*(one.predictions() for one in sequences), strict=True)
-        )
-        table = torch.stack([one.coefficients for one in sequences])
-        noise = apply_guidance(table, without, prediction)
-        latents = torch.cat([one.latents for one in sequences])
-        sampler = sequences[0].prepared.sampler
+    def step(self, regions: list[DenoisingRegion]) -> None:
+        """Apply guidance and one scheduler step to regions of one group of ``group_by_formula``."""
+        predictions = [region.merged_predictions() for region in regions]
+        unconditional, conditional = (torch.cat(batch) for batch in zip(*predictions, strict=True))
+        table_rows = torch.stack([region.coefficients for region in regions])
+        noise = apply_guidance(table_rows, unconditional, conditional)
+        latents = torch.cat([region.latents for region in regions])
+        sampler = regions[0].prepared.sampler
         if (formula := sampler.table.formula) is None:
-            sequences[0].complete_step(sampler.step(noise, sequences[0].step, latents))
+            regions[0].complete_step(sampler.step(noise, regions[0].step, latents))
             return
-        earlier = zip(*(one.history for one in sequences), strict=True)
-        history = tuple(torch.cat(each) for each in earlier)
-        latents, history = formula.step(table[:, len(COMMON_COLUMNS) :], latents, noise, history)
-        found = [torch.split(each, 1) for each in (latents, *history)]
-        for one, *own in zip(sequences, *found, strict=True):
-            one.complete_step(*own)
+        histories = zip(*(region.history for region in regions), strict=True)
+        history = tuple(torch.cat(batch) for batch in histories)
+        coefficients = table_rows[:, len(COMMON_COLUMNS) :]
+        latents, history = formula.step(coefficients, latents, noise, history)
+        by_region = [torch.split(batch, 1) for batch in (latents, *history)]
+        for region, *tensors in zip(regions, *by_region, strict=True):
+            region.complete_step(*tensors)
 
-    def decode(self, sequences: list[DenoisingRegion]) -> list[Tensor]:
-        """(3, H, W) float32 in about -1 to 1 for each. Raises OutOfMemory.
+    def decode(self, regions: list[DenoisingRegion]) -> list[Tensor]:
+        """Decode each region to (3, H, W) float32 in about -1 to 1. Raises OutOfMemory.
 
-        Whole windows: the decoder's attention and its normalisation read every pixel, so a
-        part of a window decoded alone would not be the same. A region of many windows needs
-        the device's memory for its pixels and the windows of two passes.
+        Windows are decoded whole: the decoder's attention and group normalisation read every
+        pixel, so that half a window would decode differently. A region of many windows needs
+        memory for its pixels and for the windows of two VAE batches.
         """
-        prepared_regions = [one.prepared for one in sequences]
-        latents = [
-            crop(one.latents[0], box) for one in sequences for box in one.prepared.canvas.windows
-        ]
-        size = prepared_regions[0].window_size
+        size = regions[0].prepared.window_size
         windows = run_in_chunks(
             self._decode,
-            latents,
+            [
+                crop(region.latents[0], window)
+                for region in regions
+                for window in region.prepared.canvas.windows
+            ],
             self._limit("vae", size),
             lambda tried: self._reduce_memory("vae", size, tried),
         )
-        canvases = [prepared.canvas for prepared in prepared_regions]
+        canvases = [region.prepared.canvas for region in regions]
         return [
-            blend_windows(islice(windows, len(one.windows)), one.pixel_size, one.pixel_windows)
-            for one in canvases
+            blend_windows(
+                islice(windows, len(canvas.windows)), canvas.pixel_size, canvas.pixel_windows
+            )
+            for canvas in canvases
         ]
 
     @property
     def _native_size(self) -> LatentSize:
+        """The window size that the UNet was trained on."""
         side = int(self._components.unet.config.sample_size)
         return side, side
 
     def _find_max_batch(self) -> None:
-        """Tries batches of the model's own window, the largest first, until the VAE fits beside."""
+        """Try the bucket sizes, the largest first, until UNet and VAE fit beside each other."""
         size = self._native_size
-        tried = reversed(bucket_sizes(self._max_batch))
         fitting = (
-            rows for rows in tried if self._forward_fits(rows, size) and self._decode_fits(size)
+            rows
+            for rows in reversed(bucket_sizes(self._max_batch))
+            if self._forward_fits(rows, size) and self._decode_fits(size)
         )
         self._max_batch = next(fitting, 1)
 
     def _warm_up(self) -> None:
-        """Compiles, captures graphs and chooses kernels before any job waits for them."""
+        """Autotune, compile and capture graphs for every bucket before any job waits for it."""
         size = self._native_size
-        for rows in reversed(self._bucket_sizes()):  # the largest first: by it the way is chosen
+        # The largest first: the first forward pass of a window size is the one that is autotuned.
+        for rows in reversed(self._bucket_sizes()):
             self._forward_fits(rows, size)
         self._decode_fits(size)
 
     def _forward_fits(self, rows: int, size: LatentSize) -> bool:
-        """Whether a forward of so many rows has room; its graph is kept."""
+        """Whether a forward pass with so many rows fits; its graph is kept."""
         device = self._components.device
         channels = 2 * self._components.latent_channels + 1
-        inputs = torch.randn(rows, channels, *size, generator=torch.Generator().manual_seed(0))
-        words = self._embed("", size).expand(rows, -1, -1).contiguous()
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randn(rows, channels, *size, generator=generator)
+        embeddings = self._embed("", size).expand(rows, -1, -1).contiguous()
         self._modes.bring_to_device("unet")
 
-        def run(inputs: Tensor) -> Tensor:
+        def run(sample: Tensor) -> Tensor:
             timesteps = torch.full((rows,), 500.0, device=device)
-            return self._run_unet("full", inputs, timesteps, words)
+            return self._run_unet("full", sample, timesteps, embeddings)
 
-        found = try_run(run, inputs.to(device))
-        if found is None:
+        fits = try_run(run, sample.to(device)) is not None
+        if not fits:
             self._drop_graphs()
             release_memory()
-        return found is not None
+        return fits
 
     def _decode_fits(self, size: LatentSize) -> bool:
-        """Whether the VAE has room beside the last forward's graph; by what fits it is limited."""
+        """Whether the VAE fits beside the last forward pass's graph; halves its batch if needed."""
         components, limit = self._components, self._limit("vae", size)
         latents = torch.zeros(components.latent_channels, *size, device=components.device)
         while try_run(self._decode, [latents] * limit.rows) is None:
             release_memory()
             if limit.rows == 1:
+                # The next try has a smaller UNet batch, so the VAE's starts from the default.
                 del self._limits["vae", size]
                 self._drop_graphs()
                 return False
@@ -227,21 +228,19 @@ class Denoiser:
         return True
 
     def _bucket_sizes(self) -> tuple[int, ...]:
-        """The batch sizes that are run; none, where any will do."""
+        """The batch sizes to pad to; empty if a batch of any size may run."""
         if self._is_deterministic:
             return (self._max_batch,)
         return bucket_sizes(self._max_batch) if self._unet_runners["full"].needs_buckets else ()
 
     def _limit(self, stage: Stage, size: LatentSize) -> RowLimit:
         if (stage, size) not in self._limits:
-            most = (
-                self._default_unet_rows(size) if stage == "unet" else self._default_vae_batch(size)
-            )
-            self._limits[stage, size] = RowLimit(most, stage=STAGE_NAMES[stage])
+            default = self._default_unet_rows if stage == "unet" else self._default_vae_batch
+            self._limits[stage, size] = RowLimit(default(size), stage=STAGE_NAMES[stage])
         return self._limits[stage, size]
 
     def _default_unet_rows(self, size: LatentSize) -> int:
-        """Where it is not given: of larger windows as many as have the pixels of the own ones."""
+        """A measured batch is scaled down for larger windows, so that its pixels stay the same."""
         if not self._is_auto_batch:
             return self._max_batch
         fitting = self._max_batch * prod(self._native_size) // prod(size)
@@ -250,16 +249,19 @@ class Denoiser:
     def _default_vae_batch(self, size: LatentSize) -> int:
         if self._components.device.type != "cuda":
             return self._vae_batch
-        return max(1, min(self._vae_batch, VAE_LATENTS // prod(size)))
+        return max(1, min(self._vae_batch, MAX_VAE_LATENTS // prod(size)))
 
     def _reduce_memory(self, stage: Stage, size: LatentSize, tried: int) -> None:
-        """Makes the next try need less. Raises OutOfMemory where nothing is left to do."""
+        """After running out of memory: halve the batch, or turn on a memory mode at one row.
+
+        Raises OutOfMemory if nothing is left to reduce.
+        """
         self._drop_graphs()
         release_memory()
         if self._is_deterministic:
             raise OutOfMemory(
                 f"{tried} rows do not fit the device in {STAGE_NAMES[stage]}, and a deterministic "
-                "engine cannot go on with fewer; use a smaller max_batch"
+                "engine cannot continue with fewer; use a smaller max_batch"
             )
         if tried > 1:
             self._limit(stage, size).halve(tried)
@@ -269,18 +271,18 @@ class Denoiser:
             )
 
     def _drop_graphs(self) -> None:
-        for forward in self._unet_runners.values():
-            forward.drop_graphs()
+        for runner in self._unet_runners.values():
+            runner.drop_graphs()
 
-    def _embed(self, text: str, size: LatentSize) -> Tensor:
-        while (found := try_run(self._prompts.encode, text)) is None:
+    def _embed(self, prompt: str, size: LatentSize) -> Tensor:
+        while (embedding := try_run(self._prompts.encode, prompt)) is None:
             self._reduce_memory("text_encoder", size, 1)
-        return found
+        return embedding
 
-    def _encode(self, pictures: Iterable[Tensor]) -> Tensor:
-        """N staged (3, H, W) float32 to (N, 2C, h, w) float32: mean and deviation."""
+    def _encode(self, images: Iterable[Tensor]) -> Tensor:
+        """N pinned (3, H, W) float32 to (N, 2C, h, w) float32: mean and standard deviation."""
         self._modes.bring_to_device("vae")
-        batch = torch.stack(self.copy_streams.upload(pictures))
+        batch = torch.stack(self.copy_streams.upload(images))
         batch = batch.to(self._components.dtype, memory_format=torch.channels_last)
         posterior = self._components.vae.encode(batch).latent_dist
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
@@ -288,45 +290,68 @@ class Denoiser:
     def _predict(self, rows: list[BatchRow]) -> Tensor:
         """(N, C, h, w) float32 for N rows"""
         kind = rows[0].region.forward_kind
-        found = self._run_rows(kind, pad_to_bucket(rows, self._bucket_sizes()))[: len(rows)]
-        return self._store_features(rows, found) if kind == "cache_write" else found
+        padded = pad_to_bucket(rows, self._bucket_sizes())
+        output = self._run_rows(kind, padded)[: len(rows)]
+        return self._store_features(rows, output) if kind == "cache_write" else output
 
     def _run_rows(self, kind: ForwardKind, rows: list[BatchRow]) -> Tensor:
+        """Assemble the UNet's inputs from the rows and run it."""
         self._modes.bring_to_device("unet")
-        table = torch.stack([row.region.coefficients[: len(COMMON_COLUMNS)] for row in rows])
-        divisor = table[:, COMMON_COLUMNS.index("divisor"), None, None, None]
+        columns = len(COMMON_COLUMNS)
+        table_rows = torch.stack([row.region.coefficients[:columns] for row in rows])
+        divisor = table_rows[:, COMMON_COLUMNS.index("input_divisor"), None, None, None]
         latents = torch.stack([row.region.row_latents(row) for row in rows]) / divisor
-        fixed = torch.stack([row.region.row_conditioning(row) for row in rows])
-        inputs = torch.cat([latents, fixed], dim=1)
+        conditioning = torch.stack([row.region.row_conditioning(row) for row in rows])
+        sample = torch.cat([latents, conditioning], dim=1)
         if kind == "cache_read":
-            states = torch.stack([row.region.row_features(row) for row in rows])
-            inputs = torch.cat([inputs.to(states.dtype), states], dim=1)
-        timesteps = table[:, COMMON_COLUMNS.index("timestep")].contiguous()
-        words = torch.cat([row.region.row_embedding(row) for row in rows])
-        return self._run_unet(kind, inputs, timesteps, words)
+            features = torch.stack([row.region.row_features(row) for row in rows])
+            sample = torch.cat([sample.to(features.dtype), features], dim=1)
+        timesteps = table_rows[:, COMMON_COLUMNS.index("timestep")].contiguous()
+        embeddings = torch.cat([row.region.row_embedding(row) for row in rows])
+        return self._run_unet(kind, sample, timesteps, embeddings)
 
     def _run_unet(
-        self, kind: ForwardKind, inputs: Tensor, timesteps: Tensor, words: Tensor
+        self, kind: ForwardKind, sample: Tensor, timesteps: Tensor, embeddings: Tensor
     ) -> Tensor:
         return self._unet_runners[kind](
-            inputs,
+            sample,
             timesteps,
-            words,
+            embeddings,
             is_offloading=self._modes.is_offloading,
             is_attention_sliced=self._modes.is_slicing,
         )
 
-    def _store_features(self, rows: list[BatchRow], found: Tensor) -> Tensor:
-        """(N, C, h, w) of (N, C + state, h, w); copies, so that nothing holds the whole batch."""
+    def _store_features(self, rows: list[BatchRow], output: Tensor) -> Tensor:
+        """Split (N, C + features, h, w): store the features, return the noise (N, C, h, w)."""
         channels = self._components.latent_channels
-        for row, state in zip(rows, found[:, channels:], strict=True):
-            row.region.store_features(row, state.to(self._components.unet_dtype, copy=True))
-        return found[:, :channels].clone()
+        # Copies: a view would keep the whole batch's output in memory.
+        for row, features in zip(rows, output[:, channels:], strict=True):
+            copied = features.to(self._components.unet_dtype, copy=True)
+            row.region.store_features(row, copied)
+        return output[:, :channels].clone()
 
     def _decode(self, latents: list[Tensor]) -> Tensor:
         """N of (C, h, w) float32 to (N, 3, H, W) float32"""
         self._modes.bring_to_device("vae")
         scaled = torch.stack(latents) / self._components.scaling_factor
         scaled = scaled.to(self._components.dtype)
-        pictures: Tensor = self._components.vae.decode(scaled, return_dict=False)[0]
-        return pictures.float()
+        images: Tensor = self._components.vae.decode(scaled, return_dict=False)[0]
+        return images.float()
+
+
+def _build_unet_runners(
+    components: Components, options: EngineOptions
+) -> dict[ForwardKind, UNetRunner]:
+    pool = GraphPool()
+    return {
+        kind: UNetRunner(
+            components,
+            attention=options.attention,
+            compile=options.compile,
+            graphs=options.graphs,
+            deterministic=options.deterministic,
+            kind=kind,
+            pool=pool,
+        )
+        for kind in get_args(ForwardKind)
+    }

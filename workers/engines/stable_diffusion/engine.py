@@ -1,7 +1,7 @@
-"""The diffusion engine: one device thread that advances every region it holds, step by step.
+"""The diffusion engine: a device thread that denoises all of its regions step by step.
 
-Continuous batching: regions with their own prompt, seed, steps, guidance, strength and
-scheduler share UNet forwards, and join and leave at step boundaries.
+Continuous batching: regions with their own prompt, seed, steps, guidance, strength and scheduler
+share UNet forward passes, and join and leave at step boundaries.
 """
 
 from __future__ import annotations
@@ -40,16 +40,20 @@ from workers.engines.stable_diffusion.utilization import Utilization
 
 log = logging.getLogger(__name__)
 
-MAX_FORWARDS_BETWEEN_DECODES = 4  # forwards between two decodings while something is done
+MAX_FORWARDS_BEFORE_DECODE = 4  # a finished region waits so long for others to fill its VAE batch
 
 
 class DiffusionEngine:
-    """Fills regions with a Stable Diffusion inpainting model on one device."""
+    """Fills regions with a Stable Diffusion inpainting model on one device.
+
+    A region moves from the inbox to waiting, active and finished. Only the device thread touches
+    these lists and the model.
+    """
 
     def __init__(self, *, name: str, components: Components, options: EngineOptions) -> None:
-        """Returns once the model is on its device and warm.
+        """Return once the model is on its device and warmed up.
 
-        Raises EngineUnavailable where it does not fit.
+        Raises EngineUnavailable if it does not fit or does not run.
         """
         self._name = name
         self._components = components
@@ -58,15 +62,15 @@ class DiffusionEngine:
         self._waiting: list[PreparedRegion] = []
         self._active: list[DenoisingRegion] = []
         self._finished: list[DenoisingRegion] = []
-        self._forwards_since_decoding = 0
+        self._forwards_since_decode = 0
         self._utilization = Utilization()
         self._resolver = FutureResolver()
         self._closing = threading.Event()
-        self._submitting = threading.Lock()
-        self._ready: Future[Denoiser] = Future()
+        self._submit_lock = threading.Lock()
+        self._started: Future[Denoiser] = Future()
         self._thread = threading.Thread(target=self._run, name="diffusion", daemon=True)
         self._thread.start()
-        self._denoiser = self._ready.result()
+        self._denoiser = self._started.result()
 
     @property
     def name(self) -> str:
@@ -87,22 +91,22 @@ class DiffusionEngine:
 
     @property
     def max_batch(self) -> int:
-        """The most rows of one forward, as given or found."""
+        """The most rows of one UNet forward pass, as configured or measured."""
         return self._denoiser.max_batch
 
     def submit(self, work: RegionWork) -> Future[Pixels]:
-        """Starts one region; the caller's thread turns its pixels into tensors.
+        """Queue one region; its pixels become tensors on the caller's thread.
 
-        The future raises GateError (where the model computed no numbers), EngineError,
-        OutOfMemory, the interruption's reason, or ParameterError where the scheduler cannot
-        take the parameters. Raises ValueError where a window is not on the latents' grid, lies
-        outside, or differs in size from the others.
+        The future raises GateNotFinite, EngineError, OutOfMemory, the interruption's reason, or
+        ParameterError if the scheduler does not support the parameters. Raises ValueError if a
+        window is not on the latents' grid, lies outside, or differs in size from the others.
         """
         future: Future[Pixels] = Future()
         future.set_running_or_notify_cancel()
         try:
             prepared = prepare_region(work, future, self._components)
-            with self._submitting:
+            # Without the lock, a region could enter the inbox after the thread's last look.
+            with self._submit_lock:
                 if self._closing.is_set():
                     raise Released("the engine is closed")
                 self._inbox.put(prepared)
@@ -111,10 +115,10 @@ class DiffusionEngine:
         return future
 
     def close(self) -> None:
-        """Stops at the next step; work not yet finished raises Released. Safe to repeat."""
-        with self._submitting:
+        """Stop at the next step; unfinished work raises Released. Safe to repeat."""
+        with self._submit_lock:
             self._closing.set()
-        self._inbox.put(None)
+        self._inbox.put(None)  # wakes the thread
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -128,7 +132,7 @@ class DiffusionEngine:
                     self._run_iteration()
         self._resolver.close()
         log.info(
-            "%s on %s: in use for %.2f s, idle in between for %.1f%% of them",
+            "%s on %s: in use for %.2f s, device idle for %.1f%% of it",
             self._name,
             self._components.device,
             self._utilization.seconds,
@@ -138,38 +142,39 @@ class DiffusionEngine:
             raise Released("the engine was closed before the region was done")
 
     def _start_denoiser(self) -> bool:
-        """Puts the model on its device, from the thread that will run it."""
+        """Place and warm up the model on the thread that will run it; False if that fails."""
         if self._components.device.type == "cuda":
+            # The current device is a property of the thread.
             torch.cuda.set_device(self._components.device)
-        is_deterministic = self._options.deterministic
-        configure_kernels(self._components.device, is_deterministic=is_deterministic)
+        configure_kernels(self._components.device, is_deterministic=self._options.deterministic)
         try:
-            self._ready.set_result(Denoiser(self._components, self._options))
+            self._denoiser = Denoiser(self._components, self._options)
         except Exception as error:  # noqa: BLE001
             self._resolver.close()
-            self._ready.set_exception(to_engine_unavailable(error, self._components))
+            self._started.set_exception(to_start_error(error, self._components))
             return False
-        self._denoiser = self._ready.result()
+        self._started.set_result(self._denoiser)
         return True
 
     def _unfinished_regions(self) -> list[PreparedRegion]:
-        """Every region not answered yet that the device thread knows of."""
-        return [*self._waiting, *(one.prepared for one in (*self._active, *self._finished))]
+        """Every region that has left the inbox and has no result yet."""
+        denoising = (*self._active, *self._finished)
+        return [*self._waiting, *(region.prepared for region in denoising)]
 
     def _receive_submissions(self) -> None:
-        """Takes what was submitted; sleeps while there is nothing to do."""
+        """Move the inbox to the waiting list; block while there is nothing to do."""
         if not self._unfinished_regions():
-            self._waiting.extend(_known(self._inbox.get()))
-        self._waiting.extend(self._drain_inbox())
+            self._waiting += [region for region in [self._inbox.get()] if region is not None]
+        self._waiting += self._drain_inbox()
 
     def _drain_inbox(self) -> list[PreparedRegion]:
-        prepared_regions: list[PreparedRegion] = []
+        regions: list[PreparedRegion] = []
         while not self._inbox.empty():
-            prepared_regions.extend(_known(self._inbox.get()))
-        return prepared_regions
+            if (prepared := self._inbox.get()) is not None:
+                regions.append(prepared)
+        return regions
 
     def _run_iteration(self) -> None:
-        """One iteration: who stops, who joins, one forward, who is finished."""
         self._stop_interrupted()
         self._admit_waiting()
         self._run_forward()
@@ -179,94 +184,93 @@ class DiffusionEngine:
         for prepared in self._unfinished_regions():
             with fail_futures_on_error((prepared,)):
                 prepared.work.interruption.check()
-        self._drop_done_futures()
+        self._drop_failed()
 
-    def _drop_done_futures(self) -> None:
+    def _drop_failed(self) -> None:
+        """Forget the regions whose futures hold an exception."""
         self._waiting = [prepared for prepared in self._waiting if not prepared.future.done()]
-        self._active = [one for one in self._active if not one.prepared.future.done()]
-        self._finished = [one for one in self._finished if not one.prepared.future.done()]
+        self._active = [region for region in self._active if not region.prepared.future.done()]
+        self._finished = [region for region in self._finished if not region.prepared.future.done()]
 
     def _admit_waiting(self) -> None:
-        joining = choose_admissions(self._waiting, self._active, self._denoiser.max_rows)
-        self._waiting = [prepared for prepared in self._waiting if prepared not in joining]
-        for size in dict.fromkeys(prepared.window_size for prepared in joining):
-            prepared_regions = [prepared for prepared in joining if prepared.window_size == size]
-            with fail_futures_on_error(prepared_regions), self._utilization.measure():
-                self._active.extend(self._denoiser.start(prepared_regions))
+        admitted = choose_admissions(self._waiting, self._active, self._denoiser.max_rows)
+        self._waiting = [prepared for prepared in self._waiting if prepared not in admitted]
+        for size in dict.fromkeys(prepared.window_size for prepared in admitted):
+            group = [prepared for prepared in admitted if prepared.window_size == size]
+            with fail_futures_on_error(group), self._utilization.measure():
+                self._active.extend(self._denoiser.start(group))
 
     def _run_forward(self) -> None:
-        """Those it serves go to the back, so that no region waits for all of a canvas."""
+        """Run one UNet forward pass, and a scheduler step for each region that it completes."""
         rows = choose_rows(self._active, self._denoiser.max_rows)
         if not rows:
             return
         predictions: list[Tensor] = []
-        with (
-            fail_futures_on_error(row.region.prepared for row in rows),
-            self._utilization.measure(),
-        ):
+        served = (row.region.prepared for row in rows)
+        with fail_futures_on_error(served), self._utilization.measure():
             predictions = self._denoiser.predict(rows)
+        # predictions is empty if memory ran out or the pass failed.
         complete = [
             row.region
             for row, prediction in zip(rows, predictions, strict=False)
             if row.region.add_prediction(row, prediction)
         ]
         for group in group_by_formula(complete):
-            with fail_futures_on_error(one.prepared for one in group), self._utilization.measure():
+            prepared = (region.prepared for region in group)
+            with fail_futures_on_error(prepared), self._utilization.measure():
                 self._denoiser.step(group)
         self._active = rotate_served(self._active, rows)
-        self._drop_done_futures()
-        self._forwards_since_decoding += 1
+        self._drop_failed()
+        self._forwards_since_decode += 1
 
     def _decode_finished(self) -> None:
-        """Decodes what is done, a full batch at once where that is worth a short wait."""
-        done = [one for one in self._active if one.is_done]
-        self._active = [one for one in self._active if not one.is_done]
-        self._finished += done
-        for size in dict.fromkeys(one.prepared.window_size for one in self._finished):
-            group = [one for one in self._finished if one.prepared.window_size == size]
+        """Decode the finished regions, by window size, once their batch is worth a VAE batch."""
+        self._finished += [region for region in self._active if region.is_done]
+        self._active = [region for region in self._active if not region.is_done]
+        for size in dict.fromkeys(region.prepared.window_size for region in self._finished):
+            group = [region for region in self._finished if region.prepared.window_size == size]
             if self._is_worth_decoding(group):
                 self._decode(group)
 
     def _is_worth_decoding(self, group: list[DenoisingRegion]) -> bool:
-        windows = sum(len(one.prepared.canvas.windows) for one in group)
+        windows = sum(len(region.prepared.canvas.windows) for region in group)
         return (
             windows >= self._denoiser.max_vae_images(group[0].prepared.window_size)
             or not self._active
-            or self._forwards_since_decoding >= MAX_FORWARDS_BETWEEN_DECODES
+            or self._forwards_since_decode >= MAX_FORWARDS_BEFORE_DECODE
         )
 
     def _decode(self, group: list[DenoisingRegion]) -> None:
-        self._forwards_since_decoding = 0
-        with fail_futures_on_error(one.prepared for one in group):
+        self._forwards_since_decode = 0
+        with fail_futures_on_error(region.prepared for region in group):
             with self._utilization.measure():
-                pictures = self._denoiser.decode(group)
-            for one, picture in zip(group, pictures, strict=True):
-                with fail_futures_on_error((one.prepared,)):
-                    one.prepared.work.report.memory = self._denoiser.memory_report(
-                        one.prepared.window_size
-                    )
-                    self._resolver.send(one.prepared, picture, self._denoiser.copy_streams)
-        self._finished = [one for one in self._finished if one not in group]
+                images = self._denoiser.decode(group)
+            for region, image in zip(group, images, strict=True):
+                self._send(region.prepared, image)
+        self._finished = [region for region in self._finished if region not in group]
+
+    def _send(self, prepared: PreparedRegion, image: Tensor) -> None:
+        with fail_futures_on_error((prepared,)):
+            prepared.work.report.memory = self._denoiser.memory_report(prepared.window_size)
+            self._resolver.resolve(prepared, image, self._denoiser.copy_streams)
 
 
-def to_engine_unavailable(error: Exception, components: Components) -> InpaintError:
-    """What starting the engine raises instead; a lost device may be back after a restart."""
+def to_start_error(error: Exception, components: Components) -> InpaintError:
+    """Convert what starting the engine raised to EngineUnavailable, which names the remedy.
+
+    A lost device stays DeviceLost: a restarted process may find it again.
+    """
     if isinstance(error, torch.AcceleratorError):
         return to_inpaint_error(error)
     device = components.device
     if is_out_of_memory(error) or isinstance(error, OutOfMemory):
-        found = EngineUnavailable(
-            f"the model does not fit on {device}; use a larger one, or memory model_offload"
+        converted = EngineUnavailable(
+            f"the model does not fit on {device}; use a larger device, or memory model_offload"
         )
     else:
-        found = EngineUnavailable(
+        converted = EngineUnavailable(
             f"the model does not run on {device}: {type(error).__name__}: {one_line(error)}; "
             "try attention auto, compile off and quantization off"
         )
-    found.__cause__ = error
-    return found
-
-
-def _known(prepared: PreparedRegion | None) -> tuple[PreparedRegion, ...]:
-    """``close`` wakes the thread with None."""
-    return () if prepared is None else (prepared,)
+    converted.__cause__ = error
+    return converted

@@ -1,4 +1,4 @@
-"""Copies between host and device that neither waits for; on the CPU nothing is copied."""
+"""Asynchronous copies between host and device; on the CPU nothing is copied."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PendingDownload:
-    """A tensor on its way to the host."""
+    """A tensor being copied to the host. done_event: None if there is nothing to wait for."""
 
     tensor: Tensor
     done_event: torch.cuda.Event | None
 
     def wait(self) -> Tensor:
-        """The tensor on the host; waits without the interpreter's lock."""
+        """Return the tensor on the host once it is complete; waits without holding the GIL."""
         if self.done_event is not None:
             self.done_event.synchronize()
         return self.tensor
 
 
 def pin(tensor: Tensor, device: torch.device) -> Tensor:
-    """Where the device can fetch it by itself: in pinned memory. For any thread."""
+    """Copy to pinned memory if the device is CUDA, so that an upload is asynchronous.
+
+    Safe in any thread.
+    """
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
@@ -33,53 +36,55 @@ def new_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class CopyStreams:
-    """One device's copies, each direction on a stream of its own. For one thread."""
+    """Copies to and from one device, each direction on a CUDA stream. For one thread."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._enqueued: torch.cuda.Event | None = None
+        self._last_enqueued: torch.cuda.Event | None = None
         if device.type == "cuda":
-            self._up, self._down = new_stream(device), new_stream(device)
+            self._uploads, self._downloads = new_stream(device), new_stream(device)
 
     def upload(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """The staged tensors on the device; what is enqueued later waits for them there."""
+        """Copy pinned tensors to the device; kernels launched later wait for them there."""
         if self._device.type != "cuda":
             return list(tensors)
-        computing = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._up):
-            found = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
-        computing.wait_stream(self._up)
-        for tensor in found:
-            tensor.record_stream(computing)
-        return found
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._uploads):
+            uploaded = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
+        compute.wait_stream(self._uploads)
+        for tensor in uploaded:
+            # The allocator would otherwise reuse the memory while the compute stream reads it.
+            tensor.record_stream(compute)
+        return uploaded
 
     def download(self, tensor: Tensor) -> PendingDownload:
-        """Starts once what was enqueued before is done."""
+        """Start a copy to pinned memory once the kernels launched before are done."""
         if self._device.type != "cuda":
             return PendingDownload(tensor=tensor, done_event=None)
-        self._down.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._down):
-            found = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            found.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self._down)
-            return PendingDownload(tensor=found, done_event=_record_event(self._down))
+        self._downloads.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._downloads):
+            target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            target.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self._downloads)
+            return PendingDownload(tensor=target, done_event=_record_event(self._downloads))
 
     def limit_run_ahead(self) -> None:
-        """Before each forward: waits until only the last one is still running.
+        """Before each forward pass: wait until only the previous one is still running.
 
-        The device always has the next one ready, and the host is never so far ahead that
-        stopping or joining would take several steps.
+        The device always has its next pass enqueued, and the host is at most one pass ahead,
+        so that an interruption or a new region does not wait for several steps.
         """
         if self._device.type != "cuda":
             return
         enqueued = _record_event(torch.cuda.current_stream(self._device))
-        if self._enqueued is not None:
-            self._enqueued.synchronize()
-        self._enqueued = enqueued
+        if self._last_enqueued is not None:
+            self._last_enqueued.synchronize()
+        self._last_enqueued = enqueued
 
 
 def _record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Done once all that the stream holds now is; waiting for it leaves the core to others."""
+    """Return an event that is done once all work now in the stream is done."""
+    # blocking: wait in the kernel instead of spinning, which would take a core from job threads.
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

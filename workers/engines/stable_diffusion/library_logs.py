@@ -1,4 +1,4 @@
-"""Log lines of libraries' imports that say nothing to whoever runs a worker."""
+"""Log lines that libraries emit on import and that do not concern whoever runs a worker."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from functools import partial
 
 log = logging.getLogger(__name__)
 
-# Where torchao is installed, diffusers imports it, asked or not.
+# Logger name -> text. diffusers imports torchao whenever it is installed.
 EXPECTED_LINES: Mapping[str, str] = {
-    # Kernels for mxfp8 and for sparse weights, of which we use none; they load on some GPUs only.
+    # Kernels for mxfp8 and sparse weights, which this engine does not use; few GPUs load them.
     "torchao": "Failed to load ",
-    # Kernels tuned by torchao's own autotuner, which is off.
+    # Kernels of torchao's own autotuner, which is off.
     "torchao.kernel.intmm": "Detected no triton",
-    # How torchao registers its enums, which torch is going to refuse: for torchao's authors.
+    # torch will refuse the way in which torchao registers enums; torchao has to change that.
     "torch.utils._pytree": "is an Enum subclass and is now natively supported by torch.compile",
-    # For weights that were saved quantized; ours are read whole and quantized afterwards.
+    # For weights stored quantized; this engine quantizes after loading.
     "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
 }
 
 
 @contextmanager
 def demote_expected_lines() -> Iterator[None]:
-    """Logs these lines, and no others of their loggers, at DEBUG under our own name."""
+    """Log EXPECTED_LINES at DEBUG under this module's logger; other lines pass unchanged."""
     filters = {name: partial(_demote, text) for name, text in EXPECTED_LINES.items()}
-    for name, keep in filters.items():
-        logging.getLogger(name).addFilter(keep)
+    for name, demote in filters.items():
+        logging.getLogger(name).addFilter(demote)
     try:
         yield
     finally:
-        for name, keep in filters.items():
-            logging.getLogger(name).removeFilter(keep)
+        for name, demote in filters.items():
+            logging.getLogger(name).removeFilter(demote)
 
 
 def _demote(text: str, record: logging.LogRecord) -> bool:
+    """Logging filter: False drops the record."""
     if text not in record.getMessage():
         return True
     log.debug("%s: %s", record.name, record.getMessage())

@@ -1,11 +1,14 @@
-"""ddim (Song et al. 2021, equation 12), euler (Karras et al. 2022, algorithm 1) and dpmpp_2m (Lu et
-al. 2022, algorithm 2): one formula with different coefficients.
+"""Steps of ddim, euler and dpmpp_2m: one linear formula with different coefficients.
 
-    image = (latents - sigma * noise) / alpha
-    next = keep * latents + to_image * image + along * direction + bend * change
+    x0 = (latents - sigma * noise) / alpha
+    next = latents_weight * latents + x0_weight * x0 + direction_weight * direction
+           + correction_weight * correction_scale * (x0 - x0 of the previous step)
 
-``direction`` is the noise, or for euler (latents - image) / sigma; ``change`` is how far
-``image`` moved since the step before.
+``direction`` is the predicted noise, or for euler (latents - x0) / sigma. The last term makes
+dpmpp_2m a linear two-step method; it is 0 for the others.
+
+ddim: Song et al. 2021, equation 12. euler: Karras et al. 2022, algorithm 1. dpmpp_2m: Lu et al.
+2022, algorithm 2.
 """
 
 from __future__ import annotations
@@ -16,77 +19,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COLUMNS = ("alpha", "sigma", "keep", "to_image", "along", "is_ray", "bend", "change")
+COLUMNS = (
+    *("alpha", "sigma", "latents_weight", "x0_weight", "direction_weight"),
+    *("uses_x0_direction", "correction_weight", "correction_scale"),
+)
 HISTORY_LENGTH = 1
 
 
 def step(
-    rows: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
+    coefficients: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The next latents and the image they lead to, all (N, C, H, W) float32.
+    """Return the next latents and (x0,), all (N, C, H, W) float32.
 
-    rows: (N, columns). noise: predicted, with guidance. history: the image that the step before
-    led to; any finite values before the first.
+    coefficients: (N, COLUMNS). noise: predicted, guidance applied. history: x0 of the previous
+    step; any finite values at the first.
     """
-    of = dict(zip(COLUMNS, rows[..., None, None, None].unbind(1), strict=True))
-    (last_image,) = history
-    image = (latents - of["sigma"] * noise) / of["alpha"]
-    direction = torch.where(of["is_ray"] > 0, (latents - image) / of["sigma"], noise)
-    moved = of["keep"] * latents + of["to_image"] * image + of["along"] * direction
-    return moved + of["bend"] * (of["change"] * (image - last_image)), (image,)
+    column = dict(zip(COLUMNS, coefficients[..., None, None, None].unbind(1), strict=True))
+    (previous_x0,) = history
+    # The order of these operations is diffusers': another order rounds differently.
+    x0 = (latents - column["sigma"] * noise) / column["alpha"]
+    x0_direction = (latents - x0) / column["sigma"]
+    direction = torch.where(column["uses_x0_direction"] > 0, x0_direction, noise)
+    first_order = column["latents_weight"] * latents + column["x0_weight"] * x0
+    first_order = first_order + column["direction_weight"] * direction
+    correction = column["correction_scale"] * (x0 - previous_x0)
+    return first_order + column["correction_weight"] * correction, (x0,)
 
 
 def ddim(scheduler: Any, skipped: int) -> Mapping[str, Tensor]:
+    """Columns of DDIMScheduler with eta 0, (steps,) each."""
     timesteps = scheduler.timesteps[skipped:]
-    after = timesteps - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    next_timesteps = timesteps - stride
     alphas = scheduler.alphas_cumprod
     alpha = alphas[timesteps]
-    next_alpha = torch.where(after >= 0, alphas[after.clamp(min=0)], scheduler.final_alpha_cumprod)
+    next_alpha = torch.where(
+        next_timesteps >= 0, alphas[next_timesteps.clamp(min=0)], scheduler.final_alpha_cumprod
+    )
     return {
         "alpha": alpha**0.5,
         "sigma": (1 - alpha) ** 0.5,
-        "to_image": next_alpha**0.5,
-        "along": (1 - next_alpha) ** 0.5,
+        "x0_weight": next_alpha**0.5,
+        "direction_weight": (1 - next_alpha) ** 0.5,
     }
 
 
 def euler(scheduler: Any, skipped: int) -> Mapping[str, Tensor]:
+    """Columns of EulerDiscreteScheduler, (steps,) each."""
     sigmas = scheduler.sigmas[skipped:]
-    one = torch.ones(len(sigmas) - 1)
+    ones = torch.ones(len(sigmas) - 1)
     return {
-        "alpha": one,
+        "alpha": ones,
         "sigma": sigmas[:-1],
-        "keep": one,
-        "along": sigmas[1:] - sigmas[:-1],
-        "is_ray": one,
+        "latents_weight": ones,
+        "direction_weight": sigmas[1:] - sigmas[:-1],
+        "uses_x0_direction": ones,
     }
 
 
 def dpmpp_2m(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
-    """None where the configuration asks for another variant."""
+    """Columns of DPMSolverMultistepScheduler; None if its configuration selects another solver.
+
+    With half log-SNR lambda = log(alpha / sigma) and h its growth over a step: latents_weight is
+    sigma_next / sigma, x0_weight is -alpha_next * (exp(-h) - 1).
+    """
     config = scheduler.config
-    kind = (config.algorithm_type, config.solver_order, config.solver_type)
-    if kind != ("dpmsolver++", 2, "midpoint"):
+    solver = (config.algorithm_type, config.solver_order, config.solver_type)
+    if solver != ("dpmsolver++", 2, "midpoint"):
         return None
     alphas, sigmas = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
-    logs = torch.log(alphas) - torch.log(sigmas)
-    widths = logs[1:] - logs[:-1]
-    shrink = alphas[1:] * (torch.exp(-widths) - 1.0)
-    earlier = torch.cat([widths[:1], widths[:-1]])
-    change = 1.0 / (earlier / widths)
-    first_order = torch.zeros(len(widths), dtype=torch.bool)
-    first_order[skipped] = True
-    first_order[-1] |= (
+    lambdas = torch.log(alphas) - torch.log(sigmas)
+    h = lambdas[1:] - lambdas[:-1]
+    shrink = alphas[1:] * (torch.exp(-h) - 1.0)
+    previous_h = torch.cat([h[:1], h[:-1]])
+    correction_scale = 1.0 / (previous_h / h)
+    # No previous x0 at the first step; diffusers lowers the order at the last one.
+    is_first_order = torch.zeros(len(h), dtype=torch.bool)
+    is_first_order[skipped] = True
+    is_first_order[-1] |= (
         config.euler_at_final
-        or (config.lower_order_final and len(widths) < 15)
+        or (config.lower_order_final and len(h) < 15)
         or config.final_sigmas_type == "zero"
     )
     columns = {
         "alpha": alphas[:-1],
         "sigma": sigmas[:-1],
-        "keep": sigmas[1:] / sigmas[:-1],
-        "to_image": -shrink,
-        "bend": torch.where(first_order, 0.0, -0.5 * shrink),
-        "change": torch.where(first_order, 0.0, change),
+        "latents_weight": sigmas[1:] / sigmas[:-1],
+        "x0_weight": -shrink,
+        "correction_weight": torch.where(is_first_order, 0.0, -0.5 * shrink),
+        "correction_scale": torch.where(is_first_order, 0.0, correction_scale),
     }
     return {name: column[skipped:] for name, column in columns.items()}

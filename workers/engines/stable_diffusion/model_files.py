@@ -1,4 +1,4 @@
-"""The files of a model: found in a folder or on the hub, and checked before a weight is read."""
+"""A model's files: found in a folder or on the hub, and checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ WEIGHT_FILES = {
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
-LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER_HEADER = b"version https://git-lfs"
+HASHED_SUFFIXES = frozenset({".json", ".safetensors", ".txt"})
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 CONFIG_PATTERNS = (
-    "*.py",  # fetched so that custom code is seen and refused, never run
+    "*.py",  # fetched so that custom code is detected and refused; it is never run
     "model_index.json",
-    *(f"{part}/config.json" for part in WEIGHT_FILES),
+    *(f"{component}/config.json" for component in WEIGHT_FILES),
     "scheduler/scheduler_config.json",
     "tokenizer/*",
 )
-FULL_PATTERNS = tuple(f"{part}/{stem}*.safetensors*" for part, stem in WEIGHT_FILES.items())
-OTHER_VARIANTS = ("*.fp16*", "*non_ema*", "*.bf16*")
-FP16_PATTERNS = tuple(f"{part}/{stem}*.fp16*.safetensors*" for part, stem in WEIGHT_FILES.items())
+FULL_PATTERNS = tuple(
+    f"{component}/{stem}*.safetensors*" for component, stem in WEIGHT_FILES.items()
+)
+OTHER_VARIANT_PATTERNS = ("*.fp16*", "*non_ema*", "*.bf16*")
+FP16_PATTERNS = tuple(
+    f"{component}/{stem}*.fp16*.safetensors*" for component, stem in WEIGHT_FILES.items()
+)
 UNSUPPORTED_UNET_CONFIG = (
     "time_cond_proj_dim",
     "addition_embed_type",
@@ -46,10 +51,10 @@ UNSUPPORTED_UNET_CONFIG = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """A checked pipeline folder.
+    """A pipeline folder that passed all checks.
 
     revision: the hub's commit, or ``sha256:`` and 16 digits over the folder's content.
-    variant: ``fp16`` where the folder has no other weights.
+    variant: ``fp16`` if the folder has no other weights.
     """
 
     path: Path
@@ -58,7 +63,7 @@ class ModelFiles:
 
 
 def find_model(model: str, revision: str | None) -> ModelFiles:
-    """The folder of that name, else the hub's model of that id, fetched where not yet cached.
+    """Return the folder of that name, else the hub's model of that id, downloaded if not cached.
 
     Raises EngineUnavailable with one line that names the remedy.
     """
@@ -75,13 +80,16 @@ def find_model(model: str, revision: str | None) -> ModelFiles:
 
 
 def is_hub_id(model: str) -> bool:
-    """``owner/name``: two plain parts, so neither absolute nor relative to ``.`` or ``~``."""
+    """Whether the text is ``owner/name`` and not a path such as ``./x``, ``~/x`` or ``/x``."""
     owner, _, name = model.partition("/")
     return bool(owner and name) and owner not in {".", "..", "~"} and "/" not in name
 
 
 def _find_on_hub(model: str, revision: str | None) -> ModelFiles:
-    path = _fetch(model, revision, (*CONFIG_PATTERNS, *FULL_PATTERNS), ignored=OTHER_VARIANTS)
+    """Download the plain weights; the fp16 ones only if there are no others."""
+    path = _fetch(
+        model, revision, (*CONFIG_PATTERNS, *FULL_PATTERNS), ignored=OTHER_VARIANT_PATTERNS
+    )
     check_pipeline(path)
     if _missing_weights(path, variant=None):
         path = _fetch(model, revision, (*CONFIG_PATTERNS, *FP16_PATTERNS), ignored=("*non_ema*",))
@@ -95,12 +103,12 @@ def _fetch(
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             model, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(ignored)
         )
-    except Exception as error:  # the client has no common root of errors
+    except Exception as error:  # huggingface_hub has no common error class
         raise EngineUnavailable(_hub_error_message(model, revision, error)) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _hub_error_message(model: str, revision: str | None, error: Exception) -> str:
@@ -112,7 +120,7 @@ def _hub_error_message(model: str, revision: str | None, error: Exception) -> st
     )
 
     if isinstance(error, GatedRepoError):
-        return f"{model}: the hub asks for an accepted licence; accept it there and set HF_TOKEN"
+        return f"{model}: the hub wants its licence accepted; accept it there and set HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return f"{model}: neither a folder here nor a model on the hub; check the id or the path"
     if isinstance(error, RevisionNotFoundError):
@@ -124,7 +132,7 @@ def _hub_error_message(model: str, revision: str | None, error: Exception) -> st
 
 
 def check_pipeline(folder: Path) -> None:
-    """Raises EngineUnavailable unless the folder is an SD inpainting pipeline without own code."""
+    """Raises EngineUnavailable unless it is an SD inpainting pipeline without custom code."""
     if not (folder / "model_index.json").is_file():
         raise EngineUnavailable(
             f"{folder}: no model_index.json; name the folder that save_pretrained wrote"
@@ -138,10 +146,10 @@ def check_pipeline(folder: Path) -> None:
 
 
 def _check_lfs_pointers(folder: Path) -> None:
-    """A clone without Git LFS has a line of text in place of each file of weights."""
+    """A clone made without Git LFS has a short text file in place of each weights file."""
     for path in sorted(folder.glob("*/*.safetensors")):
         with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            if file.read(len(LFS_POINTER_HEADER)) == LFS_POINTER_HEADER:
                 raise EngineUnavailable(
                     f"{path}: a Git LFS pointer, not the weights; run git lfs pull in {folder}"
                 )
@@ -158,85 +166,90 @@ def _check_custom_code(folder: Path) -> None:
 
 def _check_classes(folder: Path) -> None:
     index = read_json(folder / "model_index.json")
-    for part, allowed in COMPONENT_CLASSES.items():
-        found = index.get(part)
-        if not isinstance(found, list) or tuple(found) not in allowed:
-            wanted = min(name for _, name in allowed)
-            raise EngineUnavailable(f"{folder}: {part} is {found}, not {wanted}; use an SD2 model")
+    for component, allowed in COMPONENT_CLASSES.items():
+        actual = index.get(component)
+        if not isinstance(actual, list) or tuple(actual) not in allowed:
+            expected = min(name for _, name in allowed)
+            raise EngineUnavailable(
+                f"{folder}: {component} is {actual}, not {expected}; use an SD2 model"
+            )
 
 
 def _check_shapes(folder: Path) -> None:
     unet, vae, text = (
         read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")
     )
-    latent = vae.get("latent_channels", 4)
-    wanted = 2 * latent + 1  # the noisy latents, the mask, the masked image's latents
-    if unet.get("in_channels", 4) != wanted:
+    # diffusers leaves defaults out of config.json, so the same defaults stand here.
+    latent_channels = vae.get("latent_channels", 4)
+    expected = 2 * latent_channels + 1  # noisy latents, mask, masked image's latents
+    if unet.get("in_channels", 4) != expected:
         raise EngineUnavailable(
-            f"{folder}: the UNet has {unet.get('in_channels', 4)} input channels, not {wanted}; "
+            f"{folder}: the UNet has {unet.get('in_channels', 4)} input channels, not {expected}; "
             "use an inpainting model"
         )
     if unet.get("cross_attention_dim") != text.get("hidden_size"):
         raise EngineUnavailable(
-            f"{folder}: the text encoder writes {text.get('hidden_size')} numbers a token and the "
-            f"UNet reads {unet.get('cross_attention_dim')}; they are not of one model"
+            f"{folder}: the text encoder's embeddings have {text.get('hidden_size')} values and "
+            f"the UNet reads {unet.get('cross_attention_dim')}; they belong to different models"
         )
     scale = vae.get("scaling_factor", 0.18215)
     if not isinstance(scale, int | float) or scale <= 0:
         raise EngineUnavailable(f"{folder}: the VAE's scaling_factor is {scale}; use an SD2 model")
-    extra = [name for name in UNSUPPORTED_UNET_CONFIG if unet.get(name) is not None]
-    if extra:
-        raise EngineUnavailable(f"{folder}: the UNet needs {extra[0]}; use an SD2 inpainting model")
+    unsupported = [name for name in UNSUPPORTED_UNET_CONFIG if unet.get(name) is not None]
+    if unsupported:
+        raise EngineUnavailable(
+            f"{folder}: the UNet needs {unsupported[0]}; use an SD2 inpainting model"
+        )
 
 
 def find_variant(folder: Path) -> str | None:
-    """None for the plain weights, ``fp16`` where only those exist.
+    """Return None for the plain weights, ``fp16`` if only those exist.
 
-    Raises EngineUnavailable where a component has no safetensors.
+    Raises EngineUnavailable if a component has no safetensors.
     """
     missing = _missing_weights(folder, variant=None)
     if not missing:
         return None
     if not _missing_weights(folder, variant="fp16"):
         return "fp16"
-    part = folder / missing[0]
-    if any(part.glob("*.bin")) or any(part.glob("*.ckpt")):
+    component = folder / missing[0]
+    if any(component.glob("*.bin")) or any(component.glob("*.ckpt")):
         raise EngineUnavailable(
-            f"{part}: only pickled weights, which can run code; convert them to safetensors "
+            f"{component}: only pickled weights, which can run code; convert them to safetensors "
             "(load where you trust them, then save_pretrained(..., safe_serialization=True))"
         )
-    raise EngineUnavailable(f"{part}: no .safetensors weights; fetch the model again")
+    raise EngineUnavailable(f"{component}: no .safetensors weights; fetch the model again")
 
 
 def _missing_weights(folder: Path, *, variant: str | None) -> list[str]:
+    """Components without weights of this variant, in one file or sharded with an index."""
     infix = f".{variant}" if variant else ""
     return [
-        part
-        for part, stem in WEIGHT_FILES.items()
-        if not (folder / part / f"{stem}{infix}.safetensors").is_file()
-        and not (folder / part / f"{stem}.safetensors.index{infix}.json").is_file()
+        component
+        for component, stem in WEIGHT_FILES.items()
+        if not (folder / component / f"{stem}{infix}.safetensors").is_file()
+        and not (folder / component / f"{stem}.safetensors.index{infix}.json").is_file()
     ]
 
 
 def hash_content(folder: Path) -> str:
-    """``sha256:`` and 16 digits over the names and bytes of everything that is loaded."""
+    """Return ``sha256:`` and 16 digits over the names and bytes of every file that is loaded."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.glob("**/*") if p.suffix in {".json", ".safetensors", ".txt"}
-    ):
+    loaded = (path for path in folder.glob("**/*") if path.suffix in HASHED_SUFFIXES)
+    for path in sorted(loaded):
         with path.open("rb") as file:
-            part = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.relative_to(folder).as_posix()} {part}\n".encode())
+            file_hash = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash}\n".encode())
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises EngineUnavailable where the file is missing or not a JSON object."""
+    """Raises EngineUnavailable if the file is missing or not a JSON object."""
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise EngineUnavailable(f"{path}: {why}; fetch the model again") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise EngineUnavailable(f"{path}: {reason}; fetch the model again") from error
     if not isinstance(values, dict):
         raise EngineUnavailable(f"{path}: not a JSON object; fetch the model again")
     return values

@@ -1,8 +1,8 @@
-"""A region as latents: where its windows lie, and how overlapping windows become one.
+"""A canvas: one region's latents, covered by windows that overlap.
 
-MultiDiffusion (Bar-Tal et al. 2023, equation 5 with equal weights): the predictions of all
-windows over a latent are averaged at every step, so that windows share one picture and no
-seam exists. A region of one window is the same code with nothing to average.
+MultiDiffusion (Bar-Tal et al. 2023, equation 5 with equal weights): at every step the predictions
+of all windows are averaged where they overlap, so that the windows form one image without seams.
+A region of one window takes the same path with nothing to average.
 """
 
 from __future__ import annotations
@@ -16,112 +16,119 @@ from torch import Tensor
 from shared.geometry.box import Box
 from workers.engines.protocol import RegionWork
 
+Size = tuple[int, int]  # (height, width)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Canvas:
     """The windows of one region, all of one size.
 
-    factor: image pixels to a latent's side. size: (height, width) of the region in latents.
-    windows: in latents. pixel_windows: the same in image pixels.
+    vae_factor: image pixels per latent along a side. size: (height, width) of the region in
+    latents. windows: in latents.
     """
 
-    factor: int
-    size: tuple[int, int]
+    vae_factor: int
+    size: Size
     windows: tuple[Box, ...]
 
     @property
-    def window_size(self) -> tuple[int, int]:
+    def window_size(self) -> Size:
         """(height, width) in latents."""
         left, top, right, bottom = self.windows[0]
         return bottom - top, right - left
 
     @property
-    def pixel_size(self) -> tuple[int, int]:
+    def pixel_size(self) -> Size:
         """(height, width) of the region in image pixels."""
-        return self.size[0] * self.factor, self.size[1] * self.factor
+        return self.size[0] * self.vae_factor, self.size[1] * self.vae_factor
 
     @property
     def pixel_windows(self) -> tuple[Box, ...]:
-        return tuple(Box(*(edge * self.factor for edge in box)) for box in self.windows)
+        """The windows in image pixels."""
+        return tuple(Box(*(edge * self.vae_factor for edge in box)) for box in self.windows)
 
 
-def plan_canvas(work: RegionWork, factor: int) -> Canvas:
-    """Raises ValueError unless windows lie in the region, on the latents' grid, in one size."""
+def plan_canvas(work: RegionWork, vae_factor: int) -> Canvas:
+    """Convert the region's windows to latents.
+
+    Raises ValueError unless the windows have one size and lie in the region and on the latents'
+    grid.
+    """
     height, width = work.image.shape[:2]
     if work.image.shape != (height, width, 3) or work.mask.shape != (height, width):
         raise ValueError(f"image {work.image.shape} and mask {work.mask.shape} do not match")
     if not work.windows:
         raise ValueError("the region has no window")
     edges = [height, width, *(edge for box in work.windows for edge in box)]
-    if any(edge % factor for edge in edges):
-        raise ValueError(f"region {width}x{height}: an edge is not a multiple of {factor} px")
+    if any(edge % vae_factor for edge in edges):
+        raise ValueError(f"region {width}x{height}: an edge is not a multiple of {vae_factor} px")
     for left, top, right, bottom in work.windows:
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise ValueError(f"window {left, top, right, bottom} is not in {width}x{height}")
     if len({(right - left, bottom - top) for left, top, right, bottom in work.windows}) > 1:
         raise ValueError("the region's windows differ in size")
-    windows = tuple(Box(*(edge // factor for edge in box)) for box in work.windows)
-    return Canvas(factor=factor, size=(height // factor, width // factor), windows=windows)
+    windows = tuple(Box(*(edge // vae_factor for edge in box)) for box in work.windows)
+    size = height // vae_factor, width // vae_factor
+    return Canvas(vae_factor=vae_factor, size=size, windows=windows)
 
 
-def crop(whole: Tensor, box: Box) -> Tensor:
-    """A view of (..., H, W) inside the box."""
-    left, top, right, bottom = box
-    return whole[..., top:bottom, left:right]
+def crop(canvas: Tensor, window: Box) -> Tensor:
+    """Return a view of (..., H, W) inside the window."""
+    left, top, right, bottom = window
+    return canvas[..., top:bottom, left:right]
 
 
-def count_windows(size: tuple[int, int], windows: Iterable[Box]) -> Tensor:
-    """(1, 1, H, W) float32: how many windows lie over each place."""
+def count_windows(size: Size, windows: Iterable[Box]) -> Tensor:
+    """Return (1, 1, H, W) float32: how many windows cover each place."""
     counts = torch.zeros(1, 1, *size)
-    for box in windows:
-        crop(counts, box).add_(1)
+    for window in windows:
+        crop(counts, window).add_(1)
     return counts
 
 
-def sum_windows(parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
-    """One (1, C, H, W) from parts of (C, h, w), added where windows overlap, else 0."""
-    whole = parts[0].new_zeros(1, parts[0].shape[0], *size)
-    for part, box in zip(parts, windows, strict=True):
-        crop(whole, box).add_(part)
-    return whole
+def sum_windows(tensors: Sequence[Tensor], size: Size, windows: Sequence[Box]) -> Tensor:
+    """Add one (C, h, w) tensor per window into (1, C, H, W); 0 outside all windows."""
+    canvas = tensors[0].new_zeros(1, tensors[0].shape[0], *size)
+    for tensor, window in zip(tensors, windows, strict=True):
+        crop(canvas, window).add_(tensor)
+    return canvas
 
 
-def average_windows(
-    parts: Sequence[Tensor], size: tuple[int, int], windows: Sequence[Box]
-) -> Tensor:
-    """One (1, C, H, W) from parts of (C, h, w), averaged where windows overlap, else 0."""
-    whole = sum_windows(parts, size, windows)
-    return whole / count_windows(size, windows).clamp_(min=1).to(whole.device)
+def average_windows(tensors: Sequence[Tensor], size: Size, windows: Sequence[Box]) -> Tensor:
+    """Average one (C, h, w) tensor per window into (1, C, H, W); 0 outside all windows."""
+    canvas = sum_windows(tensors, size, windows)
+    return canvas / count_windows(size, windows).clamp_(min=1).to(canvas.device)
 
 
-def blend_windows(parts: Iterable[Tensor], size: tuple[int, int], windows: Sequence[Box]) -> Tensor:
-    """One (C, H, W) from parts of (C, h, w): each fades linearly towards its window's edges.
+def blend_windows(tensors: Iterable[Tensor], size: Size, windows: Sequence[Box]) -> Tensor:
+    """Blend one (C, h, w) tensor per window into (C, H, W) with tent-shaped weights.
 
-    A tent over each window is linear in every overlap up to half a window; divided by the
-    tents' sum the weights add up to exactly 1 where one window lies alone. Parts are taken
-    one after another, so that an iterator never holds all of a large region's.
+    weight = tent / sum of tents; it falls linearly across an overlap of up to half a window and
+    is exactly 1 where one window lies alone. The tensors are consumed one after another, so that
+    a large region's decoded windows are never all in memory.
     """
-    parts = iter(parts)
-    first = next(parts)
+    tensors = iter(tensors)
+    first = next(tensors)
     tent = _tent(*first.shape[-2:]).to(first.device)
-    total = first.new_zeros(size)
-    for box in windows:
-        crop(total, box).add_(tent)
-    whole = first.new_zeros(first.shape[0], *size)
+    tent_sum = first.new_zeros(size)
+    for window in windows:
+        crop(tent_sum, window).add_(tent)
+    canvas = first.new_zeros(first.shape[0], *size)
 
-    def add(part: Tensor, box: Box) -> None:
-        crop(whole, box).add_(part * (tent / crop(total, box)))
+    def add(tensor: Tensor, window: Box) -> None:
+        crop(canvas, window).add_(tensor * (tent / crop(tent_sum, window)))
 
     add(first, windows[0])
-    del first  # with it, the whole pass that it came from would stay
-    for part, box in zip(parts, windows[1:], strict=True):
-        add(part, box)
-    return whole
+    del first  # a view: it would keep the VAE's whole first batch in memory
+    for tensor, window in zip(tensors, windows[1:], strict=True):
+        add(tensor, window)
+    return canvas
 
 
 def _tent(height: int, width: int) -> Tensor:
-    """(height, width) float32: the distance to the nearest edge, one axis times the other."""
+    """Return (height, width) float32: distance to the nearest edge along y, times along x."""
     rows, columns = (
-        torch.minimum(places := torch.arange(n) + 0.5, n - places) for n in (height, width)
+        torch.minimum(centres := torch.arange(side) + 0.5, side - centres)
+        for side in (height, width)
     )
     return rows[:, None] * columns[None, :]

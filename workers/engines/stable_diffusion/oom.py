@@ -1,4 +1,4 @@
-"""When the device's memory runs out: telling it, and going on with fewer rows for a while."""
+"""Out-of-memory handling: detect it, halve the batch, grow it again later."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+Batch = TypeVar("Batch")
 
 MIN_BACKOFF_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 3600.0
 
 
 class Backoff:
-    """How long not to try again what did not fit: twice as long after each failure."""
+    """Exponential back-off: the time to wait doubles with each failure, from 1 minute to 1 hour."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -30,40 +30,45 @@ class Backoff:
         return self._clock() >= self._until
 
     def increase(self) -> None:
+        """After a failure: double the time and start it."""
         self._seconds = min(self._seconds * 2, MAX_BACKOFF_SECONDS)
         self.restart()
 
     def restart(self) -> None:
+        """Start the same time again."""
         self._until = self._clock() + self._seconds
 
 
 class RowLimit:
-    """The most rows that share a forward pass: halved when they did not fit, then doubled again."""
+    """The most rows of a batch: halved when memory runs out, doubled again after a back-off."""
 
-    def __init__(self, most: int, *, stage: str, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, max_rows: int, *, stage: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """stage: what runs, for messages, such as ``the UNet``."""
-        self.most = most
-        self.stage = stage
-        self._rows = most
+        self._max_rows = max_rows
+        self._stage = stage
+        self._rows = max_rows
         self._backoff = Backoff(clock)
 
     @property
     def rows(self) -> int:
-        if self._rows < self.most and self._backoff.is_over:
-            self._rows = min(self._rows * 2, self.most)
+        """The limit now; reading it after the back-off doubles it."""
+        if self.is_reduced and self._backoff.is_over:
+            self._rows = min(self._rows * 2, self._max_rows)
             self._backoff.restart()
         return self._rows
 
     @property
     def is_reduced(self) -> bool:
-        return self._rows < self.most
+        return self._rows < self._max_rows
 
     def halve(self, tried: int) -> None:
-        """tried: rows that did not fit, more than one."""
+        """tried: rows of the batch that ran out of memory, at least 2."""
         self._rows = min(self._rows, tried // 2)
         self._backoff.increase()
         log.warning(
-            "out of memory with %d rows in %s; going on with %d", tried, self.stage, self._rows
+            "out of memory with %d rows in %s; continuing with %d", tried, self._stage, self._rows
         )
 
 
@@ -73,46 +78,50 @@ def run_in_chunks(
     limit: RowLimit,
     on_out_of_memory: Callable[[int], None],
 ) -> Iterator[Tensor]:
-    """What ``run`` makes of each item, in chunks of the limit, each run once it is asked for.
+    """Yield ``run``'s result for each item, one chunk of up to ``limit.rows`` items at a time.
 
-    give_way: told how many items did not fit, makes the next try need less, or raises.
+    Lazy: a chunk runs when its first result is asked for. on_out_of_memory(items in the chunk):
+    makes the retry need less memory, or raises.
     """
     start = 0
     while start < len(items):
         chunk = items[start : start + limit.rows]
-        found = try_run(run, chunk)
-        if found is None:
+        results = try_run(run, chunk)
+        if results is None:
             on_out_of_memory(len(chunk))
         else:
-            yield from found.unbind()
+            yield from results.unbind()
             start += len(chunk)
 
 
-def try_run(run: Callable[[T], Tensor], batch: T) -> Tensor | None:
-    """None where memory ran out; by then the error and all that its frames held are gone."""
+def try_run(run: Callable[[Batch], Tensor], batch: Batch) -> Tensor | None:
+    """Return ``run(batch)``, or None if memory ran out; other errors propagate."""
     try:
         return run(batch)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+    # Outside the except block, or the traceback's frames would keep the batch's tensors alive
+    # while the caller frees memory for its retry.
     return None
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """CUDA's own error, or the CPU allocator's, which is a plain RuntimeError.
+    """Whether the error or one it hides is CUDA's out-of-memory error or the CPU allocator's.
 
-    One that ends the capture of a graph is followed by another error, which hides it.
+    When memory runs out during a CUDA graph capture, ending the capture raises another error.
     """
     if error is None:
         return False
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
+        # torch's CPU allocator raises a plain RuntimeError.
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
         or is_out_of_memory(error.__context__)
     )
 
 
 def release_memory() -> None:
-    """Hands cached blocks back, so that the retry does not fail on fragments."""
+    """Return the allocator's cached blocks to the device, so that a retry is not fragmented."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

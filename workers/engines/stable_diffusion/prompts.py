@@ -1,4 +1,4 @@
-"""Prompts as the UNet reads them: a catalogue has a handful, so they are kept."""
+"""Prompt embeddings, cached: the jobs of a catalogue share a handful of prompts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from workers.engines.stable_diffusion.components import Components
 
 log = logging.getLogger(__name__)
 
-CACHE_SIZE = 256  # of 77 x 1024 float16: 40 MB
+CACHE_SIZE = 256  # embeddings; of 77 x 1024 float16 they take 40 MB
 
 
 class PromptEncoder:
-    """Text to embeddings, least recently used ones forgotten first. For one thread."""
+    """Encodes prompts with the text encoder and an LRU cache. For one thread."""
 
     def __init__(
         self,
@@ -25,37 +25,41 @@ class PromptEncoder:
         cache_size: int = CACHE_SIZE,
         before_encode: Callable[[], None] = lambda: None,
     ) -> None:
-        """before: called each time the text encoder is about to run."""
+        """before_encode: called each time the text encoder is about to run."""
         self._components = components
         self._before_encode = before_encode
         self._cache_size = cache_size
         self._embeddings: OrderedDict[str, Tensor] = OrderedDict()
 
-    def encode(self, text: str) -> Tensor:
-        """(1, tokens, embedding) in the model's dtype, on its device.
+    def encode(self, prompt: str) -> Tensor:
+        """Return (1, tokens, embedding) in the model's dtype, on its device.
 
-        What does not fit the text encoder is cut off, with a warning once while kept.
+        A prompt longer than the text encoder reads is truncated; each encoding logs a warning.
         """
-        if text not in self._embeddings:
-            self._embeddings[text] = self._encode(text)
+        if prompt not in self._embeddings:
+            self._embeddings[prompt] = self._encode(prompt)
             if len(self._embeddings) > self._cache_size:
                 self._embeddings.popitem(last=False)
-        self._embeddings.move_to_end(text)
-        return self._embeddings[text]
+        self._embeddings.move_to_end(prompt)
+        return self._embeddings[prompt]
 
-    def _encode(self, text: str) -> Tensor:
+    def _encode(self, prompt: str) -> Tensor:
         self._before_encode()
         tokenizer, encoder = self._components.tokenizer, self._components.text_encoder
-        # A tokenizer without its tokenizer_config.json names no length, so to say 10**30.
-        longest = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        # Without tokenizer_config.json, transformers sets model_max_length to 10**30.
+        max_tokens = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(
-            text, padding="max_length", max_length=longest, truncation=True, return_tensors="pt"
+            prompt,
+            padding="max_length",
+            max_length=max_tokens,
+            truncation=True,
+            return_tensors="pt",
         )
-        if len(tokenizer(text).input_ids) > longest:
-            log.warning("prompt cut off after %d tokens: %.80r...", longest, text)
-        mask = None
+        if len(tokenizer(prompt).input_ids) > max_tokens:
+            log.warning("prompt truncated to %d tokens: %.80r...", max_tokens, prompt)
+        attention_mask = None
         if getattr(encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self._components.device)
-        ids = tokens.input_ids.to(self._components.device)
-        embeddings: Tensor = encoder(ids, attention_mask=mask)[0]
+            attention_mask = tokens.attention_mask.to(self._components.device)
+        token_ids = tokens.input_ids.to(self._components.device)
+        embeddings: Tensor = encoder(token_ids, attention_mask=attention_mask)[0]
         return embeddings.to(self._components.dtype)

@@ -1,4 +1,4 @@
-"""One region on its way: drawn up on the caller's thread, then advanced on the device thread."""
+"""State of one region: prepared on the caller's thread, then denoised on the device thread."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from workers.engines.stable_diffusion.schedulers import Sampler
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedRegion:
-    """A region before it has touched the device; all tensors float32 on the host.
+    """A region before it uses the device; all tensors are float32 on the host, pinned for CUDA.
 
-    pictures: what the VAE must encode, (3, h, w) in -1 to 1: each window with 0 under the
-    mask, then each as it is if it is needed. mask: (1, 1, h, w), 0 or 1, in latents.
-    *_noise: (1, C, h, w).
+    vae_inputs: (3, h, w) in -1 to 1 for each window: the image with masked pixels set to 0, then,
+    at a strength below 1, the image itself. mask: (1, 1, h, w) in latents, 1 = repaint.
+    *_noise: (1, C, h, w); image_noise is None at strength 1.
     """
 
     work: RegionWork
@@ -60,76 +60,83 @@ class PreparedRegion:
 
     @property
     def start_tensors(self) -> list[Tensor]:
-        """What the device needs to begin: table, mask, and the noises."""
+        """The tensors to upload before the first step, besides ``vae_inputs``."""
         noises = [self.initial_noise, self.masked_image_noise, self.image_noise]
-        known = [noise for noise in noises if noise is not None]
-        return [self.sampler.table.values, self.mask, *known]
+        drawn = [noise for noise in noises if noise is not None]
+        return [self.sampler.table.values, self.mask, *drawn]
 
     @property
     def prompts(self) -> list[str]:
-        """One for each row of a window; with guidance the negative prompt comes first."""
+        """One prompt per row of a window; with guidance the negative prompt comes first."""
         params = self.work.params
         return [params.negative_prompt, params.prompt] if self.is_guided else [params.prompt]
 
     @property
-    def rows(self) -> int:
-        """Rows that one window takes in a forward."""
+    def rows_per_window(self) -> int:
+        """Batch rows of one window in one forward pass: 2 with guidance, else 1."""
         return len(self.prompts)
 
 
 def prepare_region(
     work: RegionWork, future: Future[Pixels], components: Components
 ) -> PreparedRegion:
-    """All that needs no device: pixels to tensors, and the noise in diffusers' order of draws.
+    """Do everything that needs no device: pixels to tensors, the schedule, and the noise.
 
-    Raises ParameterError, and ValueError where windows break their contract.
+    Raises ParameterError, and ValueError if the windows break their contract.
     """
     check_cache_interval(components.unet, work.params.cache_interval)
     canvas = plan_canvas(work, components.vae_factor)
     generator = torch.Generator().manual_seed(work.seed)
     sampler = Sampler(components.scheduler_config, work.params, generator)
     image, mask = image_to_tensor(work.image), mask_to_tensor(work.mask)
-    wholes = [image * (mask < 0.5), *([image] if sampler.needs_image_latents else [])]
+    masked_image = image * (mask < 0.5)
+    sources = [masked_image, *([image] if sampler.needs_image_latents else [])]
     shape = (1, components.latent_channels, *canvas.size)
-    ready = partial(pin, device=components.device)
+    pinned = partial(pin, device=components.device)
     return PreparedRegion(
         work=work,
         future=future,
         canvas=canvas,
         sampler=sampler,
         vae_inputs=tuple(
-            ready(crop(whole[0], box).contiguous())
-            for whole in wholes
-            for box in canvas.pixel_windows
+            pinned(crop(source[0], window).contiguous())
+            for source in sources
+            for window in canvas.pixel_windows
         ),
-        mask=ready(torch.nn.functional.max_pool2d(mask, canvas.factor)),
-        image_noise=ready(sampler.draw_noise(shape)) if sampler.needs_image_latents else None,
-        initial_noise=ready(sampler.draw_noise(shape)),
-        masked_image_noise=ready(sampler.draw_noise(shape)),
+        # Max-pooling: nearest-neighbour sampling, as diffusers has it, loses thin strokes.
+        mask=pinned(torch.nn.functional.max_pool2d(mask, canvas.vae_factor)),
+        # The three draws are in diffusers' order, so that the same seed gives the same noise.
+        image_noise=pinned(sampler.draw_noise(shape)) if sampler.needs_image_latents else None,
+        initial_noise=pinned(sampler.draw_noise(shape)),
+        masked_image_noise=pinned(sampler.draw_noise(shape)),
     )
 
 
 def image_to_tensor(pixels: Pixels) -> Tensor:
     """(H, W, 3) uint8 to (1, 3, H, W) float32 in -1 to 1."""
-    ours = np.require(pixels, requirements=["C", "W"])  # torch warns of what is read-only
-    image = torch.from_numpy(ours).permute(2, 0, 1)[None]
+    # torch warns about read-only arrays; this copies them and no others.
+    writable = np.require(pixels, requirements=["C", "W"])
+    image = torch.from_numpy(writable).permute(2, 0, 1)[None]
     return 2.0 * (image.to(torch.float32) / 255.0) - 1.0
 
 
-def tensor_to_image(picture: Tensor) -> Tensor:
+def tensor_to_image(image: Tensor) -> Tensor:
     """(3, H, W) float32 in -1 to 1 to (H, W, 3) uint8, on the same device."""
-    scaled = (picture * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
+    scaled = (image * 0.5).add_(0.5).clamp_(0, 1).mul_(255).round_()
     return scaled.to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def mask_to_tensor(mask: Pixels) -> Tensor:
-    """(H, W) uint8 to (1, 1, H, W) float32, 1 from half intensity on, else 0."""
+    """(H, W) uint8 to (1, 1, H, W) float32: 1 for values of 128 and more, else 0."""
     return torch.from_numpy(mask >= 128)[None, None].to(torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BatchRow:
-    """One row of a UNet forward: a window of a sequence, under one of its prompts."""
+    """One row of a UNet batch: one window of a region, under one of its prompts.
+
+    window: index into the canvas's windows. branch: index into the region's prompts.
+    """
 
     region: DenoisingRegion
     window: int
@@ -137,12 +144,10 @@ class BatchRow:
 
 
 class DenoisingRegion:
-    """A region being denoised: its latents, and what its present step still lacks.
+    """A region between its first and its last step; all tensors are on the device.
 
-    latents: (1, C, h, w) float32. history: the same shape each, see ``step_table.Formula``.
-    table: (steps, columns) on the device. embeddings: one (1, tokens, embedding) for each
-    branch, the negative prompt first. fixed: (1 + C, h, w) for each window, mask and masked
-    image.
+    latents: (1, C, h, w) float32. history: tensors of that shape, see ``StepFormula``.
+    step: 0-based. pending_rows: rows that the current step still has to predict.
     """
 
     def __init__(
@@ -154,10 +159,14 @@ class DenoisingRegion:
         embeddings: list[Tensor],
         conditioning: list[Tensor],
     ) -> None:
+        """table: (steps, columns). embeddings: (1, tokens, embedding) for each of the prompts.
+
+        conditioning: (1 + C, h, w) for each window: the mask and the masked image's latents.
+        """
         self.prepared = prepared
         formula = prepared.sampler.table.formula
         self.latents = latents
-        self.history = (latents,) * (formula.history if formula else 0)
+        self.history = (latents,) * (formula.history_length if formula else 0)
         self.step = 0
         self._table = table.unbind()
         self._embeddings = embeddings
@@ -170,19 +179,19 @@ class DenoisingRegion:
         self._start_step()
 
     @property
-    def rows(self) -> int:
-        """Rows that one window takes in a forward of this step."""
+    def rows_per_window(self) -> int:
+        """Batch rows of one window in this step: 1 once guidance has ended."""
         return len(self._embeddings) - self._first_branch
 
     @property
     def forward_kind(self) -> ForwardKind:
-        """What this step's forwards are; only rows of one kind share a forward."""
+        """The kind of this step's forward passes; only rows of one kind share one."""
         return kind_of_step(self.step, self.prepared.work.params.cache_interval)
 
     @property
     def is_starting_cached_step(self) -> bool:
-        """Whether the step is yet to begin and costs next to nothing."""
-        rows = len(self._conditioning) * self.rows
+        """Whether the step reads the cache, so costs little, and no row of it has run yet."""
+        rows = len(self._conditioning) * self.rows_per_window
         return self.forward_kind == "cache_read" and len(self.pending_rows) == rows
 
     @property
@@ -191,7 +200,7 @@ class DenoisingRegion:
 
     @property
     def coefficients(self) -> Tensor:
-        """(columns,) on the device: this step's row of the table."""
+        """(columns,) on the device: this step's row of the schedule table."""
         return self._table[self.step]
 
     def row_latents(self, row: BatchRow) -> Tensor:
@@ -207,36 +216,37 @@ class DenoisingRegion:
         return self._embeddings[row.branch]
 
     def row_features(self, row: BatchRow) -> Tensor:
-        """(state, h, w) in the model's dtype, as the last step of kind keeping left it."""
+        """(features, h, w) in the UNet's dtype, from the latest cache_write step."""
         return self._cached_features[row.window, row.branch]
 
-    def store_features(self, row: BatchRow, state: Tensor) -> None:
-        """For the steps that reuse it: (state, h, w)."""
-        self._cached_features[row.window, row.branch] = state
+    def store_features(self, row: BatchRow, features: Tensor) -> None:
+        """Cache a row's (features, h, w) for the following cache_read steps."""
+        self._cached_features[row.window, row.branch] = features
 
     def add_prediction(self, row: BatchRow, prediction: Tensor) -> bool:
-        """Takes one row's (C, h, w) float32; True where it was the last of its step."""
+        """Store a row's (C, h, w) float32 noise; True if the step now has all of its rows."""
         self._predictions[row.branch][row.window] = prediction
         self.pending_rows.remove(row)
         return not self.pending_rows
 
-    def predictions(self) -> tuple[Tensor, Tensor]:
-        """The step's noise, (1, C, h, w) each: without the prompt and with it.
+    def merged_predictions(self) -> tuple[Tensor, Tensor]:
+        """The step's noise over the whole canvas, (1, C, h, w): unconditional and conditional.
 
-        The same twice where there is no guidance.
+        Without guidance both are the conditional one.
         """
         return self._merge_windows(self._first_branch), self._merge_windows(-1)
 
     def complete_step(self, latents: Tensor, *history: Tensor) -> None:
-        """To the next step, with its latents and what it needs to know of the steps before."""
+        """Set the next step's latents and history, and start it."""
         self.latents = latents
         self.history = history
         self.step += 1
         self._start_step()
 
     def _start_step(self) -> None:
-        guided = math.ceil(self.prepared.work.params.guidance_end * len(self._table))
-        self._first_branch = 0 if self.step < guided else len(self._embeddings) - 1
+        guided_steps = math.ceil(self.prepared.work.params.guidance_end * len(self._table))
+        # Once guidance has ended only the last branch, the prompt, is left.
+        self._first_branch = 0 if self.step < guided_steps else len(self._embeddings) - 1
         self._predictions: list[dict[int, Tensor]] = [{} for _ in self._embeddings]
         branches = range(self._first_branch, len(self._embeddings))
         if self.is_done or self.forward_kind == "cache_write":
@@ -249,13 +259,12 @@ class DenoisingRegion:
         ]
 
     def _merge_windows(self, branch: int) -> Tensor:
-        parts, canvas = self._predictions[branch], self.prepared.canvas
+        predictions, canvas = self._predictions[branch], self.prepared.canvas
         if self._window_counts is None:
-            return parts[0][None]
-        return (
-            sum_windows([parts[n] for n in sorted(parts)], canvas.size, canvas.windows)
-            / self._window_counts
-        )
+            return predictions[0][None]
+        # In the order of windows, not of arrival: float addition depends on the order.
+        ordered = [predictions[window] for window in sorted(predictions)]
+        return sum_windows(ordered, canvas.size, canvas.windows) / self._window_counts
 
 
 def start_denoising(
@@ -266,37 +275,38 @@ def start_denoising(
     scaling_factor: float,
     copy_streams: CopyStreams,
 ) -> DenoisingRegion:
-    """The first latents, on the device.
+    """Compute the first latents and the conditioning on the device.
 
-    moments: (N, 2C, h, w) float32, mean and deviation of the VAE's posterior for each of
-    the draft's ``vae_inputs``.
+    moments: (N, 2C, h, w) float32, mean and standard deviation of the VAE's posterior for each of
+    ``vae_inputs``.
     """
     canvas = prepared.canvas
-    masked, image = moments[: len(canvas.windows)], moments[len(canvas.windows) :]
+    masked_moments = moments[: len(canvas.windows)]
+    image_moments = moments[len(canvas.windows) :]
     table, mask, initial_noise, masked_image_noise, *image_noise = copy_streams.upload(
         prepared.start_tensors
     )
     image_latents = None
     if image_noise:
-        parts = _sample_posterior(image, image_noise[0], canvas)
-        image_latents = scaling_factor * average_windows(parts, canvas.size, canvas.windows)
-    parts = _sample_posterior(masked, masked_image_noise, canvas)
+        samples = _sample_posterior(image_moments, image_noise[0], canvas)
+        image_latents = scaling_factor * average_windows(samples, canvas.size, canvas.windows)
+    masked_samples = _sample_posterior(masked_moments, masked_image_noise, canvas)
     return DenoisingRegion(
         prepared,
         latents=prepared.sampler.initial_latents(initial_noise, image_latents),
         table=table,
         embeddings=embeddings,
         conditioning=[
-            torch.cat([crop(mask[0], box), scaling_factor * part])
-            for box, part in zip(canvas.windows, parts, strict=True)
+            torch.cat([crop(mask[0], window), scaling_factor * sample])
+            for window, sample in zip(canvas.windows, masked_samples, strict=True)
         ],
     )
 
 
 def _sample_posterior(moments: Tensor, noise: Tensor, canvas: Canvas) -> list[Tensor]:
-    """(C, h, w) for each window; overlapping windows draw the same noise."""
+    """mean + deviation * noise, (C, h, w) for each window; overlaps share the same noise."""
     means, deviations = moments.chunk(2, dim=1)
     return [
-        mean + deviation * crop(noise[0], box)
-        for mean, deviation, box in zip(means, deviations, canvas.windows, strict=True)
+        mean + deviation * crop(noise[0], window)
+        for mean, deviation, window in zip(means, deviations, canvas.windows, strict=True)
     ]

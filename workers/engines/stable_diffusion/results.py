@@ -1,4 +1,4 @@
-"""Finished pictures on their way to whoever waits for them, off the device thread."""
+"""Results and errors of regions: a thread that waits for downloads and resolves the futures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import DeviceLost, EngineError, GateError, InpaintError, OutOfMemory
+from shared.errors import DeviceLost, EngineError, GateNotFinite, InpaintError, OutOfMemory
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion.host_device_copy import CopyStreams, PendingDownload
 from workers.engines.stable_diffusion.multidiffusion import count_windows
@@ -22,82 +22,82 @@ from workers.engines.stable_diffusion.region_state import PreparedRegion, tensor
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRegion:
-    """pixels: (H, W, 3) uint8. finite: one bool, False where the model made no numbers."""
+    """pixels: (H, W, 3) uint8. is_finite: one bool, False if a value is NaN or infinite."""
 
     prepared: PreparedRegion
     pixels: PendingDownload
-    finite: PendingDownload
+    is_finite: PendingDownload
 
 
 class FutureResolver:
-    """Takes finished regions from the device thread and answers their futures."""
+    """Resolves regions' futures on its own thread, so that the device thread never waits."""
 
     def __init__(self) -> None:
-        self._parcels: SimpleQueue[FinishedRegion | None] = SimpleQueue()
+        self._finished: SimpleQueue[FinishedRegion | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self._thread.start()
 
-    def send(self, prepared: PreparedRegion, picture: Tensor, copy_streams: CopyStreams) -> None:
-        """picture: (3, H, W) float32 in about -1 to 1, on the device."""
-        finite = torch.isfinite(picture).all()  # latents that are no numbers end here, too
-        self._parcels.put(
+    def resolve(self, prepared: PreparedRegion, image: Tensor, copy_streams: CopyStreams) -> None:
+        """Start the download of (3, H, W) float32 in about -1 to 1; the thread does the rest."""
+        # NaN in the latents reaches every pixel that the decoder computes from them.
+        is_finite = torch.isfinite(image).all()
+        self._finished.put(
             FinishedRegion(
                 prepared=prepared,
-                pixels=copy_streams.download(tensor_to_image(picture)),
-                finite=copy_streams.download(finite),
+                pixels=copy_streams.download(tensor_to_image(image)),
+                is_finite=copy_streams.download(is_finite),
             )
         )
 
     def close(self) -> None:
-        """Returns once everything sent is delivered."""
-        self._parcels.put(None)
+        """Return once every future is resolved."""
+        self._finished.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (parcel := self._parcels.get()) is not None:
-            with fail_futures_on_error((parcel.prepared,)):
-                pixels, finite = parcel.pixels.wait(), parcel.finite.wait()
-                picture = fill_uncovered(parcel.prepared, pixels.numpy(), is_finite=bool(finite))
-                parcel.prepared.future.set_result(picture)
+        while (finished := self._finished.get()) is not None:
+            with fail_futures_on_error((finished.prepared,)):
+                pixels, is_finite = finished.pixels.wait(), finished.is_finite.wait()
+                check_finite(bool(is_finite))
+                result = fill_uncovered(finished.prepared, pixels.numpy())
+                finished.prepared.future.set_result(result)
 
 
-def fill_uncovered(prepared: PreparedRegion, pixels: Pixels, *, is_finite: bool) -> Pixels:
-    """The pixels where windows lie, the region's own elsewhere; both (H, W, 3).
+def check_finite(is_finite: bool) -> None:
+    """Raises GateNotFinite; half precision that overflows is the usual cause."""
+    if not is_finite:
+        raise GateNotFinite("the model returned NaN or infinite values; try another seed or dtype")
 
-    Raises GateError for a picture of no numbers, as half precision that overflows leaves it.
-    """
+
+def fill_uncovered(prepared: PreparedRegion, pixels: Pixels) -> Pixels:
+    """Return (H, W, 3): the pixels where windows lie, the region's own image elsewhere."""
     canvas, work = prepared.canvas, prepared.work
     covered = count_windows(canvas.pixel_size, canvas.pixel_windows)[0, 0].numpy() > 0
-    if not is_finite:
-        raise GateError(
-            "the model computed values that are no numbers; try another seed or dtype",
-            code="gate_not_finite",
-        )
     return np.where(covered[..., None], pixels, work.image)
 
 
 @contextmanager
-def fail_futures_on_error(prepared_regions: Iterable[PreparedRegion]) -> Iterator[None]:
-    """Whatever is raised inside goes to these regions' futures, and no further.
+def fail_futures_on_error(regions: Iterable[PreparedRegion]) -> Iterator[None]:
+    """Set an exception on these regions' futures instead of propagating it.
 
-    An exception that left its thread would leave every future waiting for ever.
+    An exception that ended the thread would leave every other future unresolved for ever.
     """
     try:
         yield
     except Exception as error:  # noqa: BLE001
-        for prepared in prepared_regions:
+        for prepared in regions:
             if not prepared.future.done():
                 prepared.future.set_exception(to_inpaint_error(error))
 
 
 def to_inpaint_error(error: Exception) -> InpaintError:
-    """OutOfMemory, or EngineError naming the exception; DeviceLost needs a new process."""
+    """Convert to OutOfMemory, DeviceLost or EngineError, which names the original exception."""
     if isinstance(error, InpaintError):
         return error
     if is_out_of_memory(error):
-        return OutOfMemory("the device's memory ran out; use a smaller window or max_batch")
-    text = " ".join(str(error).split())[:300]
-    kind = DeviceLost if isinstance(error, torch.AcceleratorError) else EngineError
-    product_error = kind(f"{type(error).__name__}: {text}")
-    product_error.__cause__ = error
-    return product_error
+        return OutOfMemory("the device is out of memory; use a smaller window or max_batch")
+    error_class = DeviceLost if isinstance(error, torch.AcceleratorError) else EngineError
+    message = " ".join(str(error).split())[:300]
+    converted = error_class(f"{type(error).__name__}: {message}")
+    converted.__cause__ = error
+    return converted

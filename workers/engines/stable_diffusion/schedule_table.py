@@ -1,7 +1,8 @@
-"""The steps of a scheduler as numbers, so that regions with different ones advance together.
+"""Scheduler steps as tables of coefficients, so that regions with different schedulers are stepped
+together.
 
-The operations and their order are diffusers', so that on the CPU the results are the same to the
-last bit. What is in no table goes through diffusers' scheduler, region by region.
+The operations and their order are diffusers', so that results on the CPU are bit-identical.
+A scheduler without a table is stepped by diffusers, one region at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from workers.engines.stable_diffusion import linear_steps, unipc
 
-COMMON_COLUMNS = ("timestep", "divisor", "guidance")
+COMMON_COLUMNS = ("timestep", "input_divisor", "guidance")
 
 StepFunction = Callable[
     [Tensor, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, tuple[Tensor, ...]]
@@ -24,22 +25,24 @@ StepFunction = Callable[
 
 @dataclass(frozen=True, kw_only=True)
 class StepFormula:
-    """One step of some schedulers, with a row of numbers for each region.
+    """One step of one or several schedulers, computed from a row of coefficients per region.
 
-    advance: rows without their head, latents, noise and history to the next latents and history.
-    history: how many tensors of the latents' shape a step leaves to the next one.
+    columns: names of the coefficients. step(coefficients, latents, noise, history): returns the
+    next latents and the next history. history_length: tensors of the latents' shape that one
+    step hands to the next.
     """
 
     columns: tuple[str, ...]
     step: StepFunction
-    history: int
+    history_length: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleTable:
-    """(steps, columns) float32: the head, then the formula's columns where there is one.
+    """A region's steps. values: (steps, columns) float32, COMMON_COLUMNS first, then the formula's.
 
-    divisor: what the latents are divided by for the UNet. guidance: the guidance scale.
+    timestep: the UNet's input. input_divisor: the UNet's latents are divided by it.
+    guidance: the guidance scale. formula: None if diffusers must compute the steps.
     """
 
     values: Tensor
@@ -49,37 +52,41 @@ class ScheduleTable:
 def build_table(
     scheduler: Any, name: str, *, skipped: int, eta: float, guidance: float
 ) -> ScheduleTable:
-    """The steps that are left after ``skipped``; the scheduler's timesteps are set."""
+    """Tabulate the steps after the first ``skipped``; the scheduler's timesteps are already set."""
     timesteps = scheduler.timesteps[skipped:]
-    divisor = torch.ones(len(timesteps))
+    input_divisor = torch.ones(len(timesteps))
     if name in ("euler", "euler_a"):
-        divisor = (scheduler.sigmas[skipped:-1] ** 2 + 1) ** 0.5
-    head = [timesteps.float(), divisor, torch.full((len(timesteps),), guidance)]
-    known = _coefficients(scheduler, name, skipped) if eta == 0 else None
-    if known is None:
-        return ScheduleTable(values=torch.stack(head, dim=1), formula=None)
-    formula, columns = known
-    none = torch.zeros(len(timesteps))
-    body = [columns.get(column, none) for column in formula.columns]
-    return ScheduleTable(values=torch.stack([*head, *body], dim=1), formula=formula)
+        # These schedulers' latents grow with sigma; see scale_model_input in diffusers.
+        input_divisor = (scheduler.sigmas[skipped:-1] ** 2 + 1) ** 0.5
+    common = [timesteps.float(), input_divisor, torch.full((len(timesteps),), guidance)]
+    # With eta above 0 each step draws noise from the region's own generator.
+    entry = _formula_and_coefficients(scheduler, name, skipped) if eta == 0 else None
+    if entry is None:
+        return ScheduleTable(values=torch.stack(common, dim=1), formula=None)
+    formula, columns = entry
+    zeros = torch.zeros(len(timesteps))
+    coefficients = [columns.get(column, zeros) for column in formula.columns]
+    return ScheduleTable(values=torch.stack([*common, *coefficients], dim=1), formula=formula)
 
 
-def apply_guidance(rows: Tensor, without: Tensor, prediction: Tensor) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022); exact where both predictions are one.
+def apply_guidance(table_rows: Tensor, unconditional: Tensor, conditional: Tensor) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022), (N, C, H, W) for one table row per region.
 
-    rows: (N, columns), one of the table for each. The others: (N, C, H, W).
+        noise = unconditional + guidance * (conditional - unconditional)
+
+    Exact if both predictions are the same tensor, as they are without guidance.
     """
-    scale = rows[:, COMMON_COLUMNS.index("guidance"), None, None, None]
-    return without + scale * (prediction - without)
+    guidance = table_rows[:, COMMON_COLUMNS.index("guidance"), None, None, None]
+    return unconditional + guidance * (conditional - unconditional)
 
 
-def _coefficients(
+def _formula_and_coefficients(
     scheduler: Any, name: str, skipped: int
 ) -> tuple[StepFormula, Mapping[str, Tensor]] | None:
-    """None where the model's configuration asks for something else than the plain formula."""
+    """None if the model's configuration selects a variant that no formula here covers."""
     config = scheduler.config
-    plain = config.prediction_type == "epsilon" and not getattr(config, "thresholding", False)
-    if not plain or name not in FORMULAS:
+    is_plain = config.prediction_type == "epsilon" and not getattr(config, "thresholding", False)
+    if not is_plain or name not in FORMULAS:
         return None
     formula, coefficients = FORMULAS[name]
     columns = coefficients(scheduler, skipped)
@@ -87,9 +94,11 @@ def _coefficients(
 
 
 LINEAR = StepFormula(
-    columns=linear_steps.COLUMNS, step=linear_steps.step, history=linear_steps.HISTORY_LENGTH
+    columns=linear_steps.COLUMNS,
+    step=linear_steps.step,
+    history_length=linear_steps.HISTORY_LENGTH,
 )
-UNIPC = StepFormula(columns=unipc.COLUMNS, step=unipc.step, history=unipc.HISTORY_LENGTH)
+UNIPC = StepFormula(columns=unipc.COLUMNS, step=unipc.step, history_length=unipc.HISTORY_LENGTH)
 FORMULAS: Mapping[str, tuple[StepFormula, Callable[[Any, int], Mapping[str, Tensor] | None]]] = {
     "ddim": (LINEAR, linear_steps.ddim),
     "euler": (LINEAR, linear_steps.euler),

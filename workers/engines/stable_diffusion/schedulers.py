@@ -25,23 +25,23 @@ SCHEDULER_CLASSES: Mapping[Scheduler, str] = {
     "lcm": "LCMScheduler",
 }
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-# What diffusers' pipelines force on old configurations; latents have no range to clip to.
+# diffusers' pipelines apply these to old configurations. Latents have no range to clip to.
 OVERRIDES: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False, "skip_prk_steps": True}
 
 
 class Sampler:
-    """The way of one region from noise to latents: which timesteps, and what each does.
+    """One region's scheduler: its timesteps, its table of steps, and its random generator.
 
-    Every random draw comes from ``generator``, on the CPU and in float32 whatever the
-    device and the model's dtype, so that they do not change the noise.
+    All noise comes from ``generator``, on the CPU in float32, so that the result depends neither
+    on the device nor on the model's dtype.
     """
 
     def __init__(
         self, config: Mapping[str, Any], params: Params, generator: torch.Generator
     ) -> None:
-        """Raises ParameterError where the parameters leave no step, or too many for LCM."""
+        """Raises ParameterError if the parameters leave no step, or too many for the scheduler."""
         self._scheduler = build_scheduler(config, params.scheduler)
-        self._is_pure_noise = params.strength == 1.0
+        self._starts_from_noise = params.strength == 1.0
         self.generator = generator
         skipped = _set_timesteps(self._scheduler, params)
         self.timesteps: Tensor = self._scheduler.timesteps[skipped:]
@@ -53,78 +53,80 @@ class Sampler:
             guidance=params.guidance_scale,
         )
         accepted = inspect.signature(self._scheduler.step).parameters
-        choices = {"eta": params.eta, "generator": generator}
-        self._step_options = {key: choices[key] for key in choices if key in accepted}
+        options = {"eta": params.eta, "generator": generator}
+        self._step_options = {name: options[name] for name in options if name in accepted}
 
     @property
     def needs_image_latents(self) -> bool:
-        """Whether the start is the image with noise, as for any strength below 1."""
-        return not self._is_pure_noise
+        """Whether the first latents are the image plus noise: at any strength below 1."""
+        return not self._starts_from_noise
 
     def draw_noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal noise, float32 on the CPU."""
+        """Draw standard normal noise, float32 on the CPU."""
         return torch.randn(shape, generator=self.generator, dtype=torch.float32)
 
     def initial_latents(self, noise: Tensor, image_latents: Tensor | None) -> Tensor:
-        """The first latents, (1, C, h, w) float32; with image latents if needed."""
+        """Return the first latents, (1, C, h, w) float32; image_latents: None at strength 1."""
         if image_latents is None:
             return noise * self._scheduler.init_noise_sigma  # type: ignore[no-any-return]
-        first = self.timesteps[:1]
-        return self._scheduler.add_noise(image_latents, noise, first)  # type: ignore[no-any-return]
+        first_timestep = self.timesteps[:1]
+        return self._scheduler.add_noise(  # type: ignore[no-any-return]
+            image_latents, noise, first_timestep
+        )
 
     def step(self, prediction: Tensor, step: int, latents: Tensor) -> Tensor:
-        """The latents one step on, same shape, float32, for steps that no table holds."""
-        found = self._scheduler.step(
+        """Return diffusers' next latents, same shape, float32, for a scheduler without a table."""
+        outputs = self._scheduler.step(
             prediction, self.timesteps[step], latents, **self._step_options, return_dict=False
         )
-        return found[0]  # type: ignore[no-any-return]
+        return outputs[0]  # type: ignore[no-any-return]
 
 
 def build_scheduler(config: Mapping[str, Any], name: Scheduler) -> Any:
-    """A new scheduler; keys of ``config`` that its class does not know are left out.
+    """Build a scheduler from the model's ``config``, ignoring keys that its class does not take.
 
-    Raises ParameterError where the model's ``config`` does not suit it.
+    Raises ParameterError if the configuration does not fit the class.
     """
     try:
         return _build(config, name)
     except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
         raise ParameterError(
             f"scheduler {name!r} cannot be built from the model's scheduler_config.json: "
-            f"{' '.join(str(error).split())[:160]}; mend that file, or use another scheduler"
+            f"{' '.join(str(error).split())[:160]}; correct that file, or use another scheduler"
         ) from error
 
 
 def _build(config: Mapping[str, Any], name: Scheduler) -> Any:
-    kind = getattr(diffusers, SCHEDULER_CLASSES[name])
-    known = inspect.signature(kind.__init__).parameters
+    scheduler_class = getattr(diffusers, SCHEDULER_CLASSES[name])
+    accepted = inspect.signature(scheduler_class.__init__).parameters
     values = {**config, **OVERRIDES}
     if values.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type {values['prediction_type']!r} is not known")
-    return kind.from_config({key: values[key] for key in values if key in known})
+        raise ValueError(f"prediction_type {values['prediction_type']!r} is not supported")
+    return scheduler_class.from_config({key: values[key] for key in values if key in accepted})
 
 
 def _set_timesteps(scheduler: Any, params: Params) -> int:
-    """How many of the scheduler's timesteps are left out, which are set on the CPU.
+    """Set the scheduler's timesteps and return how many of them strength skips.
 
-    Strength decides how many of the steps are run, as in diffusers' ``get_timesteps``.
+    As ``get_timesteps`` of diffusers' inpainting pipeline: int(steps * strength) steps run.
     """
     steps = params.num_inference_steps
-    run = min(int(steps * params.strength), steps)
-    if run < 1:
+    steps_to_run = min(int(steps * params.strength), steps)
+    if steps_to_run < 1:
         raise ParameterError(
             f"num_inference_steps: {steps} at strength {params.strength:g} leaves no step; "
             "raise one of them"
         )
-    most = getattr(scheduler.config, "original_inference_steps", steps)
-    if steps > most:
+    max_steps = getattr(scheduler.config, "original_inference_steps", steps)  # LCM only
+    if steps > max_steps:
         raise ParameterError(
-            f"num_inference_steps: {steps} is more than scheduler {params.scheduler!r} takes; "
-            f"use up to {most}"
+            f"num_inference_steps: {steps} is more than scheduler {params.scheduler!r} supports; "
+            f"use up to {max_steps}"
         )
     scheduler.set_timesteps(steps, device="cpu")
-    skipped = (steps - run) * int(scheduler.order)
+    skipped = (steps - steps_to_run) * int(scheduler.order)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    # The table scales the UNet's input; without this the scheduler warns that nobody did.
+    # The schedule table scales the UNet's input; the scheduler warns unless it believes it did.
     scheduler.is_scale_input_called = True
     return skipped

@@ -1,4 +1,4 @@
-"""One UNet forward: in the fastest way found, on CUDA replayed as a graph for each batch size."""
+"""UNet forward passes: autotuned kernels, torch.compile, and on CUDA one graph per batch size."""
 
 from __future__ import annotations
 
@@ -23,17 +23,30 @@ from workers.engines.stable_diffusion.oom import release_memory
 log = logging.getLogger(__name__)
 
 WARM_UP_RUNS = 3
+# This class captures the CUDA graphs itself.
 COMPILE_MODES = {"max-autotune": "max-autotune-no-cudagraphs"}
 ATTENTION_CANDIDATES: Mapping[str, tuple[Attention, ...]] = {
     "cuda": ("auto", "flash", "cudnn", "efficient")
 }
 
 UNetCallable = Callable[..., Any]
-UNetInputs = tuple[Tensor, Tensor, Tensor]  # inputs, timesteps, embeddings
+
+
+class UNetInputs(NamedTuple):
+    """sample: (N, 2C + 1, h, w). timesteps: (N,). embeddings: (N, tokens, embedding)."""
+
+    sample: Tensor
+    timesteps: Tensor
+    embeddings: Tensor
+
+    @property
+    def window_size(self) -> torch.Size:
+        """(height, width) in latents."""
+        return self.sample.shape[2:]
 
 
 class KernelChoice(NamedTuple):
-    """How a forward may be computed."""
+    """How a forward pass is computed."""
 
     attention: Attention
     is_compiled: bool = False
@@ -44,7 +57,7 @@ class KernelChoice(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedGraph:
-    """A graph, the tensors it reads and the one it writes."""
+    """A CUDA graph with the tensors that it reads and the one that it overwrites."""
 
     graph: torch.cuda.CUDAGraph
     inputs: UNetInputs
@@ -57,13 +70,13 @@ class CapturedGraph:
 
 @dataclass(kw_only=True)
 class GraphPool:
-    """The device memory that graphs share, once there is one of them."""
+    """The memory pool that graphs share; None until the first one is captured."""
 
     handle: Any = None
 
 
 class UNetRunner:
-    """Predicts noise for a batch. For one thread, the one that made the first call."""
+    """Predicts the noise of a batch. For one thread, the one that makes the first call."""
 
     def __init__(
         self,
@@ -77,10 +90,10 @@ class UNetRunner:
         pool: GraphPool | None = None,
         stopwatch: Stopwatch | None = None,
     ) -> None:
-        """kind: what a forward computes. pool: shared with the other kinds' graphs.
+        """kind: of all its forward passes. pool: shared with the runners of the other kinds.
 
-        deterministic: nothing is chosen by measuring, which may choose otherwise next time.
-        stopwatch: the seconds of a call; None takes the device's own clock.
+        deterministic: no autotuning, which may choose another kernel next time.
+        stopwatch: returns the seconds of a call; None uses the device's own clock.
         """
         self._components = components
         self._model: UNetCallable = unet_for_kind(components.unet, kind)
@@ -97,140 +110,150 @@ class UNetRunner:
 
     @property
     def needs_buckets(self) -> bool:
-        """Whether a new batch size costs more than rows that are thrown away."""
+        """Whether a new batch size costs more than the padding to a known one."""
         return self._compile != "off" or self._has_graphs
 
     def __call__(
         self,
-        inputs: Tensor,
+        sample: Tensor,
         timesteps: Tensor,
         embeddings: Tensor,
         *,
         is_offloading: bool = False,
         is_attention_sliced: bool = False,
     ) -> Tensor:
-        """(N, C, h, w) float32 from (N, 2C + 1, h, w), (N,) and (N, tokens, embedding).
+        """Return (N, C, h, w) float32 from (N, 2C + 1, h, w), (N,) and (N, tokens, embedding).
 
-        The state follows as further channels: of the output where it is kept, of the inputs
-        where it is reused. is_moving: the weights come and go, so that neither a graph nor
-        compiled code holds. is_sliced: attention goes row by row, which does not compile.
+        Cached features are further channels: of the output for cache_write, of the sample for
+        cache_read. is_offloading: weights move between calls, so neither a graph nor compiled
+        code is used. is_attention_sliced: torch.compile does not support it.
         """
-        embeddings = embeddings.to(self._components.unet_dtype)
-        given = (self._to_unet_layout(inputs), timesteps, embeddings)
-        choice = (
-            KernelChoice(self._attentions[0])
-            if is_offloading or is_attention_sliced
-            else self._kernel_choice(given)
+        inputs = UNetInputs(
+            sample=self._to_unet_layout(sample),
+            timesteps=timesteps,
+            embeddings=embeddings.to(self._components.unet_dtype),
         )
-        if self._has_graphs and not is_offloading:
-            found = self._replay_graph(choice, given)
+        if is_offloading or is_attention_sliced:
+            choice = KernelChoice(self._attentions[0])
         else:
-            found = self._run_model(choice, given)
-        return found.to(torch.float32, copy=True)  # the next replay overwrites a graph's output
+            choice = self._kernel_choice(inputs)
+        if self._has_graphs and not is_offloading:
+            output = self._replay_graph(choice, inputs)
+        else:
+            output = self._run_model(choice, inputs)
+        # Always a copy: the next replay overwrites a graph's output.
+        return output.to(torch.float32, copy=True)
 
     def drop_graphs(self) -> None:
-        """Drops the graphs and hands back their memory."""
+        """Delete the captured graphs and give up their memory pool."""
         self._captured.clear()
         self._pool.handle = None
 
-    def _to_unet_layout(self, inputs: Tensor) -> Tensor:
-        """In the UNet's dtype, and on CUDA in its weights' memory layout."""
+    def _to_unet_layout(self, sample: Tensor) -> Tensor:
+        """Convert to the UNet's dtype, and on CUDA to its weights' memory format."""
         if self._components.device.type == "cuda":
-            return inputs.to(self._components.unet_dtype, memory_format=torch.channels_last)
-        return inputs.to(self._components.unet_dtype)
+            return sample.to(self._components.unet_dtype, memory_format=torch.channels_last)
+        return sample.to(self._components.unet_dtype)
 
-    def _kernel_choice(self, given: UNetInputs) -> KernelChoice:
-        """How forwards of this window size run: found at the first of them, then kept."""
-        size = given[0].shape[2:]
+    def _kernel_choice(self, inputs: UNetInputs) -> KernelChoice:
+        """The choice for this window size, autotuned at its first call."""
+        size = inputs.window_size
         if size not in self._kernel_choices:
-            self._kernel_choices[size] = self._autotune(given)
+            self._kernel_choices[size] = self._autotune(inputs)
         return self._kernel_choices[size]
 
-    def _autotune(self, given: UNetInputs) -> KernelChoice:
-        """Attention first, on the plain model: compiled code keeps the kernel it was made with."""
-        choice = self._choose_fastest([KernelChoice(name) for name in self._attentions], given)
+    def _autotune(self, inputs: UNetInputs) -> KernelChoice:
+        # Attention first, on the plain model: compiled code keeps the kernel it was traced with.
+        choice = self._choose_fastest([KernelChoice(name) for name in self._attentions], inputs)
         if self._compile == "off":
             return choice
-        log.info("compiling for windows of %s latents: minutes, the first time", _size(given))
+        log.info("compiling for windows of %s latents; the first time takes minutes", _size(inputs))
         compiled = KernelChoice(choice.attention, is_compiled=True)
-        return (
-            self._choose_fastest([choice, compiled], given) if self._compile == "auto" else compiled
-        )
+        if self._compile == "auto":
+            return self._choose_fastest([choice, compiled], inputs)
+        return compiled
 
-    def _choose_fastest(self, choices: Sequence[KernelChoice], given: UNetInputs) -> KernelChoice:
+    def _choose_fastest(self, choices: Sequence[KernelChoice], inputs: UNetInputs) -> KernelChoice:
         if len(choices) == 1:
             return choices[0]
-        found = choose_fastest(choices, partial(self._build_candidate, given), self._stopwatch)
-        release_memory()  # of the graphs that were tried
-        log.info("windows of %s latents: %s", _size(given), found)
-        return found
+        fastest = choose_fastest(choices, partial(self._build_candidate, inputs), self._stopwatch)
+        release_memory()  # of the candidates' graphs
+        log.info("windows of %s latents: %s", _size(inputs), fastest)
+        return fastest
 
-    def _build_candidate(self, given: UNetInputs, choice: KernelChoice) -> Callable[[], Tensor]:
+    def _build_candidate(self, inputs: UNetInputs, choice: KernelChoice) -> Callable[[], Tensor]:
         if self._has_graphs:
-            return self._capture(choice, given).replay
-        return partial(self._run_model, choice, given)
+            return self._capture(choice, inputs).replay
+        return partial(self._run_model, choice, inputs)
 
-    def _run_model(self, choice: KernelChoice, given: UNetInputs) -> Tensor:
-        inputs, timesteps, embeddings = given
-        run = self._model
+    def _run_model(self, choice: KernelChoice, inputs: UNetInputs) -> Tensor:
+        model = self._model
         if choice.is_compiled:
-            run = self._compiled
-            if len(inputs) > 1:
-                for tensor in given:
+            model = self._compiled
+            # torch specialises on a batch of 1 in any case and refuses to mark it as dynamic.
+            if len(inputs.sample) > 1:
+                for tensor in inputs:
                     torch._dynamo.mark_dynamic(tensor, 0)
         with attention_kernel(choice.attention):
-            found = run(inputs, timesteps, encoder_hidden_states=embeddings, return_dict=False)
-        return found[0]  # type: ignore[no-any-return]
+            outputs = model(
+                inputs.sample,
+                inputs.timesteps,
+                encoder_hidden_states=inputs.embeddings,
+                return_dict=False,
+            )
+        return outputs[0]  # type: ignore[no-any-return]
 
     @cached_property
     def _compiled(self) -> UNetCallable:
         mode = COMPILE_MODES.get(self._compile)
         return torch.compile(self._model, mode=mode)
 
-    def _replay_graph(self, choice: KernelChoice, given: UNetInputs) -> Tensor:
-        shape = given[0].shape
+    def _replay_graph(self, choice: KernelChoice, inputs: UNetInputs) -> Tensor:
+        """Replay the graph of this batch shape; capture it first if there is none yet."""
+        shape = inputs.sample.shape
         if shape not in self._captured:
-            captured = self._capture(choice, given)
+            captured = self._capture(choice, inputs)
             self._captured[shape] = captured
             self._pool.handle = self._pool.handle or captured.graph.pool()
         captured = self._captured[shape]
-        for place, tensor in zip(captured.inputs, given, strict=True):
-            place.copy_(tensor)
+        for graph_input, tensor in zip(captured.inputs, inputs, strict=True):
+            graph_input.copy_(tensor)
         return captured.replay()
 
-    def _capture(self, choice: KernelChoice, given: UNetInputs) -> CapturedGraph:
-        """Warm-up runs on another stream first: they compile, and choose cuDNN's algorithms.
+    def _capture(self, choice: KernelChoice, inputs: UNetInputs) -> CapturedGraph:
+        """Warm up on a side stream, then capture a graph on copies of the inputs.
 
-        All graphs of every kind share one pool of memory: never two of them are under way, and
-        what one wrote is copied before the next.
+        All graphs of all kinds share one memory pool: no two of them ever run at the same time,
+        and the output of one is copied before the next replay.
         """
         device = self._components.device
-        inputs, timesteps, embeddings = given
-        own = (inputs.clone(), timesteps.clone(), embeddings.clone())
+        graph_inputs = UNetInputs(*(tensor.clone() for tensor in inputs))
         graph = torch.cuda.CUDAGraph()
         with _benchmark_convolutions():
-            side = new_stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
+            side_stream = new_stream(device)
+            side_stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side_stream):
+                # Compilation and cuDNN's search for algorithms cannot happen during capture.
                 for _ in range(WARM_UP_RUNS):
-                    self._run_model(choice, own)
-            torch.cuda.current_stream(device).wait_stream(side)
-            mode = "thread_local"  # other threads may allocate meanwhile, which no other allows
+                    self._run_model(choice, graph_inputs)
+            torch.cuda.current_stream(device).wait_stream(side_stream)
+            # thread_local: job threads may pin memory meanwhile, which other modes forbid.
+            mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode=mode):
-                output = self._run_model(choice, own)
-        return CapturedGraph(graph=graph, inputs=own, output=output)
+                output = self._run_model(choice, graph_inputs)
+        return CapturedGraph(graph=graph, inputs=graph_inputs, output=output)
 
 
-def _size(given: UNetInputs) -> str:
-    height, width = given[0].shape[2:]
+def _size(inputs: UNetInputs) -> str:
+    height, width = inputs.window_size
     return f"{width}x{height}"
 
 
 @contextmanager
 def _benchmark_convolutions() -> Iterator[None]:
-    """cuDNN times its algorithms and takes the fastest; each shape pays for that once.
+    """Let cuDNN time its algorithms and use the fastest; each shape pays for that once.
 
-    Not where a deterministic engine has asked for the same ones each time.
+    Off in a deterministic engine, which must use the same algorithms each time.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.deterministic

@@ -1,14 +1,16 @@
-"""unipc (Zhao et al. 2023, algorithms 1 and 2; second order, B(h) = exp(-h) - 1, image prediction).
+"""Steps of unipc, a second-order predictor-corrector (Zhao et al. 2023, algorithms 1 and 2).
 
-Each step first corrects the latents by what the model says of them, then predicts the next ones:
+B(h) = exp(-h) - 1, x0 prediction. Each step first corrects its latents with the new x0, then
+predicts the next ones. Coefficients with a prime are the current step's, without are the previous
+step's:
 
-    image = (latents - sigma * noise) / alpha
-    corrected = keep * last - toward * image_1 - toward * (rho * slope_2 + new * (image - image_1))
-    next = keep' * corrected - toward' * image - toward' * (rho' * slope_1)
+    x0 = (latents - sigma' * noise) / alpha'
+    corrected = latents_weight * previous_corrected - x0_weight * x0_1
+                - x0_weight * (rho * slope_2 + new_rho * (x0 - x0_1))
+    next = latents_weight' * corrected - x0_weight' * x0 - x0_weight' * (rho' * slope_1)
 
-``last`` are the corrected latents of the step before, ``image_1`` and ``image_2`` the images of
-one and two steps before; a slope is the difference of an image and the one before it, over the
-ratio of their distances in log-SNR.
+``x0_1`` and ``x0_2`` are the x0 of one and two steps before. ``slope_2`` is (x0_2 - x0_1) / ratio
+and ``slope_1`` is (x0_1 - x0) / ratio', with the ratio of the two steps' distances in log-SNR.
 """
 
 from __future__ import annotations
@@ -20,82 +22,89 @@ import torch
 from torch import Tensor
 
 COLUMNS = (
-    *("alpha", "sigma"),
-    *("is_corrected", "correct_keep", "correct_toward", "correct_rho", "correct_ratio"),
-    *("correct_new", "keep", "toward", "rho", "ratio"),
+    *("alpha", "sigma", "is_corrected"),
+    *("corrector_latents_weight", "corrector_x0_weight"),
+    *("corrector_rho", "corrector_ratio", "corrector_new_rho"),
+    *("latents_weight", "x0_weight", "rho", "ratio"),
 )
 HISTORY_LENGTH = 3
 
 
 def step(
-    rows: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
+    coefficients: Tensor, latents: Tensor, noise: Tensor, history: tuple[Tensor, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The next latents and history, all (N, C, H, W) float32.
+    """Return the next latents and the next history, all (N, C, H, W) float32.
 
-    rows: (N, columns). noise: predicted, with guidance. history: the images of one and two steps
-    before and the corrected latents of the last step; any finite values before the first.
+    coefficients: (N, COLUMNS). noise: predicted, guidance applied. history: x0 of one and two
+    steps before and the corrected latents of the previous step; any finite values at the first.
     """
-    of = dict(zip(COLUMNS, rows[..., None, None, None].unbind(1), strict=True))
-    image_1, image_2, last = history
-    image = (latents - of["sigma"] * noise) / of["alpha"]
-    slope = of["correct_rho"] * ((image_2 - image_1) / of["correct_ratio"])
-    corrected = of["correct_keep"] * last - of["correct_toward"] * image_1
-    corrected -= of["correct_toward"] * (slope + of["correct_new"] * (image - image_1))
-    latents = torch.where(of["is_corrected"] > 0, corrected, latents)
-    slope = of["rho"] * ((image_1 - image) / of["ratio"])
-    moved = of["keep"] * latents - of["toward"] * image
-    return moved - of["toward"] * slope, (image, image_1, latents)
+    column = dict(zip(COLUMNS, coefficients[..., None, None, None].unbind(1), strict=True))
+    x0_1, x0_2, previous_corrected = history
+    # The order of these operations is diffusers': another order rounds differently.
+    x0 = (latents - column["sigma"] * noise) / column["alpha"]
+    slope = column["corrector_rho"] * ((x0_2 - x0_1) / column["corrector_ratio"])
+    corrected = column["corrector_latents_weight"] * previous_corrected
+    corrected = corrected - column["corrector_x0_weight"] * x0_1
+    corrected -= column["corrector_x0_weight"] * (slope + column["corrector_new_rho"] * (x0 - x0_1))
+    latents = torch.where(column["is_corrected"] > 0, corrected, latents)
+    slope = column["rho"] * ((x0_1 - x0) / column["ratio"])
+    first_order = column["latents_weight"] * latents - column["x0_weight"] * x0
+    return first_order - column["x0_weight"] * slope, (x0, x0_1, latents)
 
 
 def unipc(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
-    """None where the configuration asks for another variant."""
+    """Columns of UniPCMultistepScheduler; None if its configuration selects another variant."""
     config = scheduler.config
-    kind = (config.solver_order, config.solver_type, config.predict_x0, config.solver_p)
-    if kind != (2, "bh2", True, None) or config.disable_corrector or config.use_flow_sigmas:
+    variant = (config.solver_order, config.solver_type, config.predict_x0, config.solver_p)
+    if variant != (2, "bh2", True, None) or config.disable_corrector or config.use_flow_sigmas:
         return None
     alphas, sigmas = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
-    logs = torch.log(alphas) - torch.log(sigmas)
-    widths = logs[1:] - logs[:-1]  # of step n, from n to n + 1
-    steps = torch.arange(len(widths))
-    is_second = steps > skipped
+    lambdas = torch.log(alphas) - torch.log(sigmas)  # half log-SNR
+    h = lambdas[1:] - lambdas[:-1]  # of step n, from n to n + 1
+    steps = torch.arange(len(h))
+    # diffusers runs the first step, and by default the last one, at first order.
+    is_second_order = steps > skipped
     if config.lower_order_final:
-        is_second &= steps < len(widths) - 1
-    toward = alphas[1:] * torch.expm1(-widths)
-    # From a step's place to the one before, in widths of the step itself.
-    ratio = torch.where(is_second, (logs[:-1].roll(1) - logs[:-1]) / widths, 1.0)
-    rho, new = _corrector(widths, ratio, is_second)
-    columns = {
-        "keep": sigmas[1:] / sigmas[:-1],
-        "toward": toward,
-        "rho": torch.where(is_second, 0.5, 0.0),
+        is_second_order &= steps < len(h) - 1
+    x0_weight = alphas[1:] * torch.expm1(-h)
+    previous_h = lambdas[:-1].roll(1) - lambdas[:-1]  # negative: towards the step before
+    ratio = torch.where(is_second_order, previous_h / h, 1.0)
+    corrector_rho, new_rho = _corrector_weights(h, ratio, is_second_order)
+    predictor = {
+        "latents_weight": sigmas[1:] / sigmas[:-1],
+        "x0_weight": x0_weight,
+        "rho": torch.where(is_second_order, 0.5, 0.0),
         "ratio": ratio,
     }
-    # The corrector goes over the step before again, from its end.
-    before = {
-        "correct_keep": columns["keep"],
-        "correct_toward": toward,
-        "correct_rho": rho,
-        "correct_ratio": ratio,
-        "correct_new": new,
+    corrector = {
+        "corrector_latents_weight": predictor["latents_weight"],
+        "corrector_x0_weight": x0_weight,
+        "corrector_rho": corrector_rho,
+        "corrector_ratio": ratio,
+        "corrector_new_rho": new_rho,
     }
-    found = {
+    columns = {
         "alpha": alphas[:-1],
         "sigma": sigmas[:-1],
         "is_corrected": (steps > skipped).float(),
-        **columns,
-        **{name: column.roll(1) for name, column in before.items()},
+        **predictor,
+        # The corrector repeats the previous step, knowing x0 at its end: hence its coefficients.
+        **{name: column.roll(1) for name, column in corrector.items()},
     }
-    return {name: column[skipped:] for name, column in found.items()}
+    return {name: column[skipped:] for name, column in columns.items()}
 
 
-def _corrector(widths: Tensor, ratio: Tensor, is_second: Tensor) -> tuple[Tensor, Tensor]:
-    """The weights of the earlier slope and of the new one, for each step taken again."""
-    growth = torch.expm1(-widths)
-    first = growth / -widths - 1
-    second = first / -widths - 0.5
-    sides = torch.stack([first / growth, second * 2 / growth], dim=1)
-    one = torch.ones_like(ratio)
-    places = torch.stack([one, one, ratio, one], dim=1).reshape(-1, 2, 2)
-    places[~is_second] = torch.eye(2)
-    rho, new = torch.linalg.solve(places, sides).unbind(1)
-    return torch.where(is_second, rho, 0.0), torch.where(is_second, new, 0.5)
+def _corrector_weights(h: Tensor, ratio: Tensor, is_second_order: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve each step's 2 x 2 system for the weights of the earlier slope and of the new one.
+
+    The right side is (h phi_2, 2 h phi_3) / B(h) with diffusers' recurrence for phi.
+    """
+    h_phi_1 = torch.expm1(-h)  # also B(h)
+    h_phi_2 = h_phi_1 / -h - 1
+    h_phi_3 = h_phi_2 / -h - 0.5
+    right_side = torch.stack([h_phi_2 / h_phi_1, h_phi_3 * 2 / h_phi_1], dim=1)
+    ones = torch.ones_like(ratio)
+    matrices = torch.stack([ones, ones, ratio, ones], dim=1).reshape(-1, 2, 2)
+    matrices[~is_second_order] = torch.eye(2)
+    rho, new_rho = torch.linalg.solve(matrices, right_side).unbind(1)
+    return torch.where(is_second_order, rho, 0.0), torch.where(is_second_order, new_rho, 0.5)

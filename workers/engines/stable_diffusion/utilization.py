@@ -1,4 +1,4 @@
-"""How much of its time a device thread has calls running."""
+"""The share of time in which a device thread has a call running."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from contextlib import contextmanager
 
 
 class Utilization:
-    """Between the first call's start and the last one's end. For one thread.
+    """Busy time between the first call's start and the last call's end. For one thread.
 
-    On CUDA a call returns while the device still runs; but ``CopyStreams.pace`` waits inside one
-    for the forward before, so the share is close to the device's own.
+    On CUDA a call returns while the device still runs. ``CopyStreams.limit_run_ahead`` waits
+    inside a call for the previous forward pass, so the share is close to the device's own.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._first: float | None = None
-        self._last = self._busy = 0.0
+        self._first_start: float | None = None
+        self._last_end = self._busy_seconds = 0.0
 
     @contextmanager
     def measure(self) -> Iterator[None]:
+        """Count the time inside the block as busy."""
         start = self._clock()
-        self._first = start if self._first is None else self._first
+        self._first_start = start if self._first_start is None else self._first_start
         try:
             yield
         finally:
-            self._last = self._clock()
-            self._busy += self._last - start
+            self._last_end = self._clock()
+            self._busy_seconds += self._last_end - start
 
     @property
     def seconds(self) -> float:
-        return 0.0 if self._first is None else self._last - self._first
+        """From the first call's start to the last call's end; 0 before the first call."""
+        return 0.0 if self._first_start is None else self._last_end - self._first_start
 
     @property
     def idle_share(self) -> float:
-        """0 to 1"""
-        return 1 - self._busy / self.seconds if self.seconds else 0.0
+        """The share of ``seconds`` outside any call, 0 to 1."""
+        return 1 - self._busy_seconds / self.seconds if self.seconds else 0.0

@@ -1,4 +1,4 @@
-"""What is chosen by measurement: only what is faster, and only what computes the same."""
+"""Autotuning chooses the fastest candidate among those that give the same result."""
 
 from __future__ import annotations
 
@@ -16,24 +16,30 @@ RESULT = torch.linspace(-1, 1, 100)
 
 
 def choose(seconds: dict[str, float], **results: Tensor | Exception) -> str:
-    """Among ways that all give RESULT, but for those that are given another one."""
-    ready: list[str] = []
+    """Choose among named candidates, which return RESULT unless another result is given."""
+    made: list[str] = []
 
-    def make(way: str) -> Callable[[], Tensor]:
-        found = results.get(way, RESULT)
-        if isinstance(found, Exception):
-            raise found
-        ready.append(way)
-        return lambda: found
+    def make(name: str) -> Callable[[], Tensor]:
+        result = results.get(name, RESULT)
+        if isinstance(result, Exception):
+            raise result
+        made.append(name)
+        return lambda: result
 
-    return choose_fastest(list(seconds), make, lambda run: seconds[ready[-1]])
+    return choose_fastest(list(seconds), make, lambda run: seconds[made[-1]])
 
 
-def test_the_fastest_way_is_chosen() -> None:
+def stopwatch_of(*seconds: float) -> Callable[[Any], float]:
+    """A stopwatch that returns these times one after another."""
+    times: Iterator[float] = iter(seconds)
+    return lambda run: next(times)
+
+
+def test_the_fastest_candidate_is_chosen() -> None:
     assert choose({"plain": 3, "flash": 2, "cudnn": 1, "efficient": 2}) == "cudnn"
 
 
-def test_the_first_way_stays_where_nothing_is_clearly_faster() -> None:
+def test_the_first_candidate_stays_unless_another_is_faster_by_3_percent() -> None:
     assert choose({"plain": 1.0, "flash": 0.98}) == "plain"
     assert choose({"plain": 1.0, "flash": 0.96}) == "flash"
 
@@ -41,14 +47,14 @@ def test_the_first_way_stays_where_nothing_is_clearly_faster() -> None:
 @pytest.mark.parametrize(
     "wrong", [RESULT * 0.5, RESULT.flip(0), torch.full_like(RESULT, torch.nan)]
 )
-def test_a_way_that_computes_something_else_is_not_used(
+def test_a_candidate_with_another_result_is_skipped(
     wrong: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert choose({"plain": 3, "broken": 1, "flash": 2}, broken=wrong) == "flash"
-    assert "broken computes something else than plain, and is not used" in caplog.text
+    assert "skipped broken: its result differs from plain" in caplog.text
 
 
-def test_rounding_is_no_difference() -> None:
+def test_rounding_does_not_count_as_another_result() -> None:
     assert choose({"plain": 3, "half": 1}, half=RESULT.half()) == "half"
 
 
@@ -56,53 +62,48 @@ def test_rounding_is_no_difference() -> None:
     "error",
     [RuntimeError("No viable backend"), ValueError("no compiler"), torch.OutOfMemoryError()],
 )
-def test_a_way_that_does_not_run_is_passed_over(error: Exception) -> None:
+def test_a_candidate_that_fails_is_skipped(error: Exception) -> None:
     assert choose({"plain": 3, "missing": 1, "flash": 2}, missing=error) == "flash"
 
 
-def test_what_the_first_way_or_a_lost_device_raises_is_raised() -> None:
+def test_errors_of_the_first_candidate_and_of_a_lost_device_propagate() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         choose({"plain": 3, "flash": 2}, plain=torch.OutOfMemoryError())
     with pytest.raises(torch.AcceleratorError):
         choose({"plain": 3, "flash": 2}, flash=torch.AcceleratorError("lost"))
 
 
-def test_the_first_result_is_kept_while_the_next_way_overwrites_it() -> None:
-    """As graphs do that share their memory."""
+def test_the_first_result_is_copied_before_the_next_candidate_overwrites_it() -> None:
+    """CUDA graphs that share a memory pool overwrite each other's outputs."""
     shared = RESULT.clone()
 
-    def make(way: str) -> Callable[[], Tensor]:
-        return lambda: shared.copy_(RESULT if way == "plain" else -RESULT)
+    def make(name: str) -> Callable[[], Tensor]:
+        return lambda: shared.copy_(RESULT if name == "plain" else -RESULT)
 
-    assert choose_fastest(["plain", "wrong"], make, stopwatch=iter_of(2.0, 1.0)) == "plain"
+    assert choose_fastest(["plain", "wrong"], make, stopwatch_of(2.0, 1.0)) == "plain"
 
 
-def test_a_way_is_gone_before_the_next_is_made() -> None:
-    """Two graphs of the largest batch would not fit beside each other."""
-    alive: list[weakref.ref[Any]] = []
+def test_a_candidate_is_freed_before_the_next_is_made() -> None:
+    """Two graphs of the largest batch would not fit the device together."""
+    graphs: list[weakref.ref[Any]] = []
 
     class Graph:
         def __call__(self) -> Tensor:
             return RESULT
 
-    def make(way: str) -> Callable[[], Tensor]:
-        assert all(one() is None for one in alive)
+    def make(name: str) -> Callable[[], Tensor]:
+        assert all(reference() is None for reference in graphs)
         graph = Graph()
-        alive.append(weakref.ref(graph))
-        if way == "broken":
+        graphs.append(weakref.ref(graph))
+        if name == "broken":
             raise RuntimeError("after it was made")
         return graph
 
-    assert choose_fastest(["plain", "broken", "flash"], make, iter_of(2.0, 1.0)) == "flash"
-    assert len(alive) == 3
+    assert choose_fastest(["plain", "broken", "flash"], make, stopwatch_of(2.0, 1.0)) == "flash"
+    assert len(graphs) == 3
 
 
-def iter_of(*seconds: float) -> Callable[[Any], float]:
-    left: Iterator[float] = iter(seconds)
-    return lambda run: next(left)
-
-
-def test_the_stopwatch_runs_what_it_times() -> None:
+def test_the_stopwatch_runs_the_callable_three_times() -> None:
     calls: list[int] = []
 
     def run() -> Tensor:

@@ -1,4 +1,4 @@
-"""Models from the hub: a small server stands in for it, and the real client talks to it."""
+"""Models from the hub: the real client against a small local server."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import json, sys
 from shared.errors import EngineUnavailable
 from workers.engines.stable_diffusion.model_files import find_model
 try:
-    found = find_model(sys.argv[1], sys.argv[2] or None)
-    names = sorted(p.relative_to(found.path).as_posix() for p in found.path.glob("*/*"))
-    print(json.dumps([found.revision, found.variant, names]))
+    files = find_model(sys.argv[1], sys.argv[2] or None)
+    names = sorted(p.relative_to(files.path).as_posix() for p in files.path.glob("*/*"))
+    print(json.dumps([files.revision, files.variant, names]))
 except EngineUnavailable as error:
     print(json.dumps(str(error)))
 """
@@ -32,23 +32,23 @@ class Hub(ThreadingHTTPServer):
     """One model, ``someone/tiny``, at branch ``main`` and one commit."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         files = [path for path in folder.glob("**/*") if path.is_file()]
         self.files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
         self.files["vae/diffusion_pytorch_model.bin"] = b"a pickle"
         self.files["unet/diffusion_pytorch_model.fp16.safetensors"] = b"never fetched"
 
 
-class Answer(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     server: Hub
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, *, body: bool) -> None:
+    def respond(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
         if not path.startswith(("/api/models/someone/tiny", "/someone/tiny/")):
             self.send(404, b"", {"X-Error-Code": "RepoNotFound"}, body=body)
@@ -92,8 +92,8 @@ def hub(tiny_model: Path) -> Iterator[str]:
 
 
 def find(model: str, revision: str, *, endpoint: str, cache: Path) -> object:
-    """What a process that knows only this hub finds; the client reads its settings once."""
-    done = subprocess.run(
+    """Call find_model in a process of its own: the client reads its settings once, on import."""
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM, model, revision],
         env={
             **os.environ,
@@ -107,33 +107,35 @@ def find(model: str, revision: str, *, endpoint: str, cache: Path) -> object:
         check=False,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
 
 
-def test_a_model_is_fetched_once_and_known_by_its_commit(hub: str, tmp_path: Path) -> None:
-    found = find("someone/tiny", "main", endpoint=hub, cache=tmp_path)
-    assert isinstance(found, list), found
-    revision, variant, names = found
+def test_a_model_is_downloaded_once_and_its_revision_is_the_commit(
+    hub: str, tmp_path: Path
+) -> None:
+    files = find("someone/tiny", "main", endpoint=hub, cache=tmp_path)
+    assert isinstance(files, list), files
+    revision, variant, names = files
     assert (revision, variant) == (COMMIT, None)
     assert "unet/diffusion_pytorch_model.safetensors" in names
     assert not [name for name in names if name.endswith(".bin") or "fp16" in name]
-    nobody = "http://127.0.0.1:9"
-    assert find("someone/tiny", "main", endpoint=nobody, cache=tmp_path) == found
+    unreachable = "http://127.0.0.1:9"
+    assert find("someone/tiny", "main", endpoint=unreachable, cache=tmp_path) == files
 
 
-def test_what_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
+def test_unknown_models_and_revisions_are_refused(hub: str, tmp_path: Path) -> None:
     unknown = find("someone/else", "", endpoint=hub, cache=tmp_path)
     assert unknown == (
         "someone/else: neither a folder here nor a model on the hub; check the id or the path"
     )
-    impossible = find("a b/c", "", endpoint=hub, cache=tmp_path)
-    assert "neither a folder here nor a model on the hub" in str(impossible)
+    invalid = find("a b/c", "", endpoint=hub, cache=tmp_path)
+    assert "neither a folder here nor a model on the hub" in str(invalid)
     absent = find("someone/tiny", "absent", endpoint=hub, cache=tmp_path)
     assert "no revision 'absent'" in str(absent)
 
 
-def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     text = find("someone/tiny", "", endpoint="http://127.0.0.1:9", cache=tmp_path)
     assert "the hub does not answer" in str(text)
     assert "\n" not in str(text)

@@ -1,7 +1,8 @@
-"""One window equals diffusers' own pipeline with the same seed: latents and picture, bit for bit.
+"""A region of one window is bit-identical to diffusers' pipeline with the same seed.
 
-The masks are aligned to the VAE's 8 px blocks. There diffusers' nearest-neighbour mask and
-our max-pooled one agree; elsewhere ours keeps thin strokes that diffusers loses, on purpose.
+Latents and pixels are compared. The masks are aligned to the VAE's 8 px blocks, where diffusers'
+nearest-neighbour mask equals the engine's max-pooled one. Elsewhere the engine keeps thin strokes
+that diffusers loses, on purpose.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from shared.geometry.box import Box
 from shared.params import Scheduler
 from tests.workers.engines.stable_diffusion.samples import (
     IGNORE_DIFFUSERS_WARNING,
-    components,
-    engine,
-    region,
+    load_tiny,
+    open_engine,
+    region_work,
 )
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.components import Components
@@ -43,76 +44,76 @@ REFERENCE = {
 }
 
 
-class Decodings:
-    """What a VAE is asked to decode, and its float answer, last call only."""
+class DecodeRecorder:
+    """The latents and the float image of a VAE's latest decode."""
 
     def __init__(self, vae: Any) -> None:
-        self.latents = self.picture = torch.empty(0)
-        vae.post_quant_conv.register_forward_pre_hook(self._keep_latents)
-        vae.decoder.register_forward_hook(self._keep_picture)
+        self.latents = self.image = torch.empty(0)
+        vae.post_quant_conv.register_forward_pre_hook(self._store_latents)
+        vae.decoder.register_forward_hook(self._store_image)
 
-    def _keep_latents(self, module: Any, args: tuple[Any, ...]) -> None:
+    def _store_latents(self, module: Any, args: tuple[Any, ...]) -> None:
         self.latents = args[0].clone()
 
-    def _keep_picture(self, module: Any, args: tuple[Any, ...], picture: Tensor) -> None:
-        self.picture = picture.clone()
+    def _store_image(self, module: Any, args: tuple[Any, ...], image: Tensor) -> None:
+        self.image = image.clone()
 
 
 class Pair:
-    """The pipeline and our engine over the same weights, both watched."""
+    """diffusers' pipeline and our engine with the same weights, both recorded."""
 
-    def __init__(self, folder: Path, ours: DiffusionEngine, parts: Components) -> None:
-        kind: Any = diffusers.StableDiffusionInpaintPipeline
-        self.pipeline = kind.from_pretrained(folder)
+    def __init__(self, folder: Path, engine: DiffusionEngine, components: Components) -> None:
+        pipeline_class: Any = diffusers.StableDiffusionInpaintPipeline
+        self.pipeline = pipeline_class.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.scheduler_config = self.pipeline.scheduler.config
-        self.ours = ours
-        self.our_decodings = Decodings(parts.vae)
-        self.their_decodings = Decodings(self.pipeline.vae)
+        self.engine = engine
+        self.our_decode = DecodeRecorder(components.vae)
+        self.their_decode = DecodeRecorder(self.pipeline.vae)
 
-    def run_theirs(self, work: RegionWork) -> Pixels:
-        wanted = work.params
-        kind = REFERENCE[wanted.scheduler]
-        self.pipeline.scheduler = kind.from_config(self.scheduler_config)
-        found = self.pipeline(
-            prompt=wanted.prompt,
-            negative_prompt=wanted.negative_prompt,
+    def run_diffusers(self, work: RegionWork) -> Pixels:
+        params = work.params
+        scheduler_class = REFERENCE[params.scheduler]
+        self.pipeline.scheduler = scheduler_class.from_config(self.scheduler_config)
+        output = self.pipeline(
+            prompt=params.prompt,
+            negative_prompt=params.negative_prompt,
             image=Image.fromarray(work.image),
             mask_image=Image.fromarray(work.mask),
-            height=wanted.height,
-            width=wanted.width,
-            strength=wanted.strength,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
-            eta=wanted.eta,
+            height=params.height,
+            width=params.width,
+            strength=params.strength,
+            num_inference_steps=params.num_inference_steps,
+            guidance_scale=params.guidance_scale,
+            eta=params.eta,
             generator=torch.Generator().manual_seed(work.seed),
         )
-        return np.asarray(found.images[0])
+        return np.asarray(output.images[0])
 
-    def assert_same(self, work: RegionWork) -> None:
-        ours = self.ours.submit(work).result(60)
-        theirs = self.run_theirs(work)
-        assert torch.isfinite(self.their_decodings.latents).all()
-        assert torch.equal(self.our_decodings.latents, self.their_decodings.latents)
-        assert torch.equal(self.our_decodings.picture, self.their_decodings.picture)
+    def assert_bit_identical(self, work: RegionWork) -> None:
+        ours = self.engine.submit(work).result(60)
+        theirs = self.run_diffusers(work)
+        assert torch.isfinite(self.their_decode.latents).all()
+        assert torch.equal(self.our_decode.latents, self.their_decode.latents)
+        assert torch.equal(self.our_decode.image, self.their_decode.image)
         assert np.array_equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path) -> Iterator[Pair]:
-    parts = components(tiny_model)
-    with engine(parts) as ours:
-        yield Pair(tiny_model, ours, parts)
+    components = load_tiny(tiny_model)
+    with open_engine(components) as engine:
+        yield Pair(tiny_model, engine, components)
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("scheduler", get_args(Scheduler))
-def test_every_scheduler_equals_diffusers(
+def test_every_scheduler_is_bit_identical_to_diffusers(
     pair: Pair, scheduler: str, strength: float, guidance_scale: float
 ) -> None:
-    pair.assert_same(
-        region(
+    pair.assert_bit_identical(
+        region_work(
             scheduler=scheduler,
             strength=strength,
             guidance_scale=guidance_scale,
@@ -124,25 +125,27 @@ def test_every_scheduler_equals_diffusers(
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_ddim_with_eta_draws_the_same_noise(pair: Pair, strength: float) -> None:
-    pair.assert_same(region(scheduler="ddim", eta=0.3, strength=strength))
+    pair.assert_bit_identical(region_work(scheduler="ddim", eta=0.3, strength=strength))
 
 
-def test_fifty_steps_of_the_default_parameters(pair: Pair) -> None:
-    pair.assert_same(region(num_inference_steps=50, strength=0.8, seed=2**63 - 1))
+def test_fifty_steps_with_default_parameters_are_bit_identical(pair: Pair) -> None:
+    pair.assert_bit_identical(region_work(num_inference_steps=50, strength=0.8, seed=2**63 - 1))
 
 
 @pytest.mark.parametrize("size", [(128, 64), (1024, 576)], ids=str)
-def test_a_window_that_is_not_square(pair: Pair, size: tuple[int, int]) -> None:
+def test_a_window_that_is_not_square_is_bit_identical(pair: Pair, size: tuple[int, int]) -> None:
     width, height = size
     windows = (Box(0, 0, width, height),)
     sizes = {"width": width, "height": height}
-    pair.assert_same(region(windows=windows, num_inference_steps=1, strength=1.0, **sizes))
+    pair.assert_bit_identical(
+        region_work(windows=windows, num_inference_steps=1, strength=1.0, **sizes)
+    )
 
 
-def test_a_mask_of_the_whole_window_and_none_at_all(pair: Pair) -> None:
+def test_an_empty_and_a_full_mask_are_bit_identical(pair: Pair) -> None:
     for value in (0, 255):
-        pair.assert_same(region(mask=np.full((64, 64), value, dtype=np.uint8)))
+        pair.assert_bit_identical(region_work(mask=np.full((64, 64), value, dtype=np.uint8)))
 
 
-def test_a_prompt_longer_than_the_text_encoder_reads(pair: Pair) -> None:
-    pair.assert_same(region(prompt="a red cat " * 60))
+def test_a_truncated_prompt_is_bit_identical(pair: Pair) -> None:
+    pair.assert_bit_identical(region_work(prompt="a red cat " * 60))

@@ -1,4 +1,4 @@
-"""A large hole painted again at full detail, with a real model's every part, and replayed."""
+"""Coarse-to-fine inpainting of a large hole with the tiny model, and its replay."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from workers.replay import replay
 SIZE, HOLE = (1000, 1000), (60, 60, 940, 940)
 
 
-def test_a_hole_is_painted_again_and_its_record_is_enough_to_do_it_once_more(
-    tmp_path: Path, tiny_model: Path
-) -> None:
+def test_a_refined_hole_can_be_replayed_from_its_record(tmp_path: Path, tiny_model: Path) -> None:
     url, name = f"sqlite:///{tmp_path / 'inpaint.db'}", f"diffusers:{tiny_model}"
     engine = load_engine(name, device="cpu", deterministic=True)
     harness = WorkerHarness(

@@ -1,4 +1,4 @@
-"""Schedulers come from the model's configuration and take few steps as well as many."""
+"""Schedulers from the model's configuration, and their steps as tables."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = IGNORE_DIFFUSERS_WARNING
 @pytest.fixture
 def config(tiny_model: Path) -> dict[str, object]:
     text = (tiny_model / "scheduler" / "scheduler_config.json").read_text()
-    found = json.loads(text)
-    assert isinstance(found, dict)
-    return found
+    config = json.loads(text)
+    assert isinstance(config, dict)
+    return config
 
 
-def test_every_scheduler_a_job_may_name_is_built() -> None:
+def test_every_scheduler_of_the_parameters_has_a_class() -> None:
     assert set(SCHEDULER_CLASSES) == set(get_args(Scheduler))
 
 
@@ -40,7 +40,9 @@ def test_the_models_noise_schedule_is_kept(name: Scheduler, config: dict[str, ob
     assert built.config.steps_offset == 1
 
 
-def test_old_configurations_get_what_diffusers_pipelines_force(config: dict[str, object]) -> None:
+def test_old_configurations_get_the_overrides_of_diffusers_pipelines(
+    config: dict[str, object],
+) -> None:
     old = {**config, "clip_sample": True, "skip_prk_steps": False, "steps_offset": 0}
     assert build_scheduler(old, "ddim").config.clip_sample is False
     assert build_scheduler(old, "pndm").config.skip_prk_steps is True
@@ -59,7 +61,7 @@ def test_any_number_of_steps_ends_in_finite_latents(
     )
     latents = sampler.initial_latents(sampler.draw_noise((1, 4, 8, 8)), None)
     for step, row in enumerate(sampler.table.values):
-        scaled = latents / row[COMMON_COLUMNS.index("divisor")]
+        scaled = latents / row[COMMON_COLUMNS.index("input_divisor")]
         latents = sampler.step(0.1 * scaled, step, latents)
     assert torch.isfinite(latents).all()
     assert len(sampler.timesteps) == steps + (name == "pndm" and steps > 1)
@@ -68,7 +70,7 @@ def test_any_number_of_steps_ends_in_finite_latents(
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("steps", [2, 3, 4, 20, 50])
 @pytest.mark.parametrize("name", FORMULAS)
-def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
+def test_steps_from_a_table_are_bit_identical_to_the_schedulers(
     name: Scheduler, steps: int, strength: float, config: dict[str, object]
 ) -> None:
     chosen = params(scheduler=name, num_inference_steps=steps, strength=strength)
@@ -77,7 +79,7 @@ def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
     formula = sampler.table.formula
     assert formula is not None
     ours = theirs = sampler.draw_noise((2, 4, 8, 8))
-    history = (ours,) * formula.history
+    history = (ours,) * formula.history_length
     for step, row in enumerate(sampler.table.values[:, len(COMMON_COLUMNS) :]):
         noise = sampler.draw_noise((2, 4, 8, 8))
         theirs = sampler.step(noise, step, theirs)
@@ -95,7 +97,7 @@ def test_steps_of_a_table_are_the_schedulers_own_to_the_last_bit(
         ("ddim", {"prediction_type": "v_prediction"}),
     ],
 )
-def test_other_variants_of_a_scheduler_go_through_diffusers(
+def test_other_variants_of_a_scheduler_have_no_table(
     name: Scheduler, variant: dict[str, object], config: dict[str, object]
 ) -> None:
     chosen = params(scheduler=name, num_inference_steps=4)
@@ -103,7 +105,7 @@ def test_other_variants_of_a_scheduler_go_through_diffusers(
     assert Sampler({**config, **variant}, chosen, torch.Generator()).table.formula is None
 
 
-def test_strength_leaves_out_the_first_steps(config: dict[str, object]) -> None:
+def test_strength_skips_the_first_steps(config: dict[str, object]) -> None:
     full, part = (
         Sampler(config, params(num_inference_steps=10, strength=strength), torch.Generator())
         for strength in (1.0, 0.65)
@@ -113,6 +115,6 @@ def test_strength_leaves_out_the_first_steps(config: dict[str, object]) -> None:
     assert not full.needs_image_latents
 
 
-def test_no_step_left_is_the_users_mistake(config: dict[str, object]) -> None:
+def test_parameters_that_leave_no_step_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(ParameterError, match=r"1 at strength 0\.5 leaves no step"):
         Sampler(config, params(num_inference_steps=1, strength=0.5), torch.Generator())

@@ -1,4 +1,4 @@
-"""One UNet forward: kernels, compiled code and graphs give what the plain model gives."""
+"""UNet forward passes: kernels, compiled code and graphs give the plain model's result."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from shared.errors import EngineError
-from tests.workers.engines.stable_diffusion.samples import components, engine, region
+from tests.workers.engines.stable_diffusion.samples import load_tiny, open_engine, region_work
 from workers.engines.stable_diffusion import unet_runner as module
 from workers.engines.stable_diffusion.components import Components
-from workers.engines.stable_diffusion.unet_runner import CapturedGraph, KernelChoice, UNetRunner
+from workers.engines.stable_diffusion.unet_runner import (
+    CapturedGraph,
+    KernelChoice,
+    UNetInputs,
+    UNetRunner,
+)
 
 
 @pytest.fixture
-def parts(tiny_model: Path) -> Components:
-    return components(tiny_model)
+def components(tiny_model: Path) -> Components:
+    return load_tiny(tiny_model)
 
 
 def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,17 +35,18 @@ def batch(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return draw(rows, 9, 8, 8), torch.linspace(1, 999, rows), draw(rows, 77, 32)
 
 
-def plain(parts: Components, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    found = parts.unet(given[0], given[1], encoder_hidden_states=given[2]).sample
-    assert isinstance(found, Tensor)
-    return found
+def plain(components: Components, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    sample, timesteps, embeddings = inputs
+    noise = components.unet(sample, timesteps, encoder_hidden_states=embeddings).sample
+    assert isinstance(noise, Tensor)
+    return noise
 
 
-def test_a_plain_forward_is_the_model(parts: Components) -> None:
-    run = UNetRunner(parts, attention="auto", compile="off", graphs=True)
+def test_an_eager_forward_pass_equals_the_model(components: Components) -> None:
+    runner = UNetRunner(components, attention="auto", compile="off", graphs=True)
     with torch.inference_mode():
-        assert torch.equal(run(*batch(3)), plain(parts, batch(3)))
-    assert not run.needs_buckets
+        assert torch.equal(runner(*batch(3)), plain(components, batch(3)))
+    assert not runner.needs_buckets
 
 
 FLASH, MATH = "_scaled_dot_product_flash_attention", "_scaled_dot_product_attention_math"
@@ -49,141 +55,143 @@ FLASH, MATH = "_scaled_dot_product_flash_attention", "_scaled_dot_product_attent
 @pytest.mark.parametrize(
     ("attention", "used", "unused"), [("flash", FLASH, MATH), ("math", MATH, FLASH)]
 )
-def test_only_the_kernel_that_was_chosen_is_used(
-    parts: Components, attention: Any, used: str, unused: str
+def test_only_the_named_kernel_is_used(
+    components: Components, attention: Any, used: str, unused: str
 ) -> None:
-    run = UNetRunner(parts, attention=attention, compile="off", graphs=False)
+    runner = UNetRunner(components, attention=attention, compile="off", graphs=False)
     with torch.inference_mode():
         with torch.profiler.profile() as profile:
-            found = run(*batch(2))
-        torch.testing.assert_close(found, plain(parts, batch(2)), atol=1e-5, rtol=1e-4)
+            output = runner(*batch(2))
+        torch.testing.assert_close(output, plain(components, batch(2)), atol=1e-5, rtol=1e-4)
     names = " ".join(event.key for event in profile.key_averages())
     assert used in names
     assert unused not in names
-    with engine(parts, attention=attention) as ours:
-        assert ours.submit(region(num_inference_steps=2)).result(60).shape == (64, 64, 3)
+    with open_engine(components, attention=attention) as engine:
+        assert engine.submit(region_work(num_inference_steps=2)).result(60).shape == (64, 64, 3)
 
 
-def test_compiled_code_is_made_once_for_all_batch_sizes(
-    parts: Components, monkeypatch: pytest.MonkeyPatch
+def test_the_unet_is_compiled_once_for_all_batch_sizes(
+    components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[int] = []
+    compilations: list[int] = []
 
     def backend(graph: Any, _inputs: Any) -> Any:
-        made.append(1)
+        compilations.append(1)
         return graph.forward
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda unet, mode: compile(unet, backend=backend))
-    run = UNetRunner(parts, attention="auto", compile="default", graphs=True)
-    assert run.needs_buckets
+    runner = UNetRunner(components, attention="auto", compile="default", graphs=True)
+    assert runner.needs_buckets
     with torch.inference_mode():
         for rows in (2, 4, 8):
-            found = run(*batch(rows))
-            torch.testing.assert_close(found, plain(parts, batch(rows)), atol=1e-5, rtol=1e-4)
-        assert made == [1]
-        run(*batch(2), is_offloading=True)
+            output = runner(*batch(rows))
+            torch.testing.assert_close(output, plain(components, batch(rows)), atol=1e-5, rtol=1e-4)
+        assert compilations == [1]
+        runner(*batch(2), is_offloading=True)
     torch._dynamo.reset()
 
 
-class Recording:
-    """Stands for a CUDA graph: replaying computes from its own tensors into its own output."""
+class FakeGraph:
+    """Stands for a CUDA graph: replay reads its own input tensors and overwrites its output."""
 
     def __init__(self, run: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self.run, self.inputs, self.output = run, inputs, output
 
     def replay(self) -> None:
         inputs, timesteps, embeddings = self.inputs
-        found = self.run(inputs, timesteps, encoder_hidden_states=embeddings).sample
-        self.output.copy_(found)
+        noise = self.run(inputs, timesteps, encoder_hidden_states=embeddings).sample
+        self.output.copy_(noise)
 
     def pool(self) -> tuple[int, int]:
         return (0, 1)
 
 
-def test_a_graph_is_captured_for_each_size_and_reads_what_each_call_brings(
-    parts: Components, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_is_captured_once_per_shape_and_reads_each_calls_inputs(
+    components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captured: list[int] = []
 
-    def capture(
-        self: UNetRunner, way: KernelChoice, given: tuple[Tensor, Tensor, Tensor]
-    ) -> CapturedGraph:
-        captured.append(len(given[0]))
-        inputs = (given[0].clone(), given[1].clone(), given[2].clone())
-        output = torch.zeros(len(given[0]), 4, 8, 8)
-        graph: Any = Recording(parts.unet, inputs, output)
+    def capture(self: UNetRunner, choice: KernelChoice, inputs: UNetInputs) -> CapturedGraph:
+        captured.append(len(inputs.sample))
+        inputs = UNetInputs(*(tensor.clone() for tensor in inputs))
+        output = torch.zeros(len(inputs.sample), 4, 8, 8)
+        graph: Any = FakeGraph(components.unet, inputs, output)
         return CapturedGraph(graph=graph, inputs=inputs, output=output)
 
     monkeypatch.setattr(UNetRunner, "_capture", capture)
-    run = UNetRunner(parts, attention="auto", compile="off", graphs=True)
-    monkeypatch.setattr(run, "_has_graphs", True)
+    runner = UNetRunner(components, attention="auto", compile="off", graphs=True)
+    monkeypatch.setattr(runner, "_has_graphs", True)
     with torch.inference_mode():
-        first, second = run(*batch(2, seed=1)), run(*batch(2, seed=2))
-        assert torch.equal(first, plain(parts, batch(2, seed=1)))
-        assert torch.equal(second, plain(parts, batch(2, seed=2)))
-        run(*batch(4))
-        run(*batch(4), is_offloading=True)
-        run(*batch(4), is_attention_sliced=True)
+        first, second = runner(*batch(2, seed=1)), runner(*batch(2, seed=2))
+        assert torch.equal(first, plain(components, batch(2, seed=1)))
+        assert torch.equal(second, plain(components, batch(2, seed=2)))
+        runner(*batch(4))
+        runner(*batch(4), is_offloading=True)
+        runner(*batch(4), is_attention_sliced=True)
         assert captured == [2, 4]
-        run.drop_graphs()
-        run(*batch(2))
+        runner.drop_graphs()
+        runner(*batch(2))
         assert captured == [2, 4, 2]
 
 
-class Trials:
-    """Says how long each trial took, in turn; fails where there is one more."""
+class FakeStopwatch:
+    """Returns these times one after another; fails if there is one measurement more."""
 
     def __init__(self, *seconds: float) -> None:
-        self.left = list(seconds)
+        self.remaining = list(seconds)
 
     def __call__(self, run: Callable[[], Tensor]) -> float:
-        return self.left.pop(0)
+        return self.remaining.pop(0)
 
 
-def kernels(run: UNetRunner, rows: int, side: int = 8) -> str:
-    inputs, timesteps, words = batch(rows)
+def kernels_used(runner: UNetRunner, rows: int, side: int = 8) -> str:
+    sample, timesteps, embeddings = batch(rows)
     with torch.inference_mode(), torch.profiler.profile() as profile:
-        run(inputs[..., :side, :side], timesteps, words)
+        runner(sample[..., :side, :side], timesteps, embeddings)
     return " ".join(event.key for event in profile.key_averages())
 
 
-def test_the_faster_kernel_is_used_and_measured_once_for_a_window_size(
-    parts: Components, monkeypatch: pytest.MonkeyPatch
+def test_the_faster_kernel_is_used_and_measured_once_per_window_size(
+    components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         module, "ATTENTION_CANDIDATES", {"cpu": ("auto", "cudnn", "math")}
-    )  # no cudnn here
-    trials = Trials(2.0, 1.0)
-    run = UNetRunner(parts, attention="auto", compile="off", graphs=False, stopwatch=trials)
-    kernels(run, 4)
-    assert not trials.left
-    found = kernels(run, 2)
-    assert MATH in found
-    assert FLASH not in found
-    trials.left = [1.0, 2.0]
-    kernels(run, 2, side=4)
-    assert not trials.left
-    assert FLASH in kernels(run, 3, side=4)
+    )  # the CPU has no cudnn
+    stopwatch = FakeStopwatch(2.0, 1.0)
+    runner = UNetRunner(
+        components, attention="auto", compile="off", graphs=False, stopwatch=stopwatch
+    )
+    kernels_used(runner, 4)
+    assert not stopwatch.remaining
+    names = kernels_used(runner, 2)
+    assert MATH in names
+    assert FLASH not in names
+    stopwatch.remaining = [1.0, 2.0]
+    kernels_used(runner, 2, side=4)
+    assert not stopwatch.remaining
+    assert FLASH in kernels_used(runner, 3, side=4)
 
 
-def test_nothing_is_measured_where_a_kernel_is_named_or_the_engine_is_deterministic(
-    parts: Components, monkeypatch: pytest.MonkeyPatch
+def test_named_kernels_and_deterministic_engines_are_not_autotuned(
+    components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ATTENTION_CANDIDATES", {"cpu": ("auto", "math")})
-    named = UNetRunner(parts, attention="math", compile="off", graphs=False, stopwatch=Trials())
-    assert MATH in kernels(named, 2)
-    fixed: dict[str, Any] = {"attention": "auto", "compile": "auto", "graphs": False}
-    run = UNetRunner(parts, **fixed, deterministic=True, stopwatch=Trials())
-    assert FLASH in kernels(run, 2)
-    assert not run.needs_buckets
+    named = UNetRunner(
+        components, attention="math", compile="off", graphs=False, stopwatch=FakeStopwatch()
+    )
+    assert MATH in kernels_used(named, 2)
+    options: dict[str, Any] = {"attention": "auto", "compile": "auto", "graphs": False}
+    runner = UNetRunner(components, **options, deterministic=True, stopwatch=FakeStopwatch())
+    assert FLASH in kernels_used(runner, 2)
+    assert not runner.needs_buckets
 
 
 @pytest.mark.parametrize(
     ("seconds", "factor", "is_used"), [(1.0, 1.0, True), (2.0, 1.0, False), (1.0, 1.5, False)]
 )
-def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
-    parts: Components,
+def test_compiled_code_is_used_if_it_is_faster_and_gives_the_same_result(
+    components: Components,
     monkeypatch: pytest.MonkeyPatch,
     *,
     seconds: float,
@@ -193,25 +201,27 @@ def test_compiled_code_is_used_where_it_is_faster_and_gives_the_same(
     calls: list[int] = []
 
     def compile(unet: Any, mode: Any) -> Any:
-        def run(*given: Any, **named: Any) -> tuple[Tensor]:
+        def run(*args: Any, **kwargs: Any) -> tuple[Tensor]:
             calls.append(1)
-            return (factor * unet(*given, **named)[0],)
+            return (factor * unet(*args, **kwargs)[0],)
 
         return run
 
     monkeypatch.setattr(torch, "compile", compile)
-    trials = Trials(2.0, seconds)
-    run = UNetRunner(parts, attention="auto", compile="auto", graphs=False, stopwatch=trials)
-    assert run.needs_buckets
+    stopwatch = FakeStopwatch(2.0, seconds)
+    runner = UNetRunner(
+        components, attention="auto", compile="auto", graphs=False, stopwatch=stopwatch
+    )
+    assert runner.needs_buckets
     with torch.inference_mode():
-        run(*batch(4))
+        runner(*batch(4))
         calls.clear()
-        found = run(*batch(2))
+        output = runner(*batch(2))
     assert bool(calls) == is_used
-    assert torch.equal(found, plain(parts, batch(2)))
+    assert torch.equal(output, plain(components, batch(2)))
 
 
-def test_convolutions_are_tried_out_only_while_a_graph_is_captured() -> None:
+def test_convolutions_are_benchmarked_only_during_capture() -> None:
     flags = torch.backends.cudnn
     assert not flags.benchmark
     with module._benchmark_convolutions():
@@ -219,14 +229,14 @@ def test_convolutions_are_tried_out_only_while_a_graph_is_captured() -> None:
     assert not flags.benchmark
 
 
-def test_a_kernel_that_cannot_run_is_an_error_of_the_region(parts: Components) -> None:
-    with engine(parts, attention="efficient") as ours, pytest.raises(EngineError):
-        ours.submit(region(num_inference_steps=2)).result(60)
+def test_a_kernel_that_cannot_run_fails_the_region(components: Components) -> None:
+    with open_engine(components, attention="efficient") as engine, pytest.raises(EngineError):
+        engine.submit(region_work(num_inference_steps=2)).result(60)
 
 
-def test_pixels_do_not_depend_on_how_the_forward_is_run(tiny_model: Path) -> None:
+def test_pixels_do_not_depend_on_the_kernel(tiny_model: Path) -> None:
     results = []
     for attention in ("auto", "math"):
-        with engine(components(tiny_model), attention=attention) as ours:
-            results.append(ours.submit(region()).result(60))
+        with open_engine(load_tiny(tiny_model), attention=attention) as engine:
+            results.append(engine.submit(region_work()).result(60))
     assert np.abs(results[0].astype(int) - results[1]).max() <= 1

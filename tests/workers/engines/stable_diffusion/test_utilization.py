@@ -1,4 +1,4 @@
-"""The share of time in which a device thread had nothing running."""
+"""The share of time in which a device thread has no call running."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers.engines.stable_diffusion.samples import components, engine, region
+from tests.workers.engines.stable_diffusion.samples import load_tiny, open_engine, region_work
 from workers.engines.stable_diffusion.utilization import Utilization
 
 
-def test_idle_is_what_lies_between_the_calls() -> None:
+def test_idle_time_is_the_time_between_calls() -> None:
     times = iter([10.0, 13.0, 14.0, 20.0])
-    usage = Utilization(clock=lambda: next(times))
+    utilization = Utilization(clock=lambda: next(times))
     for _ in range(2):
-        with usage.measure():
+        with utilization.measure():
             pass
-    assert usage.seconds == 10
-    assert usage.idle_share == pytest.approx(0.1)
+    assert utilization.seconds == 10
+    assert utilization.idle_share == pytest.approx(0.1)
 
 
-def test_without_a_call_nothing_was_idle() -> None:
+def test_without_a_call_the_idle_share_is_0() -> None:
     assert (Utilization().seconds, Utilization().idle_share) == (0, 0)
 
 
-def test_an_engine_says_at_its_end_how_idle_its_device_was(
+def test_a_closed_engine_logs_its_idle_share(
     tiny_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parts = components(tiny_model)
-    with caplog.at_level(logging.INFO), engine(parts) as ours:
-        ours.submit(region(num_inference_steps=20)).result(60)
-    found = re.search(r"cpu: in use for (\S+) s, idle in between for (\S+)%", caplog.text)
-    assert found
-    assert float(found[1]) > 0
-    assert 0 <= float(found[2]) < 100
+    with caplog.at_level(logging.INFO), open_engine(load_tiny(tiny_model)) as engine:
+        engine.submit(region_work(num_inference_steps=20)).result(60)
+    match = re.search(r"cpu: in use for (\S+) s, device idle for (\S+)%", caplog.text)
+    assert match
+    assert float(match[1]) > 0
+    assert 0 <= float(match[2]) < 100
