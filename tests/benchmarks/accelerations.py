@@ -13,10 +13,10 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import count_work, flop, print_table
-from tests.benchmarks.gpu.models import UNET, tiny
-from tests.benchmarks.gpu.parts import accelerations
+from tests.benchmarks.gpu.cases import GpuBenchmark
+from tests.benchmarks.gpu.measure import count_flop, flop, print_table
+from tests.benchmarks.gpu.models import UNET, load_tiny_model
+from tests.benchmarks.gpu.tables import accelerations
 from tests.benchmarks.simulated_device import state_channels
 from workers.engines.stable_diffusion.deepcache import unet_for_kind
 
@@ -28,8 +28,8 @@ INTERVALS = (3, 5)
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    subject = replace(tiny(torch.device("cpu")), steps=STEPS, side=SIDE, max_batch=16)
-    bench = Bench(subject, count_work(subject), seconds=0, compile="off")
+    model = replace(load_tiny_model(torch.device("cpu")), steps=STEPS, side=SIDE, max_batch=16)
+    bench = GpuBenchmark(model, count_flop(model), seconds=0, compile="off")
     head, *rows = accelerations(bench)
     print_table(f"Accelerations, {STEPS} steps, {SIDE}x{SIDE}", head, rows)
     head, *rows = sd2_forwards()

@@ -16,14 +16,14 @@ from functools import partial
 import torch
 
 from shared.params import Params
-from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import Run, Work
-from tests.benchmarks.gpu.models import tiny
+from tests.benchmarks.gpu.cases import GpuBenchmark
+from tests.benchmarks.gpu.measure import CaseResult, FlopCounts
+from tests.benchmarks.gpu.models import load_tiny_model
 from tests.benchmarks.side_by_side import print_row
 from tests.benchmarks.simulated_device import UNET_ROW, VAE_DECODING, VAE_ENCODING, simulate
 from workers.worker_process import SWITCH_SECONDS
 
-WORK = Work(
+WORK = FlopCounts(
     unet_row=UNET_ROW * 1e12, vae_encode=VAE_ENCODING * 1e12, vae_decode=VAE_DECODING * 1e12
 )
 
@@ -36,14 +36,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_SECONDS)
-    subject = replace(tiny(torch.device("cpu")), steps=50, side=512, max_batch=64)
-    bench = Bench(subject, WORK, seconds=asked.seconds, compile="off")
+    model = replace(load_tiny_model(torch.device("cpu")), steps=50, side=512, max_batch=64)
+    bench = GpuBenchmark(model, WORK, seconds=asked.seconds, compile="off")
     print_row("64 rows, 50 steps, 512x512", "images a second", "device idle", "longest gap, ms")
     for tflops in asked.tflops:
         _measure(bench, tflops)
 
 
-def _measure(bench: Bench, tflops: float) -> None:
+def _measure(bench: GpuBenchmark, tflops: float) -> None:
     ways: list[tuple[str, Callable[[int], Params]]] = [
         ("uniform jobs", bench.uniform),
         ("mixed jobs", bench.mixed),
@@ -52,12 +52,12 @@ def _measure(bench: Bench, tflops: float) -> None:
     for name, params in ways:
         with bench.engine() as engine:
             clock = simulate(engine, tflops=tflops)
-            run = bench._through(Run(name=name), engine, params)
+            run = bench.run_engine(CaseResult(name=name), engine, params)
         cells = f"{run.images / run.seconds:.2f}", f"{clock.idle_share:.1%}"
         print_row(f"  {tflops:g} TFLOP/s, {name}", *cells, f"{1000 * max(clock.gaps):.0f}")
 
 
-def _reusing(bench: Bench, cache_interval: int, n: int) -> Params:
+def _reusing(bench: GpuBenchmark, cache_interval: int, n: int) -> Params:
     return replace(bench.mixed(n), cache_interval=cache_interval)
 
 

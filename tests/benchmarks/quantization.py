@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import count_work, print_table
-from tests.benchmarks.gpu.models import tiny, with_full_unet
+from tests.benchmarks.gpu.cases import GpuBenchmark
+from tests.benchmarks.gpu.measure import count_flop, print_table
+from tests.benchmarks.gpu.models import load_tiny_model, with_full_unet
 from tests.benchmarks.gpu.quantization import quantized_forwards, quantized_pictures
 
 STEPS, SIDE = 50, 128
@@ -22,10 +22,10 @@ STEPS, SIDE = 50, 128
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
-    subject = replace(tiny(torch.device("cpu")), steps=STEPS, side=SIDE, max_batch=16)
-    head, *rows = quantized_forwards(with_full_unet(subject), rows=1, repeats=1)
+    model = replace(load_tiny_model(torch.device("cpu")), steps=STEPS, side=SIDE, max_batch=16)
+    head, *rows = quantized_forwards(with_full_unet(model), rows=1, repeats=1)
     print_table("Quantization, SD2's UNet, float32, 256x256", head, rows)
-    bench = Bench(subject, count_work(subject), seconds=0, compile="off")
+    bench = GpuBenchmark(model, count_flop(model), seconds=0, compile="off")
     head, *rows = quantized_pictures(bench)
     print_table(f"Quantization, {STEPS} steps, {SIDE}x{SIDE}", head, rows)
 

@@ -14,27 +14,33 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tests.benchmarks.gpu import models, parts
-from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import HEAD, Run, count_work, matrix_peak, print_table
+from tests.benchmarks.gpu import models, tables
+from tests.benchmarks.gpu.cases import GpuBenchmark
+from tests.benchmarks.gpu.measure import (
+    CASE_COLUMNS,
+    CaseResult,
+    count_flop,
+    peak_flops,
+    print_table,
+)
 from tests.benchmarks.gpu.quantization import quantization
 
 # Ours before what takes longest to compile, should time run out.
-CASES: dict[str, Callable[[Bench], Run]] = {
-    "a": Bench.guide,
-    "e": Bench.engine_uniform,
-    "f": Bench.engine_mixed,
-    "d": Bench.static_batch,
-    "g": Bench.grouped,
-    "c": Bench.compiled,
-    "b": Bench.xformers,
+CASES: dict[str, Callable[[GpuBenchmark], CaseResult]] = {
+    "a": GpuBenchmark.diffusers_float16,
+    "e": GpuBenchmark.engine_uniform,
+    "f": GpuBenchmark.engine_mixed,
+    "d": GpuBenchmark.static_batch,
+    "g": GpuBenchmark.grouped,
+    "c": GpuBenchmark.compiled,
+    "b": GpuBenchmark.xformers,
 }
-TABLES: dict[str, Callable[[Bench], list[list[str]]]] = {
-    "UNet forwards in ms": parts.forwards,
-    "Attention": parts.kernels,
-    "Memory modes": parts.memory_modes,
-    "Accelerations": parts.accelerations,
-    "Determinism": parts.determinism,
+TABLES: dict[str, Callable[[GpuBenchmark], list[list[str]]]] = {
+    "UNet forwards in ms": tables.forwards,
+    "Attention": tables.kernels,
+    "Memory modes": tables.memory_modes,
+    "Accelerations": tables.accelerations,
+    "Determinism": tables.determinism,
     "Quantization": quantization,
 }
 LEAST_SECONDS = 20.0
@@ -51,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     end = time.monotonic() + 60 * chosen.minutes
     bench = _bench(chosen)
-    peak = matrix_peak(bench.subject)
+    peak = peak_flops(bench.model)
     print(
         f"matrix peak {peak / 1e12:.4g} TFLOP/s, an image of {bench.subject.steps} steps takes "
-        f"{bench.work.of(bench.uniform(0)) / 1e12:.4g} TFLOP",
+        f"{bench.flop_counts.of(bench.uniform(0)) / 1e12:.4g} TFLOP",
         flush=True,
     )
     wanted = set(chosen.only.split(",")) if chosen.only else {*CASES, *TABLES}
@@ -67,11 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"out of time; run it alone: --only {title!r}", flush=True)
     ordered = sorted(runs, key=lambda run: run.name)
-    print_table("Cases", HEAD, [run.cells(peak) for run in ordered])
+    print_table("Cases", CASE_COLUMNS, [run.cells(peak) for run in ordered])
 
 
 def _measure(
-    measure: Callable[[Bench], list[list[str]]], bench: Bench
+    measure: Callable[[GpuBenchmark], list[list[str]]], bench: GpuBenchmark
 ) -> tuple[list[str], list[list[str]]]:
     """A table's head and rows; what fails is said in its place, and the rest goes on."""
     try:
@@ -82,7 +88,7 @@ def _measure(
     return head, rows
 
 
-def _bench(chosen: argparse.Namespace) -> Bench:
+def _bench(chosen: argparse.Namespace) -> GpuBenchmark:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not chosen.tiny and device.type == "cpu":
         raise SystemExit("there is no CUDA device; --tiny tries the benchmark itself on a CPU")
@@ -90,25 +96,25 @@ def _bench(chosen: argparse.Namespace) -> Bench:
     print(f"{name}, torch {torch.__version__}", flush=True)
     if chosen.tiny:
         torch.set_num_threads(1)
-    subject = models.tiny(device) if chosen.tiny else models.full(device)
-    return Bench(
-        subject,
-        count_work(subject),
+    model = models.load_tiny_model(device) if chosen.tiny else models.load_sd2(device)
+    return GpuBenchmark(
+        model,
+        count_flop(model),
         seconds=0.2 if chosen.tiny else chosen.seconds,
         compile="off" if chosen.tiny else chosen.compile,
     )
 
 
-def _run(name: str, bench: Bench, end: float) -> Run:
+def _run(name: str, bench: GpuBenchmark, end: float) -> CaseResult:
     left = end - time.monotonic()
     if left < LEAST_SECONDS:
-        return Run(name=f"({name})", note="out of time")
+        return CaseResult(name=f"({name})", note="out of time")
     start = time.monotonic()
     try:
         run = CASES[name](bench)
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
-        run = Run(name=f"({name})", note=f"failed: {type(error).__name__}")
+        run = CaseResult(name=f"({name})", note=f"failed: {type(error).__name__}")
     spent = time.monotonic() - start
     print(
         f"{run.name}: {run.images} images in {run.seconds:.1f} s, {spent:.0f} s with warm-up",

@@ -16,8 +16,8 @@ from PIL import Image
 
 from shared.geometry.box import Box
 from shared.params import Params
-from tests.benchmarks.gpu.measuring import Run, Work, measured
-from tests.benchmarks.gpu.models import Subject
+from tests.benchmarks.gpu.measure import CaseResult, FlopCounts, measure_case
+from tests.benchmarks.gpu.models import BenchmarkModel
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import RegionWork
 from workers.engines.stable_diffusion.engine import DiffusionEngine
@@ -25,7 +25,7 @@ from workers.engines.stable_diffusion.schedulers import build_scheduler
 
 PROMPTS = ("a red cat", "blue sky", "wooden table", "a clean background")
 # (share of the full number of steps, guidance, strength, scheduler): what presets ask for.
-MIXTURE: tuple[tuple[float, float, float, Any], ...] = (
+MIXED_PARAMS: tuple[tuple[float, float, float, Any], ...] = (
     (1.0, 7.5, 1.0, "ddim"),
     (0.5, 7.5, 1.0, "dpmpp_2m"),
     (1.0, 8.5, 0.75, "ddim"),
@@ -35,12 +35,14 @@ MIXTURE: tuple[tuple[float, float, float, Any], ...] = (
 )
 
 
-class Bench:
+class GpuBenchmark:
     """Cases over one model; each takes up to ``seconds`` besides its warm-up."""
 
-    def __init__(self, subject: Subject, work: Work, *, seconds: float, compile: str) -> None:
-        self.subject = subject
-        self.work = work
+    def __init__(
+        self, model: BenchmarkModel, flop_counts: FlopCounts, *, seconds: float, compile: str
+    ) -> None:
+        self.model = model
+        self.flop_counts = flop_counts
         self.seconds = seconds
         self.compile: Any = compile
         self._compiled: Any = None
@@ -48,34 +50,34 @@ class Bench:
     def uniform(self, n: int) -> Params:
         return Params(
             prompt=PROMPTS[n % len(PROMPTS)],
-            num_inference_steps=self.subject.steps,
+            num_inference_steps=self.model.steps,
             strength=1.0,
-            width=self.subject.side,
-            height=self.subject.side,
+            width=self.model.side,
+            height=self.model.side,
         )
 
     def mixed(self, n: int) -> Params:
-        share, guidance, strength, scheduler = MIXTURE[_shuffled(n) % len(MIXTURE)]
+        share, guidance, strength, scheduler = MIXED_PARAMS[_shuffled(n) % len(MIXED_PARAMS)]
         return Params(
             **{
                 **vars(self.uniform(n)),
-                "num_inference_steps": max(2, int(share * self.subject.steps)),
+                "num_inference_steps": max(2, int(share * self.model.steps)),
                 "guidance_scale": guidance,
                 "strength": strength,
                 "scheduler": scheduler,
             }
         )
 
-    def guide(self) -> Run:
+    def diffusers_float16(self) -> CaseResult:
         """(a) One call an image, in half precision, nothing else."""
-        return self._one_by_one("(a) diffusers, as guides print it", self.subject.pipeline())
+        return self._one_by_one("(a) diffusers, as guides print it", self.model.pipeline())
 
-    def xformers(self) -> Run:
+    def xformers(self) -> CaseResult:
         """(b)"""
         name = "(b) the same with xFormers"
-        if find_spec("xformers") is None or self.subject.device.type != "cuda":
-            return Run(name=name, note="not installed")
-        pipeline = self.subject.pipeline()
+        if find_spec("xformers") is None or self.model.device.type != "cuda":
+            return CaseResult(name=name, note="not installed")
+        pipeline = self.model.pipeline()
         before = dict(pipeline.unet.attn_processors)
         pipeline.enable_xformers_memory_efficient_attention()
         try:
@@ -83,30 +85,30 @@ class Bench:
         finally:
             pipeline.unet.set_attn_processor(before)
 
-    def compiled(self) -> Run:
+    def compiled(self) -> CaseResult:
         """(c) The UNet in channels_last, compiled with CUDA graphs."""
         return self._one_by_one("(c) diffusers compiled, batch 1", self._compiled_pipeline())
 
-    def static_batch(self) -> Run:
+    def static_batch(self) -> CaseResult:
         """(d)"""
-        size = self.subject.static_batch
+        size = self.model.static_batch
         pipeline = self._compiled_pipeline()
-        run = Run(name=f"(d) diffusers compiled, batch {size}")
-        self._paint(pipeline, [self.uniform(0)] * size)
-        with measured(run, self.subject.device):
+        run = CaseResult(name=f"(d) diffusers compiled, batch {size}")
+        self._run_pipeline(pipeline, [self.uniform(0)] * size)
+        with measure_case(run, self.model.device):
             for _ in self._while_time():
                 self._timed_batch(run, pipeline, [self.uniform(n) for n in range(size)])
         return run
 
-    def grouped(self) -> Run:
+    def grouped(self) -> CaseResult:
         """(g) As many jobs in hand as ours has, grouped by equal parameters, filled up to (d)'s."""
-        size = self.subject.static_batch
+        size = self.model.static_batch
         pipeline = self._compiled_pipeline()
-        run = Run(name=f"(g) mixed jobs through (d) in groups of {size}")
-        self._paint(pipeline, [self.uniform(0)] * size)
+        run = CaseResult(name=f"(g) mixed jobs through (d) in groups of {size}")
+        self._run_pipeline(pipeline, [self.uniform(0)] * size)
         numbers = count()
         in_hand: list[Params] = []
-        with measured(run, self.subject.device):
+        with measure_case(run, self.model.device):
             for _ in self._while_time():
                 in_hand += [self.mixed(next(numbers)) for _ in range(4 * size - len(in_hand))]
                 group = [one for one in in_hand if _key(one) == _key(in_hand[0])][:size]
@@ -115,25 +117,25 @@ class Bench:
                     in_hand.remove(one)
         return run
 
-    def engine_uniform(self, **options: Any) -> Run:
+    def engine_uniform(self, **options: Any) -> CaseResult:
         """(e)"""
         with self.engine(**options) as engine:
-            return self._through(Run(name="(e) ours, uniform"), engine, self.uniform)
+            return self.run_engine(CaseResult(name="(e) ours, uniform"), engine, self.uniform)
 
-    def engine_mixed(self, **options: Any) -> Run:
+    def engine_mixed(self, **options: Any) -> CaseResult:
         """(f)"""
         with self.engine(**options) as engine:
-            return self._through(Run(name="(f) ours, mixed"), engine, self.mixed)
+            return self.run_engine(CaseResult(name="(f) ours, mixed"), engine, self.mixed)
 
     @contextmanager
     def engine(self, **options: Any) -> Iterator[DiffusionEngine]:
-        subject = self.subject
-        if subject.device.type == "cuda":
-            subject.components.unet.to(memory_format=torch.channels_last)
-            subject.components.vae.to(memory_format=torch.channels_last)
-        chosen = {"max_batch": subject.max_batch, "compile": self.compile, **options}
+        model = self.model
+        if model.device.type == "cuda":
+            model.components.unet.to(memory_format=torch.channels_last)
+            model.components.vae.to(memory_format=torch.channels_last)
+        chosen = {"max_batch": model.max_batch, "compile": self.compile, **options}
         found = DiffusionEngine(
-            name="bench", components=subject.components, options=EngineOptions(**chosen)
+            name="bench", components=model.components, options=EngineOptions(**chosen)
         )
         try:
             yield found
@@ -141,18 +143,20 @@ class Bench:
             found.close()
 
     def region(self, n: int, params: Params) -> RegionWork:
-        image, mask = self.picture(n)
+        image, mask = self.image_and_mask(n)
         windows = (Box(0, 0, params.width, params.height),)
         return RegionWork(image=image, mask=mask, windows=windows, params=params, seed=n)
 
-    def picture(self, n: int) -> tuple[Any, Any]:
-        side = self.subject.side
+    def image_and_mask(self, n: int) -> tuple[Any, Any]:
+        side = self.model.side
         image = np.random.default_rng(n % 8).integers(0, 256, (side, side, 3), dtype=np.uint8)
         mask = np.zeros((side, side), dtype=np.uint8)
         mask[side // 4 : side // 2, side // 4 : 3 * side // 4] = 255
         return image, mask
 
-    def _through(self, run: Run, engine: DiffusionEngine, params: Callable[[int], Params]) -> Run:
+    def run_engine(
+        self, run: CaseResult, engine: DiffusionEngine, params: Callable[[int], Params]
+    ) -> CaseResult:
         """With as many jobs in hand as a forward has rows: twice what it holds with guidance."""
         numbers = count()
         threads = engine.max_batch
@@ -161,11 +165,11 @@ class Bench:
         def paint_until(end: float) -> None:
             while time.perf_counter() < end:
                 number = next(numbers)
-                self._paint_one(run, engine, number, params(number))
+                self._run_job(run, engine, number, params(number))
 
-        self._paint_one(Run(name="warm-up"), engine, 0, params(0))
+        self._run_job(CaseResult(name="warm-up"), engine, 0, params(0))
         with (
-            measured(run, self.subject.device),
+            measure_case(run, self.model.device),
             ThreadPoolExecutor(threads) as pool,
         ):
             end = time.perf_counter() + self.seconds
@@ -173,34 +177,36 @@ class Bench:
                 future.result()
         return run
 
-    def _paint_one(self, run: Run, engine: DiffusionEngine, n: int, params: Params) -> None:
+    def _run_job(self, run: CaseResult, engine: DiffusionEngine, n: int, params: Params) -> None:
         start = time.perf_counter()
         engine.submit(self.region(n, params)).result()
         run.latencies.append(time.perf_counter() - start)
         run.images += 1
-        run.flop += self.work.of(params)
+        run.flop += self.flop_counts.of(params)
 
-    def _one_by_one(self, name: str, pipeline: Any) -> Run:
-        run = Run(name=name)
-        self._paint(pipeline, [self.uniform(0)])
-        with measured(run, self.subject.device):
+    def _one_by_one(self, name: str, pipeline: Any) -> CaseResult:
+        run = CaseResult(name=name)
+        self._run_pipeline(pipeline, [self.uniform(0)])
+        with measure_case(run, self.model.device):
             for n in self._while_time():
                 self._timed_batch(run, pipeline, [self.uniform(n)])
         return run
 
-    def _timed_batch(self, run: Run, pipeline: Any, jobs: list[Params], *, padded: int = 0) -> None:
+    def _timed_batch(
+        self, run: CaseResult, pipeline: Any, jobs: list[Params], *, padded: int = 0
+    ) -> None:
         start = time.perf_counter()
-        self._paint(pipeline, jobs + jobs[-1:] * (padded - len(jobs)))
+        self._run_pipeline(pipeline, jobs + jobs[-1:] * (padded - len(jobs)))
         run.latencies += [time.perf_counter() - start] * len(jobs)
         run.images += len(jobs)
-        run.flop += sum(self.work.of(one) for one in jobs)
+        run.flop += sum(self.flop_counts.of(one) for one in jobs)
 
-    def _paint(self, pipeline: Any, jobs: list[Params]) -> None:
+    def _run_pipeline(self, pipeline: Any, jobs: list[Params]) -> None:
         """One call for jobs that differ in their prompts and pictures only."""
         first = jobs[0]
-        pictures = [self.picture(n) for n in range(len(jobs))]
+        pictures = [self.image_and_mask(n) for n in range(len(jobs))]
         pipeline.scheduler = build_scheduler(
-            self.subject.components.scheduler_config, first.scheduler
+            self.model.components.scheduler_config, first.scheduler
         )
         pipeline(
             prompt=[one.prompt for one in jobs],
@@ -211,11 +217,11 @@ class Bench:
             strength=first.strength,
             num_inference_steps=first.num_inference_steps,
             guidance_scale=first.guidance_scale,
-            generator=torch.Generator(self.subject.device).manual_seed(0),
+            generator=torch.Generator(self.model.device).manual_seed(0),
         )
 
     def _compiled_pipeline(self) -> Any:
-        pipeline = self.subject.pipeline()
+        pipeline = self.model.pipeline()
         if self.compile == "off":
             return pipeline
         if self._compiled is None:

@@ -58,7 +58,7 @@ TEXT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class BenchmarkModel:
     """A model on its device, and the size of what it paints.
 
     side: a window's, in pixels. steps: of a uniform job. static_batch: images of a fixed batch.
@@ -94,7 +94,7 @@ class Subject:
         return found
 
 
-def full(device: torch.device) -> Subject:
+def load_sd2(device: torch.device) -> BenchmarkModel:
     """SD2 inpainting in float16: 866 M parameters in the UNet, 84 M in the VAE."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -115,12 +115,12 @@ def full(device: torch.device) -> Subject:
         device=device,
         dtype=torch.float16,
     )
-    return Subject(
+    return BenchmarkModel(
         components=components, side=512, steps=50, static_batch=16, max_batch=None, is_tiny=False
     )
 
 
-def tiny(device: torch.device) -> Subject:
+def load_tiny_model(device: torch.device) -> BenchmarkModel:
     """The tests' pipeline, so that the benchmark itself can be tried anywhere."""
     import tempfile
     from pathlib import Path
@@ -133,16 +133,16 @@ def tiny(device: torch.device) -> Subject:
         components = load_components(str(folder), None, EngineOptions(device=str(device)))
     for part in (components.unet, components.vae, components.text_encoder):
         part.to(device)
-    return Subject(
+    return BenchmarkModel(
         components=components, side=64, steps=4, static_batch=2, max_batch=4, is_tiny=True
     )
 
 
-def with_full_unet(subject: Subject) -> Subject:
+def with_full_unet(model: BenchmarkModel) -> BenchmarkModel:
     """The same with SD2's UNet in float32, for its forwards alone: 3.5 GB."""
     import diffusers
 
     torch.manual_seed(0)
     unet: Any = diffusers.UNet2DConditionModel(**UNET)  # type: ignore[arg-type]
-    components = replace(subject.components, unet=unet.eval().requires_grad_(False))
-    return replace(subject, components=components, side=256)
+    components = replace(model.components, unet=unet.eval().requires_grad_(False))
+    return replace(model, components=components, side=256)

@@ -15,13 +15,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.params import Params
-from tests.benchmarks.gpu.models import Subject
+from tests.benchmarks.gpu.models import BenchmarkModel
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class FlopCounts:
     """Floating point operations of one call each; a multiplication and an addition are two."""
 
     unet_row: float
@@ -37,7 +37,7 @@ class Work:
 
 
 @dataclass(kw_only=True)
-class Run:
+class CaseResult:
     """What came of a case. seconds: of the whole. latencies: of each image."""
 
     name: str
@@ -67,7 +67,7 @@ class Run:
         ]
 
 
-HEAD = [
+CASE_COLUMNS = [
     *("case", "images/s", "TFLOP/s", "of peak", "peak GiB", "idle", "p50 s", "p95 s", "note"),
 ]
 
@@ -81,19 +81,19 @@ def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def count_work(subject: Subject) -> Work:
+def count_flop(model: BenchmarkModel) -> FlopCounts:
     """Counted by torch on one call of each part."""
-    parts, device = subject.components, subject.device
-    side = subject.side // parts.vae_factor
+    parts, device = model.components, model.device
+    side = model.side // parts.vae_factor
     latents = torch.zeros(1, 4, side, side, device=device, dtype=parts.dtype)
     inputs = torch.zeros(1, 9, side, side, device=device, dtype=parts.dtype)
     words = torch.zeros(
         1, 77, parts.unet.config.cross_attention_dim, device=device, dtype=parts.dtype
     )
-    picture = torch.zeros(1, 3, subject.side, subject.side, device=device, dtype=parts.dtype)
-    return Work(
+    image = torch.zeros(1, 3, model.side, model.side, device=device, dtype=parts.dtype)
+    return FlopCounts(
         unet_row=flop(lambda: parts.unet(inputs, 1, encoder_hidden_states=words)),
-        vae_encode=flop(lambda: parts.vae.encode(picture)),
+        vae_encode=flop(lambda: parts.vae.encode(image)),
         vae_decode=flop(lambda: parts.vae.decode(latents)),
     )
 
@@ -104,43 +104,43 @@ def flop(call: Callable[[], object]) -> float:
     return float(counter.get_total_flops())
 
 
-def matrix_peak(subject: Subject) -> float:
+def peak_flops(model: BenchmarkModel) -> float:
     """Operations a second of a large square product in the model's dtype, the best of five."""
-    n = 256 if subject.is_tiny else 8192
-    a, b = (torch.randn(n, n, device=subject.device).to(subject.components.dtype) for _ in "ab")
+    n = 256 if model.is_tiny else 8192
+    a, b = (torch.randn(n, n, device=model.device).to(model.components.dtype) for _ in "ab")
     times = []
     for _ in range(6):
         start = time.perf_counter()
         for _ in range(20):
             a @ b
-        wait(subject.device)
+        synchronize(model.device)
         times.append(time.perf_counter() - start)
     return 20 * 2 * n**3 / min(times[1:])
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
-def measured(run: Run, device: torch.device) -> Iterator[None]:
+def measure_case(run: CaseResult, device: torch.device) -> Iterator[None]:
     """Fills in the run's seconds, peak memory and idle share."""
-    wait(device)
+    synchronize(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with _idleness(run, device):
         start = time.perf_counter()
         yield
-        wait(device)
+        synchronize(device)
         run.seconds = time.perf_counter() - start
     if device.type == "cuda":
         run.peak_bytes = torch.cuda.max_memory_reserved(device)
 
 
 @contextmanager
-def _idleness(run: Run, device: torch.device) -> Iterator[None]:
+def _idleness(run: CaseResult, device: torch.device) -> Iterator[None]:
     """The driver's own figure: the share of time in which no kernel ran, ten times a second."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield

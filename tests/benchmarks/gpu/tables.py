@@ -14,16 +14,16 @@ from torch import Tensor
 
 from shared.params import Params
 from shared.settings import MemoryMode
-from tests.benchmarks.gpu.cases import Bench
-from tests.benchmarks.gpu.measuring import GIB, Run, measured, wait
-from tests.benchmarks.gpu.models import Subject
+from tests.benchmarks.gpu.cases import GpuBenchmark
+from tests.benchmarks.gpu.measure import GIB, CaseResult, measure_case, synchronize
+from tests.benchmarks.gpu.models import BenchmarkModel
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion.unet_runner import UNetRunner
 
 ROWS = (2, 8, 16, 32, 64)
 REPEATS = 5
-ROUNDS = 3
-CHEAPER: tuple[tuple[str, float, dict[str, Any]], ...] = (
+REPETITIONS = 3
+ACCELERATIONS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("ddim, all steps", 1.0, {}),
     ("ddim, guidance in the first half", 1.0, {"guidance_end": 0.5}),
     ("ddim, whole every 3rd step", 1.0, {"cache_interval": 3}),
@@ -34,7 +34,7 @@ CHEAPER: tuple[tuple[str, float, dict[str, Any]], ...] = (
 )
 
 
-def forwards(bench: Bench) -> list[list[str]]:
+def forwards(bench: GpuBenchmark) -> list[list[str]]:
     """Milliseconds of a UNet forward for each batch size, one way and another."""
     ways: list[tuple[str, dict[str, Any]]] = [
         ("eager", {"graphs": False, "compile": "off"}),
@@ -42,22 +42,22 @@ def forwards(bench: Bench) -> list[list[str]]:
     ]
     if bench.compile != "off":
         ways.append(("compiled, CUDA graphs", {"graphs": True, "compile": bench.compile}))
-    rows = ROWS[:2] if bench.subject.is_tiny else ROWS
+    rows = ROWS[:2] if bench.model.is_tiny else ROWS
     found = []
     for name, options in ways:
-        forward = UNetRunner(bench.subject.components, attention="auto", **options)
+        forward = UNetRunner(bench.model.components, attention="auto", **options)
         found.append([name, *(f"{forward_ms(bench.subject, forward, n):.1f}" for n in rows)])
         forward.drop_graphs()
     return [["rows", *map(str, rows)], *found]
 
 
-def kernels(bench: Bench) -> list[list[str]]:
+def kernels(bench: GpuBenchmark) -> list[list[str]]:
     """Milliseconds of a forward under each attention kernel that runs here."""
-    names = ("auto", "math") if bench.subject.device.type == "cpu" else _KERNELS
-    rows = 2 if bench.subject.is_tiny else 32
+    names = ("auto", "math") if bench.model.device.type == "cpu" else _KERNELS
+    rows = 2 if bench.model.is_tiny else 32
     found = []
     for name in names:
-        forward = UNetRunner(bench.subject.components, attention=name, compile="off", graphs=False)
+        forward = UNetRunner(bench.model.components, attention=name, compile="off", graphs=False)
         found.append([name, f"{forward_ms(bench.subject, forward, rows):.1f}"])
     return [["attention", f"ms, {rows} rows"], *found]
 
@@ -65,36 +65,36 @@ def kernels(bench: Bench) -> list[list[str]]:
 _KERNELS: tuple[Any, ...] = ("auto", "flash", "cudnn", "efficient", "math")
 
 
-def memory_modes(bench: Bench) -> list[list[str]]:
+def memory_modes(bench: GpuBenchmark) -> list[list[str]]:
     """Four jobs of four steps in each mode."""
     found = [["memory mode", "peak GiB", "images/s"]]
     for mode in (None, *get_args(MemoryMode)):
-        run = Run(name=mode or "none")
+        run = CaseResult(name=mode or "none")
         memory = (mode,) if mode else ()
         with (
-            _restored(bench.subject),
+            _restored(bench.model),
             _small(bench, memory) as engine,
-            measured(run, bench.subject.device),
+            measure_case(run, bench.model.device),
         ):
-            paint(bench, engine, [_few(bench, n) for n in range(4)])
+            run_jobs(bench, engine, [_few(bench, n) for n in range(4)])
         found.append([run.name, f"{run.peak_bytes / GIB:.2f}", f"{4 / run.seconds:.2f}"])
     return found
 
 
-def accelerations(bench: Bench) -> list[list[str]]:
+def accelerations(bench: GpuBenchmark) -> list[list[str]]:
     """Fewer steps or rows: speed in the best of some turns, and the change of a pixel, of 255."""
-    seconds: dict[str, list[float]] = {name: [] for name, *_ in CHEAPER}
+    seconds: dict[str, list[float]] = {name: [] for name, *_ in ACCELERATIONS}
     pictures: dict[str, list[Pixels]] = {}
     with bench.engine(compile="off") as engine:
-        paint(bench, engine, [_few(bench, n) for n in range(8)])
-        for _ in range(ROUNDS):
-            for name, share, values in CHEAPER:
-                jobs = [_cheaper(bench, n, share, values) for n in range(8)]
+        run_jobs(bench, engine, [_few(bench, n) for n in range(8)])
+        for _ in range(REPETITIONS):
+            for name, share, values in ACCELERATIONS:
+                jobs = [_accelerated_params(bench, n, share, values) for n in range(8)]
                 start = time.perf_counter()
-                pictures[name] = paint(bench, engine, jobs)
+                pictures[name] = run_jobs(bench, engine, jobs)
                 seconds[name].append(time.perf_counter() - start)
     found = [["way", "images/s", "speed", "mean change", "largest change"]]
-    first = CHEAPER[0][0]
+    first = ACCELERATIONS[0][0]
     for name, spent in seconds.items():
         changes = np.abs(np.stack(pictures[name]).astype(int) - np.stack(pictures[first]))
         speed, ratio = f"{8 / min(spent):.2f}", f"{min(seconds[first]) / min(spent):.2f}x"
@@ -102,20 +102,22 @@ def accelerations(bench: Bench) -> list[list[str]]:
     return found
 
 
-def _cheaper(bench: Bench, n: int, share: float, values: dict[str, Any]) -> Params:
-    steps = max(2, int(share * bench.subject.steps))
+def _accelerated_params(
+    bench: GpuBenchmark, n: int, share: float, values: dict[str, Any]
+) -> Params:
+    steps = max(2, int(share * bench.model.steps))
     return Params(**{**vars(bench.uniform(n)), "num_inference_steps": steps, **values})
 
 
-def determinism(bench: Bench) -> list[list[str]]:
+def determinism(bench: GpuBenchmark) -> list[list[str]]:
     """One job alone and beside seven others: are the pixels the same to the last bit?"""
     found = [["engine", "alone and in company"]]
     for is_deterministic in (False, True):
         options = {"compile": "off", "max_batch": 8, "deterministic": is_deterministic}
         with bench.engine(**options) as engine:
             jobs = [bench.mixed(n) for n in range(8)]
-            alone = paint(bench, engine, jobs[:1])[0]
-            beside = paint(bench, engine, jobs)[0]
+            alone = run_jobs(bench, engine, jobs[:1])[0]
+            beside = run_jobs(bench, engine, jobs)[0]
         difference = int(abs(alone.astype(int) - beside).max())
         verdict = "the same bits" if difference == 0 else f"differ by up to {difference} of 255"
         found.append(["deterministic" if is_deterministic else "default", verdict])
@@ -123,25 +125,25 @@ def determinism(bench: Bench) -> list[list[str]]:
 
 
 def forward_ms(
-    subject: Subject, forward: UNetRunner, rows: int, *, repeats: int = REPEATS
+    model: BenchmarkModel, forward: UNetRunner, rows: int, *, repeats: int = REPEATS
 ) -> float:
     """The mean of some forwards, after two to warm up."""
-    given = forward_inputs(subject, rows)
+    given = forward_inputs(model, rows)
     with torch.inference_mode():
         for _ in range(2):
             forward(*given)
-        wait(subject.device)
+        synchronize(model.device)
         start = time.perf_counter()
         for _ in range(repeats):
             forward(*given)
-        wait(subject.device)
+        synchronize(model.device)
     return (time.perf_counter() - start) / repeats * 1000
 
 
-def forward_inputs(subject: Subject, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def forward_inputs(model: BenchmarkModel, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Noise for latents and for words, the same each time; the step in the middle."""
-    parts, device = subject.components, subject.device
-    side = subject.side // parts.vae_factor
+    parts, device = model.components, model.device
+    side = model.side // parts.vae_factor
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(rows, 9, side, side, generator=generator)
     words = torch.randn(rows, 77, parts.unet.config.cross_attention_dim, generator=generator)
@@ -149,28 +151,28 @@ def forward_inputs(subject: Subject, rows: int) -> tuple[Tensor, Tensor, Tensor]
     return inputs.to(device), timesteps.to(device), words.to(device, parts.dtype)
 
 
-def _few(bench: Bench, n: int) -> Params:
+def _few(bench: GpuBenchmark, n: int) -> Params:
     return Params(**{**vars(bench.uniform(n)), "num_inference_steps": 4})
 
 
-def _small(bench: Bench, memory: tuple[str, ...]) -> Any:
+def _small(bench: GpuBenchmark, memory: tuple[str, ...]) -> Any:
     return bench.engine(memory=memory, compile="off", graphs=False, max_batch=8)
 
 
-def paint(bench: Bench, engine: Any, jobs: list[Params]) -> list[Pixels]:
+def run_jobs(bench: GpuBenchmark, engine: Any, jobs: list[Params]) -> list[Pixels]:
     futures = [engine.submit(bench.region(n, params)) for n, params in enumerate(jobs)]
     return [future.result() for future in futures]
 
 
 @contextmanager
-def _restored(subject: Subject) -> Iterator[None]:
+def _restored(model: BenchmarkModel) -> Iterator[None]:
     """The model as it was, whatever an engine's modes did to it."""
-    parts = subject.components
+    parts = model.components
     processors = dict(parts.unet.attn_processors)
     yield
     parts.vae.disable_tiling()
     parts.vae.disable_slicing()
     for part in (parts.unet, parts.vae, parts.text_encoder):
         remove_hook_from_module(part, recurse=True)
-        part.to(subject.device)
+        part.to(model.device)
     parts.unet.set_attn_processor(processors)
