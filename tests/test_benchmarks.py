@@ -21,4 +21,4 @@ def test_the_gpu_benchmark_runs_on_the_tiny_pipeline(capsys: pytest.CaptureFixtu
     assert set(measured) >= set("acdefg")
     assert all(rate > 0 for rate in measured.values())
     assert "failed" not in printed
-    assert "| deterministic | the same bits |" in printed
+    assert "| deterministic | bit-identical |" in printed

@@ -1,4 +1,4 @@
-"""A pipeline of Stable Diffusion v2's shape and next to no size, with seeded random weights."""
+"""A tiny pipeline with Stable Diffusion v2's architecture and seeded random weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ EMBEDDING = 32
 
 
 def build(folder: Path) -> Path:
-    """Writes the pipeline as ``save_pretrained`` does, safetensors only; returns ``folder``.
+    """Write the pipeline with ``save_pretrained``, as safetensors only; return ``folder``.
 
-    The same weights each time. The real VAE factor (8), 9 input channels, linear
-    projections and a head count per level, as the real model has; a window of 64 pixels is
-    8 latents wide.
+    The weights are the same each time. As in the real model: VAE factor 8, 9 input channels,
+    linear projections, a head count per level. A window of 64 px is 8 latents wide.
     """
     import diffusers
     import torch
@@ -38,14 +37,14 @@ def build(folder: Path) -> Path:
 
 
 def change_config(folder: Path, name: str, **values: object) -> None:
-    """Overwrites keys in one of the pipeline's JSON files, such as ``unet/config.json``."""
+    """Overwrite keys in one of the pipeline's JSON files, such as ``unet/config.json``."""
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def _untyped(found: Any) -> Any:
-    """The libraries' constructors carry no types, or wrong ones."""
-    return found
+def _untyped(constructor: Any) -> Any:
+    """The libraries annotate their constructors wrongly or not at all."""
+    return constructor
 
 
 def _unet() -> Any:
@@ -101,7 +100,7 @@ def _text_encoder() -> Any:
 
 
 def tokenizer() -> Any:
-    """Reads WORDS, and anything else letter by letter."""
+    """One token for each of WORDS; other text is split into letters."""
     from transformers import CLIPTokenizer
 
     return _untyped(CLIPTokenizer)(
@@ -110,7 +109,7 @@ def tokenizer() -> Any:
 
 
 def _vocabulary() -> dict[str, int]:
-    """Byte-pair tokens: three special ones, single letters, and what the merges build."""
+    """Byte-pair tokens: three special ones, single letters, and the results of the merges."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,"
     tokens = ["<|startoftext|>", "<|endoftext|>", "!", *letters, *(c + "</w>" for c in letters)]
     tokens += ["".join(pair) for pair in _merges()]
@@ -118,7 +117,7 @@ def _vocabulary() -> dict[str, int]:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Merges that join each of WORDS letter by letter from its left."""
+    """Merges that build each of WORDS letter by letter from the left."""
     merges: dict[tuple[str, str], None] = {}
     for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]

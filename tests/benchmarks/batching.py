@@ -1,7 +1,7 @@
-"""What continuous batching saves on a CPU, with the tiny pipeline and 16x16 latents.
+"""Continuous batching on a CPU, with the tiny pipeline and 16x16 latents.
 
-Mixed jobs (steps, guidance, strength, scheduler, prompt) through the engine, against a diffusers
-call for each, and the model's calls counted one way and the other.
+Mixed jobs (steps, guidance, strength, scheduler, prompt) through the engine, compared with one
+diffusers call per job: speed, and the number of calls of each component.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ def main() -> None:
 
 def _compare(components: Components, pipeline: Any) -> None:
     works = [_work(n) for n in range(JOBS)]
-    ours_calls, their_calls = _counted(components), _counted(pipeline)
+    our_calls, their_calls = _count_calls(components), _count_calls(pipeline)
     engine = DiffusionEngine(
         name="tiny", components=components, options=EngineOptions(max_batch=MAX_BATCH)
     )
     ours: list[Pixels] = []
     theirs: list[Pixels] = []
-    # A round before the rounds, for caches on both sides.
-    _together(engine, works)
+    # Warm up the caches on both sides.
+    _run_batched(engine, works)
     _one_by_one(pipeline, works)
-    ours_calls.clear()
+    our_calls.clear()
     their_calls.clear()
     pair = measure_alternately(
-        lambda: measure_seconds(lambda: ours.extend(_together(engine, works))),
+        lambda: measure_seconds(lambda: ours.extend(_run_batched(engine, works))),
         lambda: measure_seconds(lambda: theirs.extend(_one_by_one(pipeline, works))),
         repeats=REPEATS,
     )
@@ -64,17 +64,17 @@ def _compare(components: Components, pipeline: Any) -> None:
     print_row(f"{JOBS} mixed jobs, {SIDE}x{SIDE}", "ours", "diffusers, one by one", "ratio")
     rates = [f"{JOBS / min(spent):.1f}" for spent in (pair.ours, pair.theirs)]
     print_row("  images a second", *rates, f"{pair.ratio:.1f}x")
-    for part in ("UNet forwards", "VAE encodings", "VAE decodings", "prompts encoded"):
-        spent, saved = ours_calls[part] // REPEATS, their_calls[part] // REPEATS
-        print_row(f"  {part}", spent, saved, f"{saved / max(spent, 1):.1f}x")
+    for component in ("UNet forwards", "VAE encodings", "VAE decodings", "prompts encoded"):
+        spent, saved = our_calls[component] // REPEATS, their_calls[component] // REPEATS
+        print_row(f"  {component}", spent, saved, f"{saved / max(spent, 1):.1f}x")
     worst = max(np.abs(a.astype(int) - b).max() for a, b in zip(ours, theirs, strict=True))
-    same = sum(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    print_row("  pictures the same to the last bit", f"{same} of {len(ours)}")
+    identical = sum(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    print_row("  bit-identical images", f"{identical} of {len(ours)}")
     print_row("  largest difference of a pixel, of 255", worst)
 
 
 def _work(n: int) -> RegionWork:
-    """A mask on the latents' grid, where diffusers' own mask and ours agree."""
+    """The mask is aligned to the latents' grid, where diffusers' mask equals the engine's."""
     image = np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     mask = np.zeros((SIDE, SIDE), dtype=np.uint8)
     mask[32:96, 24:104] = 255
@@ -100,23 +100,23 @@ def _pipeline(model: Path) -> Any:
     return pipeline
 
 
-def _counted(model: Any) -> Counter[str]:
-    """Counts the calls of a model's parts from now on."""
+def _count_calls(model: Any) -> Counter[str]:
+    """Count the calls of a model's components from now on."""
     calls = Counter[str]()
-    parts = {
+    components = {
         "UNet forwards": model.unet,
         "VAE encodings": model.vae.encoder,
         "VAE decodings": model.vae.decoder,
         "prompts encoded": model.text_encoder,
     }
-    for name, part in parts.items():
-        part.register_forward_pre_hook(
+    for name, module in components.items():
+        module.register_forward_pre_hook(
             lambda *_, name=name: calls.update([name]), with_kwargs=name == "prompts encoded"
         )
     return calls
 
 
-def _together(engine: DiffusionEngine, works: list[RegionWork]) -> list[Pixels]:
+def _run_batched(engine: DiffusionEngine, works: list[RegionWork]) -> list[Pixels]:
     futures: list[Future[Pixels]] = [engine.submit(work) for work in works]
     return [future.result() for future in futures]
 
@@ -124,13 +124,13 @@ def _together(engine: DiffusionEngine, works: list[RegionWork]) -> list[Pixels]:
 def _one_by_one(pipeline: Any, works: list[RegionWork]) -> list[Pixels]:
     import diffusers
 
-    config, found = pipeline.scheduler.config, []
+    config, images = pipeline.scheduler.config, []
     for work in works:
         params = work.params
         pipeline.scheduler = getattr(diffusers, SCHEDULER_CLASSES[params.scheduler]).from_config(
             config
         )
-        painted = pipeline(
+        output = pipeline(
             prompt=params.prompt,
             negative_prompt="",
             image=Image.fromarray(work.image),
@@ -142,9 +142,9 @@ def _one_by_one(pipeline: Any, works: list[RegionWork]) -> list[Pixels]:
             guidance_scale=params.guidance_scale,
             generator=torch.Generator().manual_seed(work.seed),
         )
-        found.append(np.asarray(painted.images[0]))
+        images.append(np.asarray(output.images[0]))
     pipeline.scheduler = diffusers.PNDMScheduler.from_config(config)
-    return found
+    return images
 
 
 if __name__ == "__main__":

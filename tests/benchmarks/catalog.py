@@ -45,7 +45,7 @@ LARGE, LARGE_MARK = (6000, 4000), (5200, 3600, 5600, 3750)
 SMALL, SMALL_MARK = (1200, 900), (1100, 850, 1140, 870)
 BUCKET = "catalog"
 POLL_SECONDS = 0.05
-IDLE = re.compile(r"idle (?:in between )?for (\S+)%")
+IDLE = re.compile(r"device idle for (\S+)%")
 SIMULATED = re.compile(r"simulated device: (\S+) s, idle (\S+)%, longest gaps (.*)")
 
 

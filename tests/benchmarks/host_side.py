@@ -1,7 +1,8 @@
-"""Can the engine's host side feed a GPU? Jobs with 50 steps at 512x512 on a simulated device.
+"""Whether the engine's host side keeps a GPU busy, measured with a simulated device.
 
-The device takes the time that SD2 would take at so many TFLOP/s; tensors, queues, schedulers and
-threads are real. H200s reach some 400 TFLOP/s here, and 790 in plain matrix products.
+Jobs have 50 steps at 512x512. The device takes the time that SD2 would take at a given TFLOP/s;
+tensors, queues, schedulers and threads are real. H200s reach some 400 TFLOP/s here, and 790 in
+plain matrix products.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ WORK = FlopCounts(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60, help="of each run")
+    parser.add_argument("--seconds", type=float, default=60, help="duration of each run")
     parser.add_argument("--tflops", type=float, nargs="+", default=(400.0, 800.0))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     sys.setswitchinterval(SWITCH_SECONDS)
     model = replace(load_tiny_model(torch.device("cpu")), steps=50, side=512, max_batch=64)
-    bench = GpuBenchmark(model, WORK, seconds=asked.seconds, compile="off")
+    bench = GpuBenchmark(model, WORK, seconds=options.seconds, compile="off")
     print_row("64 rows, 50 steps, 512x512", "images a second", "device idle", "longest gap, ms")
-    for tflops in asked.tflops:
+    for tflops in options.tflops:
         _measure(bench, tflops)
 
 
 def _measure(bench: GpuBenchmark, tflops: float) -> None:
-    ways: list[tuple[str, Callable[[int], Params]]] = [
+    workloads: list[tuple[str, Callable[[int], Params]]] = [
         ("uniform jobs", bench.uniform),
         ("mixed jobs", bench.mixed),
-        *((f"mixed jobs, cache_interval={n}", partial(_reusing, bench, n)) for n in (3, 5)),
+        *((f"mixed jobs, cache_interval={n}", partial(_with_deepcache, bench, n)) for n in (3, 5)),
     ]
-    for name, params in ways:
+    for name, params in workloads:
         with bench.engine() as engine:
             clock = simulate(engine, tflops=tflops)
             run = bench.run_engine(CaseResult(name=name), engine, params)
@@ -57,7 +58,7 @@ def _measure(bench: GpuBenchmark, tflops: float) -> None:
         print_row(f"  {tflops:g} TFLOP/s, {name}", *cells, f"{1000 * max(clock.gaps):.0f}")
 
 
-def _reusing(bench: GpuBenchmark, cache_interval: int, n: int) -> Params:
+def _with_deepcache(bench: GpuBenchmark, cache_interval: int, n: int) -> Params:
     return replace(bench.mixed(n), cache_interval=cache_interval)
 
 

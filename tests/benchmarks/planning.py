@@ -1,7 +1,7 @@
-"""What ``auto`` plans for usual masks at 24 megapixels, against a loop over every tile.
+"""The plan of mode ``auto`` for typical masks at 24 megapixels, and a loop over all tiles.
 
-The loop is the one that guides to SD2 print for large pictures: tiles of 512, 64 of them
-shared with the next. Again: the windows that ``refine_strength`` adds, step by step.
+The loop is the usual one for large images: tiles of 512 px that overlap by 64 px. The column
+"refinement" has the windows that ``refine_strength`` adds, step by step.
 """
 
 from __future__ import annotations
@@ -25,21 +25,31 @@ Mask = NDArray[np.bool_]
 
 def main() -> None:
     line(
-        "auto at 24 megapixels", "regions", "scale", "windows", "again", "tile loop", "saved", "ms"
+        "auto at 24 megapixels",
+        "regions",
+        "scale",
+        "windows",
+        "refinement",
+        "tile loop",
+        "saved",
+        "ms",
     )
     for name, mask in masks().items():
         plan = regions.plan(mask, mode="auto", window=(WINDOW, WINDOW))
-        took = min(
+        duration = min(
             measure_seconds(lambda: regions.plan(mask, mode="auto", window=(WINDOW, WINDOW)))  # noqa: B023
             for _ in range(REPEATS)
         )
-        again = [step.regions for step in coarse_to_fine.plan_refinements(mask, plan, REFINED)]
-        windows, tiles = windows_of(plan), loop_tiles(mask)
-        scales = {f"{one.scale:.4g}" for one in plan}
+        refined = [step.regions for step in coarse_to_fine.plan_refinements(mask, plan, REFINED)]
+        windows, tiles = count_windows(plan), count_tiles(mask)
+        scales = {f"{region.scale:.4g}" for region in plan}
         line(
             *(f"  {name}", len(plan), ", ".join(sorted(scales)), windows),
-            *(" + ".join(str(windows_of(one)) for one in again), tiles),
-            *(f"{1 - windows / tiles:.0%}", f"{took * 1e3:.0f}"),
+            *(
+                " + ".join(str(count_windows(regions_of_step)) for regions_of_step in refined),
+                tiles,
+            ),
+            *(f"{1 - windows / tiles:.0%}", f"{duration * 1e3:.0f}"),
         )
 
 
@@ -47,11 +57,11 @@ def line(name: str, *cells: object) -> None:
     print(f"{name:<44}" + "".join(f"{cell!s:>11}" for cell in cells))
 
 
-def windows_of(plan: Sequence[regions.Region]) -> int:
-    return sum(len(one.windows) for one in plan)
+def count_windows(plan: Sequence[regions.Region]) -> int:
+    return sum(len(region.windows) for region in plan)
 
 
-def loop_tiles(mask: Mask) -> int:
+def count_tiles(mask: Mask) -> int:
     height, width = mask.shape
     step = WINDOW - OVERLAP
     return len(range(0, height, step)) * len(range(0, width, step))

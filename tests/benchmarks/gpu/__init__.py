@@ -1,1 +1,1 @@
-"""What a GPU makes of the engine and of plain diffusers: ``python -m tests.benchmarks.gpu``."""
+"""Speed of the engine and of plain diffusers on a GPU: ``python -m tests.benchmarks.gpu``."""

@@ -1,6 +1,6 @@
-"""``python -m tests.benchmarks.gpu [--tiny]``: everything measured on the device at hand.
+"""``python -m tests.benchmarks.gpu [--tiny]``: every case and table, on this machine's first GPU.
 
-``--tiny`` runs the same with the tests' pipeline, on a CPU too, to see that it works.
+``--tiny`` runs the same with the tests' pipeline, also on a CPU, to check the benchmark itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.benchmarks.gpu.measure import (
 )
 from tests.benchmarks.gpu.quantization import quantization
 
-# Ours before what takes longest to compile, should time run out.
+# The engine first and the longest compilation last, in case time runs out.
 CASES: dict[str, Callable[[GpuBenchmark], CaseResult]] = {
     "a": GpuBenchmark.diffusers_float16,
     "e": GpuBenchmark.engine_uniform,
@@ -43,30 +43,32 @@ TABLES: dict[str, Callable[[GpuBenchmark], list[list[str]]]] = {
     "Determinism": tables.determinism,
     "Quantization": quantization,
 }
-LEAST_SECONDS = 20.0
+MIN_SECONDS = 20.0  # of what is left, for a case to start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="the tests' pipeline, seconds in all")
-    parser.add_argument("--minutes", type=float, default=6.5, help="begin nothing after this")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each case")
-    parser.add_argument("--only", default="", help="cases and tables, such as a,e,Attention")
+    parser.add_argument("--tiny", action="store_true", help="the tests' pipeline; takes seconds")
+    parser.add_argument(
+        "--minutes", type=float, default=6.5, help="start no case or table after this"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each case")
+    parser.add_argument("--only", default="", help="cases and tables to run, such as a,e,Attention")
     parser.add_argument("--compile", default="default", choices=("off", "default", "max-autotune"))
-    chosen = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    end = time.monotonic() + 60 * chosen.minutes
-    bench = _bench(chosen)
+    end = time.monotonic() + 60 * options.minutes
+    bench = _bench(options)
     peak = peak_flops(bench.model)
     print(
-        f"matrix peak {peak / 1e12:.4g} TFLOP/s, an image of {bench.subject.steps} steps takes "
+        f"matrix peak {peak / 1e12:.4g} TFLOP/s, an image of {bench.model.steps} steps takes "
         f"{bench.flop_counts.of(bench.uniform(0)) / 1e12:.4g} TFLOP",
         flush=True,
     )
-    wanted = set(chosen.only.split(",")) if chosen.only else {*CASES, *TABLES}
-    runs = [_run(name, bench, end) for name in CASES if name in wanted]
+    selected = set(options.only.split(",")) if options.only else {*CASES, *TABLES}
+    runs = [_run(name, bench, end) for name in CASES if name in selected]
     for title, measure in TABLES.items():
-        if title not in wanted:
+        if title not in selected:
             continue
         if time.monotonic() < end:
             print_table(title, *_measure(measure, bench))
@@ -79,35 +81,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _measure(
     measure: Callable[[GpuBenchmark], list[list[str]]], bench: GpuBenchmark
 ) -> tuple[list[str], list[list[str]]]:
-    """A table's head and rows; what fails is said in its place, and the rest goes on."""
+    """A table's header and rows; a failure becomes the table, and the next one still runs."""
     try:
-        head, *rows = measure(bench)
+        header, *rows = measure(bench)
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         return ["failed"], [[type(error).__name__]]
-    return head, rows
+    return header, rows
 
 
-def _bench(chosen: argparse.Namespace) -> GpuBenchmark:
+def _bench(options: argparse.Namespace) -> GpuBenchmark:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if not chosen.tiny and device.type == "cpu":
-        raise SystemExit("there is no CUDA device; --tiny tries the benchmark itself on a CPU")
+    if not options.tiny and device.type == "cpu":
+        raise SystemExit("there is no CUDA device; --tiny checks the benchmark itself on a CPU")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}", flush=True)
-    if chosen.tiny:
+    if options.tiny:
         torch.set_num_threads(1)
-    model = models.load_tiny_model(device) if chosen.tiny else models.load_sd2(device)
+    model = models.load_tiny_model(device) if options.tiny else models.load_sd2(device)
     return GpuBenchmark(
         model,
         count_flop(model),
-        seconds=0.2 if chosen.tiny else chosen.seconds,
-        compile="off" if chosen.tiny else chosen.compile,
+        seconds=0.2 if options.tiny else options.seconds,
+        compile="off" if options.tiny else options.compile,
     )
 
 
 def _run(name: str, bench: GpuBenchmark, end: float) -> CaseResult:
-    left = end - time.monotonic()
-    if left < LEAST_SECONDS:
+    remaining = end - time.monotonic()
+    if remaining < MIN_SECONDS:
         return CaseResult(name=f"({name})", note="out of time")
     start = time.monotonic()
     try:
@@ -125,5 +127,5 @@ def _run(name: str, bench: GpuBenchmark, end: float) -> CaseResult:
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("workers").setLevel(logging.INFO)  # what was chosen by measurement
+    logging.getLogger("workers").setLevel(logging.INFO)  # shows the autotuner's choices
     main()

@@ -1,4 +1,4 @@
-"""The cases: plain diffusers in four ways, and the engine with uniform and with mixed jobs."""
+"""The cases: plain diffusers in several configurations, the engine with uniform and mixed jobs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from workers.engines.stable_diffusion.engine import DiffusionEngine
 from workers.engines.stable_diffusion.schedulers import build_scheduler
 
 PROMPTS = ("a red cat", "blue sky", "wooden table", "a clean background")
-# (share of the full number of steps, guidance, strength, scheduler): what presets ask for.
+# (share of the full number of steps, guidance, strength, scheduler), as in the presets.
 MIXED_PARAMS: tuple[tuple[float, float, float, Any], ...] = (
     (1.0, 7.5, 1.0, "ddim"),
     (0.5, 7.5, 1.0, "dpmpp_2m"),
@@ -36,7 +36,7 @@ MIXED_PARAMS: tuple[tuple[float, float, float, Any], ...] = (
 
 
 class GpuBenchmark:
-    """Cases over one model; each takes up to ``seconds`` besides its warm-up."""
+    """Cases with one model; each takes up to ``seconds`` plus its warm-up."""
 
     def __init__(
         self, model: BenchmarkModel, flop_counts: FlopCounts, *, seconds: float, compile: str
@@ -69,8 +69,8 @@ class GpuBenchmark:
         )
 
     def diffusers_float16(self) -> CaseResult:
-        """(a) One call an image, in half precision, nothing else."""
-        return self._one_by_one("(a) diffusers, as guides print it", self.model.pipeline())
+        """(a) One pipeline call per image in float16."""
+        return self._one_by_one("(a) diffusers, float16", self.model.pipeline())
 
     def xformers(self) -> CaseResult:
         """(b)"""
@@ -101,20 +101,22 @@ class GpuBenchmark:
         return run
 
     def grouped(self) -> CaseResult:
-        """(g) As many jobs in hand as ours has, grouped by equal parameters, filled up to (d)'s."""
+        """(g) As many open jobs as the engine has, grouped by parameters, padded to (d)'s batch."""
         size = self.model.static_batch
         pipeline = self._compiled_pipeline()
         run = CaseResult(name=f"(g) mixed jobs through (d) in groups of {size}")
         self._run_pipeline(pipeline, [self.uniform(0)] * size)
         numbers = count()
-        in_hand: list[Params] = []
+        open_jobs: list[Params] = []
         with measure_case(run, self.model.device):
             for _ in self._while_time():
-                in_hand += [self.mixed(next(numbers)) for _ in range(4 * size - len(in_hand))]
-                group = [one for one in in_hand if _key(one) == _key(in_hand[0])][:size]
+                open_jobs += [self.mixed(next(numbers)) for _ in range(4 * size - len(open_jobs))]
+                group = [job for job in open_jobs if _batch_key(job) == _batch_key(open_jobs[0])][
+                    :size
+                ]
                 self._timed_batch(run, pipeline, group, padded=size)
-                for one in group:
-                    in_hand.remove(one)
+                for job in group:
+                    open_jobs.remove(job)
         return run
 
     def engine_uniform(self, **options: Any) -> CaseResult:
@@ -133,14 +135,14 @@ class GpuBenchmark:
         if model.device.type == "cuda":
             model.components.unet.to(memory_format=torch.channels_last)
             model.components.vae.to(memory_format=torch.channels_last)
-        chosen = {"max_batch": model.max_batch, "compile": self.compile, **options}
-        found = DiffusionEngine(
-            name="bench", components=model.components, options=EngineOptions(**chosen)
+        values = {"max_batch": model.max_batch, "compile": self.compile, **options}
+        engine = DiffusionEngine(
+            name="bench", components=model.components, options=EngineOptions(**values)
         )
         try:
-            yield found
+            yield engine
         finally:
-            found.close()
+            engine.close()
 
     def region(self, n: int, params: Params) -> RegionWork:
         image, mask = self.image_and_mask(n)
@@ -157,12 +159,12 @@ class GpuBenchmark:
     def run_engine(
         self, run: CaseResult, engine: DiffusionEngine, params: Callable[[int], Params]
     ) -> CaseResult:
-        """With as many jobs in hand as a forward has rows: twice what it holds with guidance."""
+        """Keep as many jobs open as a batch has rows: twice as many as fit with guidance."""
         numbers = count()
         threads = engine.max_batch
         run.note = f"max_batch {engine.max_batch}, compile {self.compile}"
 
-        def paint_until(end: float) -> None:
+        def run_jobs_until(end: float) -> None:
             while time.perf_counter() < end:
                 number = next(numbers)
                 self._run_job(run, engine, number, params(number))
@@ -173,7 +175,7 @@ class GpuBenchmark:
             ThreadPoolExecutor(threads) as pool,
         ):
             end = time.perf_counter() + self.seconds
-            for future in [pool.submit(paint_until, end) for _ in range(threads)]:
+            for future in [pool.submit(run_jobs_until, end) for _ in range(threads)]:
                 future.result()
         return run
 
@@ -199,19 +201,19 @@ class GpuBenchmark:
         self._run_pipeline(pipeline, jobs + jobs[-1:] * (padded - len(jobs)))
         run.latencies += [time.perf_counter() - start] * len(jobs)
         run.images += len(jobs)
-        run.flop += sum(self.flop_counts.of(one) for one in jobs)
+        run.flop += sum(self.flop_counts.of(job) for job in jobs)
 
     def _run_pipeline(self, pipeline: Any, jobs: list[Params]) -> None:
-        """One call for jobs that differ in their prompts and pictures only."""
+        """One pipeline call for jobs that differ only in their prompts and images."""
         first = jobs[0]
-        pictures = [self.image_and_mask(n) for n in range(len(jobs))]
+        inputs = [self.image_and_mask(n) for n in range(len(jobs))]
         pipeline.scheduler = build_scheduler(
             self.model.components.scheduler_config, first.scheduler
         )
         pipeline(
-            prompt=[one.prompt for one in jobs],
-            image=[Image.fromarray(image) for image, _ in pictures],
-            mask_image=[Image.fromarray(mask) for _, mask in pictures],
+            prompt=[job.prompt for job in jobs],
+            image=[Image.fromarray(image) for image, _ in inputs],
+            mask_image=[Image.fromarray(mask) for _, mask in inputs],
             height=first.height,
             width=first.width,
             strength=first.strength,
@@ -233,6 +235,7 @@ class GpuBenchmark:
         return pipeline
 
     def _while_time(self) -> Iterator[int]:
+        """Count from 0 until the case's seconds are over."""
         end = time.perf_counter() + self.seconds
         for n in count():
             yield n
@@ -240,11 +243,16 @@ class GpuBenchmark:
                 return
 
 
-def _key(params: Params) -> tuple[Any, ...]:
-    found = params
-    return found.num_inference_steps, found.guidance_scale, found.strength, found.scheduler
+def _batch_key(params: Params) -> tuple[Any, ...]:
+    """Parameters that one call of diffusers' pipeline has in common for all its images."""
+    return (
+        params.num_inference_steps,
+        params.guidance_scale,
+        params.strength,
+        params.scheduler,
+    )
 
 
 def _shuffled(n: int) -> int:
-    """Jobs do not arrive in the mixture's order."""
+    """A fixed pseudo-random number: jobs arrive in no particular order."""
     return int(np.random.default_rng(n).integers(1 << 30))

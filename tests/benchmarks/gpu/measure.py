@@ -1,4 +1,4 @@
-"""Speed, memory, idleness: how each is measured, and the lines they are printed on."""
+"""Measures speed, memory and idle time, and prints them as tables."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCounts:
-    """Floating point operations of one call each; a multiplication and an addition are two."""
+    """FLOP of one call of each component; a multiply-add counts as two."""
 
     unet_row: float
     vae_encode: float
     vae_decode: float
 
     def of(self, params: Params) -> float:
-        """What one window with these parameters takes, however it is computed."""
+        """FLOP of one window with these parameters, however it is computed."""
         steps = min(int(params.num_inference_steps * params.strength), params.num_inference_steps)
         rows = 2 if params.guidance_scale > 1 else 1
         encodings = 1 if params.strength == 1 else 2
@@ -38,7 +38,7 @@ class FlopCounts:
 
 @dataclass(kw_only=True)
 class CaseResult:
-    """What came of a case. seconds: of the whole. latencies: of each image."""
+    """seconds: of the whole case. latencies: seconds of each image. idle: share, 0 to 1."""
 
     name: str
     images: int = 0
@@ -72,29 +72,29 @@ CASE_COLUMNS = [
 ]
 
 
-def print_table(title: str, head: list[str], rows: list[list[str]]) -> None:
-    """Markdown, so that it can be pasted into the documents."""
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """As Markdown, to be pasted into the documents."""
     print(f"\n## {title}\n")
-    print("| " + " | ".join(head) + " |")
-    print("| " + " | ".join("---" for _ in head) + " |")
+    print("| " + " | ".join(header) + " |")
+    print("| " + " | ".join("---" for _ in header) + " |")
     for cells in rows:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def count_flop(model: BenchmarkModel) -> FlopCounts:
-    """Counted by torch on one call of each part."""
-    parts, device = model.components, model.device
-    side = model.side // parts.vae_factor
-    latents = torch.zeros(1, 4, side, side, device=device, dtype=parts.dtype)
-    inputs = torch.zeros(1, 9, side, side, device=device, dtype=parts.dtype)
-    words = torch.zeros(
-        1, 77, parts.unet.config.cross_attention_dim, device=device, dtype=parts.dtype
+    """Count the operations of one call of each component with torch's counter."""
+    components, device = model.components, model.device
+    side = model.side // components.vae_factor
+    latents = torch.zeros(1, 4, side, side, device=device, dtype=components.dtype)
+    inputs = torch.zeros(1, 9, side, side, device=device, dtype=components.dtype)
+    embeddings = torch.zeros(
+        1, 77, components.unet.config.cross_attention_dim, device=device, dtype=components.dtype
     )
-    image = torch.zeros(1, 3, model.side, model.side, device=device, dtype=parts.dtype)
+    image = torch.zeros(1, 3, model.side, model.side, device=device, dtype=components.dtype)
     return FlopCounts(
-        unet_row=flop(lambda: parts.unet(inputs, 1, encoder_hidden_states=words)),
-        vae_encode=flop(lambda: parts.vae.encode(image)),
-        vae_decode=flop(lambda: parts.vae.decode(latents)),
+        unet_row=flop(lambda: components.unet(inputs, 1, encoder_hidden_states=embeddings)),
+        vae_encode=flop(lambda: components.vae.encode(image)),
+        vae_decode=flop(lambda: components.vae.decode(latents)),
     )
 
 
@@ -105,7 +105,7 @@ def flop(call: Callable[[], object]) -> float:
 
 
 def peak_flops(model: BenchmarkModel) -> float:
-    """Operations a second of a large square product in the model's dtype, the best of five."""
+    """FLOP/s of a large matrix product in the model's dtype, the best of five."""
     n = 256 if model.is_tiny else 8192
     a, b = (torch.randn(n, n, device=model.device).to(model.components.dtype) for _ in "ab")
     times = []
@@ -125,12 +125,12 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def measure_case(run: CaseResult, device: torch.device) -> Iterator[None]:
-    """Fills in the run's seconds, peak memory and idle share."""
+    """Fill in the result's seconds, peak memory and idle share."""
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with _idleness(run, device):
+    with _measure_idle_share(run, device):
         start = time.perf_counter()
         yield
         synchronize(device)
@@ -140,8 +140,8 @@ def measure_case(run: CaseResult, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _idleness(run: CaseResult, device: torch.device) -> Iterator[None]:
-    """The driver's own figure: the share of time in which no kernel ran, ten times a second."""
+def _measure_idle_share(run: CaseResult, device: torch.device) -> Iterator[None]:
+    """The share of time without a kernel, by nvidia-smi, sampled ten times a second."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         yield
         return

@@ -59,9 +59,9 @@ TEXT = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkModel:
-    """A model on its device, and the size of what it paints.
+    """A model on its device, and the size of the jobs it runs.
 
-    side: a window's, in pixels. steps: of a uniform job. static_batch: images of a fixed batch.
+    side: of a window, in pixels. steps: of a uniform job. static_batch: images of diffusers' batch.
     """
 
     components: Components
@@ -76,22 +76,22 @@ class BenchmarkModel:
         return self.components.device
 
     def pipeline(self) -> Any:
-        """diffusers' own pipeline over the same weights."""
+        """diffusers' own pipeline with the same weights."""
         from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
-        parts = self.components
-        found = StableDiffusionInpaintPipeline(
-            vae=parts.vae,
-            text_encoder=parts.text_encoder,
-            tokenizer=parts.tokenizer,
-            unet=parts.unet,
+        components = self.components
+        pipeline = StableDiffusionInpaintPipeline(
+            vae=components.vae,
+            text_encoder=components.text_encoder,
+            tokenizer=components.tokenizer,
+            unet=components.unet,
             scheduler=DDIMScheduler.from_config(SCHEDULER),  # type: ignore[arg-type]
             safety_checker=None,  # type: ignore[arg-type]
             feature_extractor=None,  # type: ignore[arg-type]
             requires_safety_checker=False,
         )
-        found.set_progress_bar_config(disable=True)
-        return found
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
 
 def load_sd2(device: torch.device) -> BenchmarkModel:
@@ -104,11 +104,12 @@ def load_sd2(device: torch.device) -> BenchmarkModel:
         unet: Any = diffusers.UNet2DConditionModel(**UNET)  # type: ignore[arg-type]
         vae: Any = diffusers.AutoencoderKL(**VAE)  # type: ignore[arg-type]
         text_encoder: Any = CLIPTextModel(CLIPTextConfig(**TEXT))
-    parts = [part.half().eval().requires_grad_(False) for part in (unet, vae, text_encoder)]
+    for module in (unet, vae, text_encoder):
+        module.half().eval().requires_grad_(False)
     components = Components(
-        unet=parts[0],
-        vae=parts[1],
-        text_encoder=parts[2],
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tiny_pipeline.tokenizer(),
         scheduler_config=SCHEDULER,
         revision="random",
@@ -121,7 +122,7 @@ def load_sd2(device: torch.device) -> BenchmarkModel:
 
 
 def load_tiny_model(device: torch.device) -> BenchmarkModel:
-    """The tests' pipeline, so that the benchmark itself can be tried anywhere."""
+    """The tests' pipeline, to check the benchmark itself on any machine."""
     import tempfile
     from pathlib import Path
 
@@ -131,15 +132,15 @@ def load_tiny_model(device: torch.device) -> BenchmarkModel:
     with tempfile.TemporaryDirectory() as name:
         folder = build(Path(name) / "model")
         components = load_components(str(folder), None, EngineOptions(device=str(device)))
-    for part in (components.unet, components.vae, components.text_encoder):
-        part.to(device)
+    for module in (components.unet, components.vae, components.text_encoder):
+        module.to(device)
     return BenchmarkModel(
         components=components, side=64, steps=4, static_batch=2, max_batch=4, is_tiny=True
     )
 
 
 def with_full_unet(model: BenchmarkModel) -> BenchmarkModel:
-    """The same with SD2's UNet in float32, for its forwards alone: 3.5 GB."""
+    """Replace the UNet by SD2's in float32 (3.5 GB), to time its forward passes alone."""
     import diffusers
 
     torch.manual_seed(0)
