@@ -15,10 +15,10 @@ from tests.workers.worker_harness import WorkerHarness
 WAIT_SECONDS = 60
 
 
-def wait_for(what: Callable[[], bool], *, seconds: float = WAIT_SECONDS) -> None:
+def wait_for(condition: Callable[[], bool], *, seconds: float = WAIT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "it did not happen in time"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.05)
 
 
@@ -67,7 +67,7 @@ class Fleet:
         radius: int = 5,
         prefix: str = "",
     ) -> list[int]:
-        """Jobs that repaint nearly all of a picture; a larger size and radius take longer."""
+        """Jobs that repaint nearly all of an image; a larger size and radius take longer."""
         image = self.harness.write_image(f"{prefix}in.png", size)
         mask = self.harness.write_mask(f"{prefix}mask.png", size, (1, 1, size[0] - 1, size[1] - 1))
         return [
@@ -87,17 +87,19 @@ class Fleet:
         return [row[0] for row in rows]
 
     def children(self) -> list[int]:
-        """Process ids of the worker processes, not of their launchers."""
+        """Process ids of the worker processes, not of their supervisors."""
         ids = []
-        for launcher in self.processes:
+        for supervisor in self.processes:
             listed = subprocess.run(
-                ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, check=False
+                ["ps", "-o", "pid=", "--ppid", str(supervisor.pid)],
+                capture_output=True,
+                check=False,
             )
             ids += [int(pid) for pid in listed.stdout.split()]
         return ids
 
     def stop(self) -> None:
-        """SIGTERM to every launcher that still runs, and waits for it."""
+        """Sends SIGTERM to every supervisor that still runs, and waits for its end."""
         for process in self.processes:
             if process.poll() is None:
                 process.terminate()

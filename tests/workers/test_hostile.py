@@ -1,4 +1,4 @@
-"""Pictures made to do harm, as a worker meets them."""
+"""Files made to do harm, as inputs of a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shared import images, masks
-from shared.errors import ImageError, InputError, ObjectTooLarge
+from shared.errors import ImageError, InputError, MaskError, ObjectTooLarge
 from shared.storage import Storage, files
 from tests.conftest import Bucket
 from tests.fuzz.mutations import BOMB, png_chunk
@@ -30,8 +30,8 @@ def with_chunk(name: bytes, body: bytes) -> bytes:
     return file[:33] + png_chunk(name, body) + file[33:]
 
 
-def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+def jpeg_with_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 48), (9, 120, 150)).save(buffer, "JPEG", progressive=True)
     file = buffer.getvalue().removesuffix(b"\xff\xd9")
@@ -49,22 +49,26 @@ def scans(count: int) -> bytes:
             ObjectTooLarge,
             r"30000x30000 is 900\.0 megapixels; at most 10\.0 are allowed",
         ),
-        (scans(400), ImageError, "scans, 100 at most are read; save it again as baseline JPEG"),
+        (
+            jpeg_with_scans(400),
+            ImageError,
+            "scans, 100 at most are read; save it again as baseline JPEG",
+        ),
     ],
     ids=["pixels", "scans"],
 )
-def test_a_bomb_is_refused_before_it_is_decoded(
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(
     file: bytes, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         images.decode(file, max_pixels=10_000_000)
-    with pytest.raises((error, masks.MaskError), match=message):
+    with pytest.raises((error, MaskError), match=message):
         masks.decode_mask(file, max_pixels=10_000_000)
 
 
 def test_a_jpeg_of_many_scans_is_still_read() -> None:
-    assert images.decode(scans(80), max_pixels=10_000).size == (64, 48)
-    behind = scans(0) + b"\xff\xda" * 300
+    assert images.decode(jpeg_with_scans(80), max_pixels=10_000).size == (64, 48)
+    behind = jpeg_with_scans(0) + b"\xff\xda" * 300
     assert images.decode(behind, max_pixels=10_000).size == (64, 48)
 
 
@@ -80,12 +84,12 @@ def test_a_jpeg_of_many_scans_is_still_read() -> None:
     ids=["a profile", "packed text", "packed XMP", "plain text", "EXIF"],
 )
 def test_a_huge_chunk_of_metadata_costs_nothing(name: bytes, body: bytes) -> None:
-    picture = images.decode(with_chunk(name, body), max_pixels=10_000)
-    assert picture.size == (64, 48)
-    pixels = picture.pixels.copy()
+    image = images.decode(with_chunk(name, body), max_pixels=10_000)
+    assert image.size == (64, 48)
+    pixels = image.pixels.copy()
     touched = pixels[..., 0] < 0
     touched[3, 3], pixels[3, 3] = True, 255
-    after = images.encode(picture.replace(pixels, touched=touched))
+    after = images.encode(image.replace(pixels, touched=touched))
     assert images.decode(after, max_pixels=10_000).pixels[3, 3].tolist() == [255] * 3
 
 
@@ -118,7 +122,7 @@ def big_tiff(offset: int) -> bytes:
     ],
     ids=["no depth", "more alpha than palette", "past any file", "past the end"],
 )
-def test_contradictions_in_a_header_are_an_error_of_ours(file: bytes) -> None:
+def test_a_contradictory_header_is_an_input_error(file: bytes) -> None:
     with suppress(ImageError):
         images.probe(file, max_pixels=10_000)
     for read in (images.decode, masks.decode_mask):
@@ -133,16 +137,16 @@ def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
     harness.close()
 
 
-def ended(harness: WorkerHarness, image: str, mask: str = "box:0,0,1,1") -> Any:
+def run_job_on(harness: WorkerHarness, image: str, mask: str = "box:0,0,1,1") -> Any:
     job = harness.add(image=image, mask=mask, output=harness.path("out.png"))
     harness.run(job)
     return harness.job(job)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000)])
-def test_a_picture_of_any_shape_is_repainted(harness: WorkerHarness, size: tuple[int, int]) -> None:
+def test_an_image_of_any_shape_is_inpainted(harness: WorkerHarness, size: tuple[int, int]) -> None:
     image = harness.write("in.png", png(Image.new("RGB", size, (9, 120, 150))))
-    row = ended(harness, image)
+    row = run_job_on(harness, image)
     assert (row.state, row.error_message) == ("succeeded", None)
     with Image.open(harness.path("out.png")) as result:
         assert result.size == size
@@ -157,20 +161,22 @@ def test_a_picture_of_any_shape_is_repainted(harness: WorkerHarness, size: tuple
         (b"<!DOCTYPE html><html/>", "bad_image", "the file is an HTML page; use JPEG, PNG"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "bad_image", "is an SVG drawing; use"),
         (b"8BPS\0\1" + bytes(50), "bad_image", "a Photoshop document (PSD); use JPEG"),
-        (with_chunk(b"acTL", b"\0\0\0\2\0\0\0\0"), "bad_image", "is animated; save one picture"),
-        (scans(400), "bad_image", "scans, 100 at most"),
+        (with_chunk(b"acTL", b"\0\0\0\2\0\0\0\0"), "bad_image", "is animated; save one image"),
+        (jpeg_with_scans(400), "bad_image", "scans, 100 at most"),
         (with_chunk(b"IDAT", zlib.compress(bytes(99))), "image_truncated", "damaged"),
     ],
     ids=["empty", "truncated", "HTML", "SVG", "PSD", "animated", "scans", "pixels"],
 )
-def test_a_file_that_is_no_usable_picture_fails_with_its_code(
+def test_an_unusable_file_fails_with_its_code(
     harness: WorkerHarness, data: bytes, code: str, message: str
 ) -> None:
-    row = ended(harness, harness.write("in.png", data))
+    row = run_job_on(harness, harness.write("in.png", data))
     assert (row.state, row.error_code) == ("failed", code)
     assert message in row.error_message
     assert not Path(harness.path("out.png")).exists()
-    as_mask = ended(harness, harness.write("good.png", seeds()[0][1]), harness.write("m.png", data))
+    as_mask = run_job_on(
+        harness, harness.write("good.png", seeds()[0][1]), harness.write("m.png", data)
+    )
     assert as_mask.error_code == "bad_mask"
     assert message in as_mask.error_message
 
@@ -179,15 +185,15 @@ def test_the_version_recorded_is_that_of_the_bytes_read(s3: Bucket) -> None:
     store = Storage(roots=[], buckets=[s3.name])
     first, second = (s3.client.put_object(Bucket=s3.name, Key="a.png", Body=body)["ETag"]
                      for body in (b"one", b"two"))  # fmt: skip
-    seen = store.stat(s3.uri("a.png"))
-    assert seen is not None
-    assert seen.version == second
+    stat = store.stat(s3.uri("a.png"))
+    assert stat is not None
+    assert stat.version == second
     s3.client.put_object(Bucket=s3.name, Key="a.png", Body=b"one")
-    found = store.get(s3.uri("a.png"), max_bytes=10)
-    assert (found.data, found.version) == (b"one", first)
+    image = store.get(s3.uri("a.png"), max_bytes=10)
+    assert (image.data, image.version) == (b"one", first)
 
 
-def test_a_picture_that_is_written_while_it_is_read_is_read_again(
+def test_an_image_that_is_written_while_it_is_read_is_read_again(
     harness: WorkerHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = harness.write("in.png", png(Image.new("RGB", (64, 48))))

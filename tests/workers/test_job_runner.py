@@ -1,4 +1,4 @@
-"""run_job, with real tables, files and pictures."""
+"""run_job, with real tables, files and images."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def sqlite_harness(tmp_path: Path) -> Iterator[WorkerHarness]:
 
 
 def add_simple(harness: WorkerHarness, **changes: object) -> int:
-    given = {
+    values = {
         "image": harness.write_image("in.png"),
         "mask": harness.write_mask("mask.png", (700, 600), BOX),
         "output": harness.path("out/result.png"),
         **changes,
     }
-    return harness.add(**given)  # type: ignore[arg-type]
+    return harness.add(**values)  # type: ignore[arg-type]
 
 
 def test_a_job_ends_with_its_result_published_and_everything_recorded(
@@ -89,7 +89,7 @@ def test_no_pixel_outside_the_mask_changes(
     assert not np.array_equal(before[inside], after[inside])
 
 
-def test_an_empty_mask_copies_the_input_and_says_that_nothing_ran(harness: WorkerHarness) -> None:
+def test_an_empty_mask_copies_the_input_and_records_no_window(harness: WorkerHarness) -> None:
     job = add_simple(harness, mask=harness.write_mask("none.png", (700, 600)))
     harness.run(job)
     (attempt,) = harness.attempts(job)
@@ -117,7 +117,7 @@ def test_a_large_photograph_with_a_small_mark_runs_one_window(
     assert harness.worker.engine.works[0].image.shape == (512, 512, 3)  # type: ignore[attr-defined]
 
 
-def test_each_region_has_a_seed_of_its_own_and_the_first_has_the_job_s(
+def test_each_region_has_its_own_seed_and_the_first_has_the_job_s(
     sqlite_harness: WorkerHarness,
 ) -> None:
     harness = sqlite_harness
@@ -133,7 +133,7 @@ def test_each_region_has_a_seed_of_its_own_and_the_first_has_the_job_s(
     assert seeds == [2**63 - 1, 0]
 
 
-def test_alpha_and_boxes_are_masks_too(sqlite_harness: WorkerHarness) -> None:
+def test_alpha_and_boxes_are_masks(sqlite_harness: WorkerHarness) -> None:
     harness = sqlite_harness
     boxed = add_simple(harness, mask="box:100,120,160,150", output=harness.path("boxed.png"))
     harness.run(boxed)
@@ -200,11 +200,11 @@ def test_an_object_over_the_cap_is_refused(tmp_path: Path) -> None:
     harness.close()
 
 
-def test_what_may_pass_is_retried_and_then_given_up(harness: WorkerHarness) -> None:
-    def broken(_work: RegionWork) -> None:
+def test_a_retryable_error_is_retried_and_then_given_up(harness: WorkerHarness) -> None:
+    def fail(_work: RegionWork) -> None:
         raise OutOfMemory("the device is full")
 
-    harness.worker.engine.on_submit = broken  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = fail  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     assert (harness.job(job).state, harness.job(job).failures) == ("pending", 1)
@@ -214,14 +214,14 @@ def test_what_may_pass_is_retried_and_then_given_up(harness: WorkerHarness) -> N
     assert [attempt.outcome for attempt in harness.attempts(job)] == ["retried", "failed"]
 
 
-def test_an_error_of_ours_that_nobody_foresaw_is_recorded_by_name(
+def test_an_unexpected_exception_is_recorded_by_name(
     sqlite_harness: WorkerHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(_work: RegionWork) -> None:
+    def fail(_work: RegionWork) -> None:
         raise ZeroDivisionError("oops")
 
     harness = sqlite_harness
-    harness.worker.engine.on_submit = broken  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = fail  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     row = harness.job(job)
@@ -252,7 +252,7 @@ def test_a_cancelled_job_stops_at_its_next_step(harness: WorkerHarness) -> None:
     assert not Path(harness.path("out/result.png")).exists()
 
 
-def test_a_shutdown_gives_the_job_back_without_counting_a_failure(harness: WorkerHarness) -> None:
+def test_a_shutdown_releases_the_job_without_counting_a_failure(harness: WorkerHarness) -> None:
     harness.worker.engine.on_submit = lambda _work: harness.worker.active_jobs.request_stop()  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
@@ -264,7 +264,7 @@ def test_a_shutdown_gives_the_job_back_without_counting_a_failure(harness: Worke
 def test_a_worker_that_lost_its_lease_publishes_nothing(harness: WorkerHarness) -> None:
     other = Holder(worker="test-2", device="cpu", engine_revision="painter 1")
 
-    def lose(_work: RegionWork) -> None:
+    def lose_lease(_work: RegionWork) -> None:
         with harness.db.write() as connection:
             connection.execute(
                 text("UPDATE jobs SET lease_expires_at = created_at WHERE state = 'running'")
@@ -275,7 +275,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(harness: WorkerHarness) 
             harness.db, job=job, seen_attempt=message.attempt, holder=other, lease_seconds=60
         )
 
-    harness.worker.engine.on_submit = lose  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = lose_lease  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     row = harness.job(job)
@@ -284,7 +284,7 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(harness: WorkerHarness) 
     assert [attempt.outcome for attempt in harness.attempts(job)] == ["lost", None]
 
 
-def test_what_a_worker_without_lease_wrote_meanwhile_is_replaced(harness: WorkerHarness) -> None:
+def test_an_output_written_by_a_worker_without_a_lease_is_replaced(harness: WorkerHarness) -> None:
     harness.worker.engine.on_submit = lambda _work: harness.write("out/result.png", b"stale")  # type: ignore[attr-defined,assignment,return-value]
     job = add_simple(harness)
     harness.run(job)
@@ -293,12 +293,12 @@ def test_what_a_worker_without_lease_wrote_meanwhile_is_replaced(harness: Worker
 
 
 def test_temporary_files_of_killed_attempts_are_removed(sqlite_harness: WorkerHarness) -> None:
-    def killed(_work: RegionWork) -> None:
-        harness.write(f"out/.result.png.{job}-1.tmp", b"half a picture")
+    def leave_temporary_file(_work: RegionWork) -> None:
+        harness.write(f"out/.result.png.{job}-1.tmp", b"half an image")
         raise EngineError("killed")
 
     harness = sqlite_harness
-    harness.worker.engine.on_submit = killed  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = leave_temporary_file  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     assert harness.temporary_files()
@@ -308,7 +308,7 @@ def test_temporary_files_of_killed_attempts_are_removed(sqlite_harness: WorkerHa
     assert not harness.temporary_files()
 
 
-def test_the_result_is_the_same_whoever_runs_it(sqlite_harness: WorkerHarness) -> None:
+def test_the_result_does_not_depend_on_the_attempt(sqlite_harness: WorkerHarness) -> None:
     harness = sqlite_harness
     hashes = set()
     for name in ("a.png", "b.png"):
@@ -338,7 +338,7 @@ def test_the_opencv_engine_removes_a_mark(tmp_path: Path, method: str) -> None:
     harness.close()
 
 
-def test_a_picture_keeps_its_own_format_whatever_its_name_says(
+def test_an_image_keeps_its_own_format_whatever_its_name_is(
     sqlite_harness: WorkerHarness,
 ) -> None:
     harness = sqlite_harness
@@ -348,7 +348,7 @@ def test_a_picture_keeps_its_own_format_whatever_its_name_says(
     assert Path(harness.path("out/named.jpg")).read_bytes()[1:4] == b"PNG"
 
 
-def test_a_bad_mask_is_not_reported_as_a_bad_picture(sqlite_harness: WorkerHarness) -> None:
+def test_a_bad_mask_is_not_reported_as_a_bad_image(sqlite_harness: WorkerHarness) -> None:
     harness = sqlite_harness
     job = add_simple(harness, mask=harness.write("mask.html", b"<html>"))
     harness.run(job)
@@ -357,11 +357,11 @@ def test_a_bad_mask_is_not_reported_as_a_bad_picture(sqlite_harness: WorkerHarne
     assert row.error_message.startswith("the mask: ")
 
 
-def test_what_it_took_to_fit_the_device_is_recorded(harness: WorkerHarness) -> None:
-    def squeeze(work: RegionWork) -> None:
+def test_the_memory_modes_in_use_are_recorded(harness: WorkerHarness) -> None:
+    def report_memory_mode(work: RegionWork) -> None:
         work.report.memory = "batch 1, attention_slicing"
 
-    harness.worker.engine.on_submit = squeeze  # type: ignore[attr-defined]
+    harness.worker.engine.on_submit = report_memory_mode  # type: ignore[attr-defined]
     job = add_simple(harness)
     harness.run(job)
     assert harness.attempts(job)[0].memory_mode == "batch 1, attention_slicing"

@@ -46,19 +46,19 @@ def test_two_workers_share_the_jobs_and_each_job_runs_once(fleet: Fleet) -> None
 
 
 @pytest.mark.parametrize("also_the_child", [False, True])
-def test_sigterm_gives_running_jobs_back_and_ends_the_process(
+def test_sigterm_releases_running_jobs_and_ends_the_process(
     sqlite_fleet: Fleet, also_the_child: bool
 ) -> None:
-    """A terminal or a service manager may signal launcher and child at the same moment."""
+    """A terminal or a service manager may signal supervisor and child at the same moment."""
     fleet = sqlite_fleet
     jobs = fleet.add(3, size=(500, 500), radius=30)
-    launcher = fleet.start("--concurrency", "2")
+    supervisor = fleet.start("--concurrency", "2")
     wait_for(lambda: "running" in fleet.states())
     children = fleet.children() if also_the_child else []
-    launcher.terminate()
+    supervisor.terminate()
     for child in children:
         os.kill(child, signal.SIGTERM)
-    assert launcher.wait(20) == 0
+    assert supervisor.wait(20) == 0
     assert "released" in fleet.log()
     assert "running" not in fleet.states()
     outcomes = [attempt.outcome for job in jobs for attempt in fleet.harness.attempts(job)]
@@ -66,11 +66,11 @@ def test_sigterm_gives_running_jobs_back_and_ends_the_process(
     assert {fleet.harness.job(job).failures for job in jobs} == {0}
 
 
-def test_a_killed_process_is_started_again_and_its_jobs_run_elsewhere(
+def test_a_killed_process_is_restarted_and_its_jobs_run_again(
     sqlite_fleet: Fleet,
 ) -> None:
     fleet = sqlite_fleet
-    # The launcher saw it die: nobody waits for this lease.
+    # The supervisor sees it die and reaps its leases: no job waits for their end.
     fleet.environment |= {"INPAINT_LEASE_SECONDS": "600"}
     jobs = fleet.add(3, size=(500, 500), radius=10)
     fleet.start("--concurrency", "1")
@@ -112,7 +112,7 @@ def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: 
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--engine", "diffusers:/nowhere/model"], "/nowhere/model"),
         (["--engine", "diffusers:stabilityai/stable-diffusion-2-inpainting"], "sd2-community"),
@@ -122,8 +122,8 @@ def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: 
         (["--engine", "sd2", "--devices", "3"], "no CUDA device '3'"),
     ],
 )
-def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
-    sqlite_fleet: Fleet, options: list[str], words: str
+def test_an_engine_that_cannot_be_loaded_is_one_line_before_any_job_is_acquired(
+    sqlite_fleet: Fleet, options: list[str], message: str
 ) -> None:
     fleet = sqlite_fleet
     (job,) = fleet.add(1)
@@ -131,39 +131,39 @@ def test_an_engine_that_cannot_load_is_one_line_before_any_job_is_taken(
     cpu = [] if "--devices" in options else ["--devices", "cpu"]
     command = [sys.executable, "-m", "workers.supervisor", *options, *cpu]
     environment = {**fleet.environment, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(
+    process = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=90, check=False
     )
-    assert ended.returncode in (2, 69)
-    lines = ended.stderr.strip().splitlines()
+    assert process.returncode in (2, 69)
+    lines = process.stderr.strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("inpaint-worker: ")
-    assert words in lines[0]
+    assert message in lines[0]
     assert fleet.harness.attempts(job) == []
 
 
-def test_check_says_what_would_run_where(sqlite_fleet: Fleet) -> None:
+def test_check_prints_engine_revision_and_device(sqlite_fleet: Fleet) -> None:
     command = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv", "--check"]
-    ended = subprocess.run(
+    process = subprocess.run(
         command, env=sqlite_fleet.environment, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0
-    assert ended.stdout.startswith("opencv: opencv ")
-    assert ended.stdout.strip().endswith("on cpu")
+    assert process.returncode == 0
+    assert process.stdout.startswith("opencv: opencv ")
+    assert process.stdout.strip().endswith("on cpu")
 
 
 def test_the_embedded_redis_lives_as_long_as_the_worker(tmp_path: Path) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("INPAINT_")
     }
-    submit = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv"]
+    command = [sys.executable, "-m", "workers.supervisor", "--engine", "opencv"]
     log = tmp_path / "log"
     with log.open("wb") as file:
-        process = subprocess.Popen(submit, env=environment, cwd=tmp_path, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
     wait_for(lambda: "jobs at a time" in log.read_text())
-    servers = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
-    assert "Ready to accept connections" in servers
+    redis_log = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
+    assert "Ready to accept connections" in redis_log
     process.terminate()
     assert process.wait(20) == 0
-    servers = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
-    assert "bye bye" in servers
+    redis_log = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
+    assert "bye bye" in redis_log

@@ -46,7 +46,7 @@ def replayed(harness: WorkerHarness, job: int) -> ReplayResult:
     return replay(harness.worker.settings, job, device="cpu", roots=[harness.folder])
 
 
-def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
+def test_the_same_inputs_give_the_same_result_and_change_no_record_or_output(
     harness: WorkerHarness, finished: int
 ) -> None:
     before = harness.job(finished), harness.attempts(finished)
@@ -59,7 +59,7 @@ def test_the_same_inputs_give_the_same_result_and_leave_everything_as_it_was(
     assert not Path(harness.path("out.jpg")).exists()
 
 
-def test_what_has_changed_since_is_named(harness: WorkerHarness, finished: int) -> None:
+def test_a_changed_input_is_named(harness: WorkerHarness, finished: int) -> None:
     harness.write_image("in.jpg", (200, 160), seed=1)
     result = replayed(harness, finished)
     assert result.same is False
@@ -67,7 +67,7 @@ def test_what_has_changed_since_is_named(harness: WorkerHarness, finished: int) 
     assert (result.largest_difference or 0) > 0
 
 
-def test_a_replay_takes_what_ran_and_not_what_was_asked_for_since(
+def test_a_replay_uses_the_attempt_s_parameters_and_not_those_changed_since(
     harness: WorkerHarness, finished: int
 ) -> None:
     jobs.retry(harness.db, Selection(jobs=(finished,)), changes={"opencv_radius": 9})
@@ -79,20 +79,20 @@ def test_a_job_without_a_result_cannot_be_replayed(harness: WorkerHarness) -> No
         replayed(harness, 77)
 
 
-def test_a_job_that_never_ended_well_cannot_be_replayed(harness: WorkerHarness) -> None:
+def test_a_job_that_never_succeeded_cannot_be_replayed(harness: WorkerHarness) -> None:
     job = harness.add(image=harness.path("no.png"), mask="alpha", output=harness.path("o.png"))
     harness.run(job)
     with pytest.raises(InpaintError, match=f"job {job} has no result to compare with"):
         replayed(harness, job)
 
 
-def test_an_input_that_is_gone_is_an_error(harness: WorkerHarness, finished: int) -> None:
+def test_a_missing_input_is_an_error(harness: WorkerHarness, finished: int) -> None:
     Path(harness.path("mask.png")).unlink()
     with pytest.raises(InpaintError, match=r"mask\.png' does not exist"):
         replayed(harness, finished)
 
 
-def test_an_output_that_is_gone_leaves_nothing_to_measure_against(
+def test_without_the_recorded_output_no_difference_is_measured(
     harness: WorkerHarness, finished: int
 ) -> None:
     harness.write_image("in.jpg", (200, 160), seed=1)
@@ -100,20 +100,20 @@ def test_an_output_that_is_gone_leaves_nothing_to_measure_against(
     assert replayed(harness, finished).largest_difference is None
 
 
-def test_the_command_says_whether_it_is_the_same_and_exits_1_if_not(
+def test_the_command_prints_whether_the_result_is_the_same_and_exits_1_if_not(
     harness: WorkerHarness, finished: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(harness.folder)
     runner = CliRunner()
-    ran = runner.invoke(jobs_command, ["replay", str(finished)])
-    assert (ran.exit_code, ran.stdout) == (0, f"job {finished}: the same result\n")
+    result = runner.invoke(jobs_command, ["replay", str(finished)])
+    assert (result.exit_code, result.stdout) == (0, f"job {finished}: the same result\n")
     harness.write_image("in.jpg", (200, 160), seed=1)
-    ran = runner.invoke(jobs_command, ["replay", str(finished)])
-    assert ran.exit_code == 1
+    result = runner.invoke(jobs_command, ["replay", str(finished)])
+    assert result.exit_code == 1
     assert re.fullmatch(
         rf"job {finished}: another result, by at most \d+ of 255 levels \(changed: image\)\n",
-        ran.stdout,
+        result.stdout,
     )
-    ran = runner.invoke(jobs_command, ["replay", "99"])
-    assert ran.exit_code == 2
-    assert ran.stderr.startswith("inpaint-jobs: job 99 does not exist")
+    result = runner.invoke(jobs_command, ["replay", "99"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("inpaint-jobs: job 99 does not exist")

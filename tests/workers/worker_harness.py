@@ -119,8 +119,8 @@ class WorkerHarness:
         )
         assert submissions.record(self.db, 1, [row]) == []
         with self.db.read() as connection:
-            found = connection.execute(select(Job.id).where(Job.content_key == key))
-            return found.scalar_one()
+            row = connection.execute(select(Job.id).where(Job.content_key == key))
+            return row.scalar_one()
 
     def dispatch(self, engine: str = "sd2") -> list[Message]:
         """Dispatches what is due; returns the messages instead of sending them."""

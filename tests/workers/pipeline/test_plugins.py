@@ -1,4 +1,4 @@
-"""Plugins: the example of the docs, installed for real, and what goes wrong with others."""
+"""Plugins: the example of the docs, installed as a package, and plugins that fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def invert(image, repainted):
     return image
 
 def text(image, repainted):
-    return "a picture"
+    return "an image"
 
 def floats(image, repainted):
     return image / 255
@@ -63,37 +63,37 @@ def installed_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         sys.modules.pop(module, None)
 
 
-def picture(mode: str = "RGB") -> DecodedImage:
+def make_image(mode: str = "RGB") -> DecodedImage:
     shape = {"L": (40, 60), "RGB": (40, 60, 3), "RGBA": (40, 60, 4)}[mode]
     noise = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
     return DecodedImage(pixels=noise, mode=mode, format="PNG", source=b"the source")
 
 
-def repainted() -> np.ndarray:
+def repainted_mask() -> np.ndarray:
     mask = np.zeros((40, 60), np.bool_)
     mask[10:20, 15:35] = True
     return mask
 
 
-def finish(name: str, mode: str = "RGB", feather: int = 0) -> tuple[DecodedImage, DecodedImage]:
-    before = picture(mode)
+def apply(name: str, mode: str = "RGB", feather: int = 0) -> tuple[DecodedImage, DecodedImage]:
+    before = make_image(mode)
     params = Params(postprocess=name, mask_feather=feather)
-    return before, plugins.apply(before, repainted(), params)
+    return before, plugins.apply(before, repainted_mask(), params)
 
 
 def test_the_docs_plugin_sharpens_what_was_repainted_and_nothing_else() -> None:
-    before, after = finish("sharpen")
+    before, after = apply("sharpen")
     changed = (before.pixels != after.pixels).any(axis=-1)
-    assert changed[repainted()].mean() > 0.9
-    assert not changed[~repainted()].any()
+    assert changed[repainted_mask()].mean() > 0.9
+    assert not changed[~repainted_mask()].any()
     assert after.touched is not None
     assert np.array_equal(after.touched, changed)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA"])
-def test_a_plugin_sees_rgb_and_its_result_goes_into_the_picture_s_own_mode(mode: str) -> None:
-    before, after = finish("invert", mode)
-    inside = repainted()
+def test_a_plugin_sees_rgb_and_its_result_goes_into_the_image_s_own_mode(mode: str) -> None:
+    before, after = apply("invert", mode)
+    inside = repainted_mask()
     colours = slice(None) if mode == "L" else slice(0, 3)
     old, new = before.pixels[..., colours], after.pixels[..., colours]
     assert np.array_equal(new[inside], 255 - old[inside])
@@ -102,8 +102,8 @@ def test_a_plugin_sees_rgb_and_its_result_goes_into_the_picture_s_own_mode(mode:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_another_size_is_the_result_as_a_whole(mode: str) -> None:
-    before, after = finish("double", mode)
+def test_a_result_of_another_size_replaces_the_whole_image(mode: str) -> None:
+    before, after = apply("double", mode)
     assert after.size == (120, 80)
     assert after.mode == mode
     if mode != "RGBA":
@@ -115,7 +115,7 @@ def test_another_size_is_the_result_as_a_whole(mode: str) -> None:
 
 def test_a_plugin_that_is_not_installed_names_those_that_are() -> None:
     with pytest.raises(InputError, match=r"no plugin 'faces' .*double, .*sharpen") as caught:
-        finish("faces")
+        apply("faces")
     assert caught.value.code == "postprocess_missing"
     assert not caught.value.retryable
 
@@ -131,5 +131,5 @@ def test_a_plugin_that_is_not_installed_names_those_that_are() -> None:
 )
 def test_a_plugin_that_fails_is_an_error_with_its_name(name: str, message: str) -> None:
     with pytest.raises(PostprocessError, match=re.escape(message)) as caught:
-        finish(name)
+        apply(name)
     assert caught.value.code == "postprocess_failed"

@@ -1,4 +1,4 @@
-"""What a job's parameters make of its result: rounds, text, plugin, format, provenance."""
+"""What a job's parameters do to its result: passes, text, plugin, format, provenance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def harness(tmp_path: Path) -> Iterator[WorkerHarness]:
     harness.close()
 
 
-def ran(
+def run(
     harness: WorkerHarness, *, image: str = "", output: str = "out/r.png", **params: object
 ) -> int:
     job = harness.add(
@@ -41,7 +41,7 @@ def ran(
     return job
 
 
-def changed(harness: WorkerHarness, output: str = "out/r.png") -> Any:
+def changed_pixels(harness: WorkerHarness, output: str = "out/r.png") -> Any:
     return (pixels(harness.path("in.png")) != pixels(harness.path(output))).any(axis=-1)
 
 
@@ -56,16 +56,16 @@ def xmp(path: str) -> str:
     return images.decode(Path(path).read_bytes(), max_pixels=10**6).metadata.xmp.decode()
 
 
-def test_a_job_of_two_rounds_repaints_both_masks_and_records_the_second_one(
+def test_a_job_of_two_passes_repaints_both_masks_and_records_the_second_one(
     harness: WorkerHarness,
 ) -> None:
     second = harness.write_mask("eyes.png", SIZE, OTHER)
     values = (("num_inference_steps", 20), ("prompt", "eyes"))
-    job = ran(harness, passes=(PassSpec(mask=second, values=values),))
-    found = changed(harness)
-    assert not found[~inside(BOX, OTHER)].any()
-    assert found[inside(BOX)].mean() > 0.9
-    assert found[inside(OTHER)].mean() > 0.9
+    job = run(harness, passes=(PassSpec(mask=second, values=values),))
+    changed = changed_pixels(harness)
+    assert not changed[~inside(BOX, OTHER)].any()
+    assert changed[inside(BOX)].mean() > 0.9
+    assert changed[inside(OTHER)].mean() > 0.9
     (attempt,) = harness.attempts(job)
     assert json.loads(attempt.inputs) == {second: sha256(Path(second).read_bytes()).hexdigest()}
     assert attempt.mask_sha256 == sha256(Path(harness.path("mask.png")).read_bytes()).hexdigest()
@@ -78,7 +78,7 @@ def test_a_job_of_two_rounds_repaints_both_masks_and_records_the_second_one(
     ]
 
 
-def test_a_mask_is_inverted_and_laid_over_as_asked(harness: WorkerHarness) -> None:
+def test_a_mask_is_inverted_and_fitted_as_its_parameters_say(harness: WorkerHarness) -> None:
     small = harness.write_mask("small.png", (100, 80), (0, 0, 90, 80))
     job = harness.add(
         image=harness.write_image("in.png"),
@@ -89,20 +89,20 @@ def test_a_mask_is_inverted_and_laid_over_as_asked(harness: WorkerHarness) -> No
     )
     harness.run(job)
     assert harness.job(job).error_message is None
-    assert np.array_equal(changed(harness), inside((690, 520, 700, 600)))
+    assert np.array_equal(changed_pixels(harness), inside((690, 520, 700, 600)))
 
 
 def test_text_is_drawn_last_and_inside_its_box(harness: WorkerHarness) -> None:
-    ran(harness, text="SALE", text_box="300,200,500,260", text_color="#ff0000")
-    found = changed(harness)
-    assert not found[~inside(BOX, (300, 200, 500, 260))].any()
+    run(harness, text="SALE", text_box="300,200,500,260", text_color="#ff0000")
+    changed = changed_pixels(harness)
+    assert not changed[~inside(BOX, (300, 200, 500, 260))].any()
     after = pixels(harness.path("out/r.png"))[200:260, 300:500]
     assert (after == (255, 0, 0)).all(axis=-1).mean() > 0.1
 
 
 def test_text_without_a_box_goes_where_the_mask_is(harness: WorkerHarness) -> None:
-    ran(harness, text="I", text_color="white")
-    assert not changed(harness)[~inside(BOX)].any()
+    run(harness, text="I", text_color="white")
+    assert not changed_pixels(harness)[~inside(BOX)].any()
     left, top, right, bottom = BOX
     after = pixels(harness.path("out/r.png"))[top:bottom, left:right]
     assert (after == 255).all(axis=-1).any()
@@ -110,7 +110,7 @@ def test_text_without_a_box_goes_where_the_mask_is(harness: WorkerHarness) -> No
 
 def test_a_font_is_an_input_that_is_read_and_recorded(harness: WorkerHarness) -> None:
     font = harness.write("font.ttf", b"not a font")
-    job = ran(harness, text="A", text_font=font)
+    job = run(harness, text="A", text_font=font)
     (attempt,) = harness.attempts(job)
     assert attempt.error_code == "bad_font"
     assert json.loads(attempt.inputs) == {font: sha256(b"not a font").hexdigest()}
@@ -120,10 +120,10 @@ def test_a_font_is_an_input_that_is_read_and_recorded(harness: WorkerHarness) ->
     ("params", "format"),
     [({"format": "jpeg", "quality": 60}, "JPEG"), ({"format": "webp"}, "WEBP"), ({}, "PNG")],
 )
-def test_the_asked_format_is_written(
+def test_the_format_of_the_parameters_is_written(
     harness: WorkerHarness, params: dict[str, Any], format: str
 ) -> None:
-    ran(harness, output="out/result", **params)
+    run(harness, output="out/result", **params)
     with Image.open(harness.path("out/result")) as image:
         assert image.format == format
 
@@ -132,24 +132,24 @@ def test_a_lower_quality_makes_a_smaller_file(harness: WorkerHarness) -> None:
     sizes = []
     for quality in (95, 30):
         output = f"out/{quality}.jpg"
-        ran(harness, output=output, quality=quality)
+        run(harness, output=output, quality=quality)
         sizes.append(Path(harness.path(output)).stat().st_size)
     assert sizes[1] < sizes[0] / 2
 
 
-def test_a_result_says_how_it_was_made_but_not_where_files_lie(harness: WorkerHarness) -> None:
+def test_provenance_names_parameters_but_no_folders(harness: WorkerHarness) -> None:
     eyes = harness.write_mask("eyes.png", SIZE, OTHER)
-    job = ran(harness, prompt="a cup", passes=(PassSpec(mask=eyes),))
-    said = xmp(harness.path("out/r.png"))
-    assert "compositeWithTrainedAlgorithmicMedia" in said
-    assert f">{job}<" in said or f'"{job}"' in said
-    assert "a cup" in said
-    assert "eyes.png" in said
-    assert str(harness.folder) not in said
+    job = run(harness, prompt="a cup", passes=(PassSpec(mask=eyes),))
+    note = xmp(harness.path("out/r.png"))
+    assert "compositeWithTrainedAlgorithmicMedia" in note
+    assert f">{job}<" in note or f'"{job}"' in note
+    assert "a cup" in note
+    assert "eyes.png" in note
+    assert str(harness.folder) not in note
 
 
 @pytest.mark.parametrize("case", ["turned off", "empty mask"])
-def test_nothing_is_said_where_it_is_turned_off_or_nothing_was_done(
+def test_there_is_no_provenance_if_it_is_turned_off_or_nothing_changed(
     harness: WorkerHarness, case: str
 ) -> None:
     off = case == "turned off"
@@ -166,13 +166,13 @@ def test_nothing_is_said_where_it_is_turned_off_or_nothing_was_done(
 
 @pytest.fixture
 def flat(harness: WorkerHarness) -> str:
-    """A picture where whatever the engine paints shows at once."""
+    """A uniform image, in which any result of the engine fails a gate."""
     Image.new("RGB", SIZE, (120, 120, 120)).save(harness.path("flat.png"))
     return harness.path("flat.png")
 
 
 def test_a_result_that_fails_its_gate_is_not_published(harness: WorkerHarness, flat: str) -> None:
-    job = ran(harness, image=flat, gate="fail")
+    job = run(harness, image=flat, gate="fail")
     row, (attempt,) = harness.job(job), harness.attempts(job)
     assert (row.state, row.error_code) in (("failed", "gate_seam"), ("failed", "gate_colour"))
     assert attempt.reseeds == 1
@@ -180,10 +180,10 @@ def test_a_result_that_fails_its_gate_is_not_published(harness: WorkerHarness, f
     assert not Path(harness.path("out/r.png")).exists()
 
 
-def test_a_result_for_review_is_published_and_found_until_it_is_run_again(
+def test_a_result_for_review_is_published_and_selected_until_it_is_run_again(
     harness: WorkerHarness, flat: str
 ) -> None:
-    job = ran(harness, image=flat, gate="review")
+    job = run(harness, image=flat, gate="review")
     row = harness.job(job)
     assert row.state == "succeeded"
     assert row.review in ("gate_seam", "gate_colour")
@@ -193,18 +193,16 @@ def test_a_result_for_review_is_published_and_found_until_it_is_run_again(
     assert (harness.job(job).review, harness.job(job).score) == (None, None)
 
 
-def test_an_attempt_records_the_seed_that_made_the_result(harness: WorkerHarness) -> None:
-    job = ran(harness, seed=11, gate="review")
+def test_an_attempt_records_the_seed_of_its_result(harness: WorkerHarness) -> None:
+    job = run(harness, seed=11, gate="review")
     (attempt,) = harness.attempts(job)
-    painted = pixels(harness.path("out/r.png"))[130, 130]
-    assert painted[0] == attempt.seed % 251
+    result = pixels(harness.path("out/r.png"))[130, 130]
+    assert result[0] == attempt.seed % 251
     assert harness.job(job).seed == 11
 
 
 @pytest.mark.parametrize("invert", [False, True])
-def test_holes_are_filled_only_where_they_are_what_is_repainted(
-    harness: WorkerHarness, invert: bool
-) -> None:
+def test_holes_are_filled_only_if_they_are_repainted(harness: WorkerHarness, invert: bool) -> None:
     image = np.full((600, 700, 4), 200, np.uint8)
     image[..., 3] = 255
     image[100:200, 100:200, 3] = 0
@@ -229,7 +227,7 @@ def test_holes_are_filled_only_where_they_are_what_is_repainted(
         ({"format": "jpeg"}, "bad_image"),
     ],
 )
-def test_what_would_fail_at_the_end_fails_before_anything_is_painted(
+def test_errors_of_the_last_steps_are_raised_before_inpainting(
     harness: WorkerHarness, params: dict[str, Any], code: str
 ) -> None:
     job = harness.add(
@@ -243,7 +241,7 @@ def test_what_would_fail_at_the_end_fails_before_anything_is_painted(
     assert harness.worker.engine.works == []  # type: ignore[attr-defined]
 
 
-def test_a_picture_whose_holes_are_filled_needs_no_alpha(harness: WorkerHarness) -> None:
+def test_an_image_whose_holes_are_filled_needs_no_alpha(harness: WorkerHarness) -> None:
     image = np.full((600, 700, 4), 200, np.uint8)
     image[..., 3] = 255
     image[100:200, 100:200, 3] = 0
