@@ -31,6 +31,7 @@ IMPORTED_IN = {
     "diffusers": ("workers/engines/stable_diffusion/",),
     "transformers": ("workers/engines/stable_diffusion/",),
     "cv2": ("workers/engines/opencv.py",),
+    "jinja2": ("producer/contact_sheet/html.py",),
     "lxml": ("shared/images/provenance.py",),
     "alembic": ("shared/db/schema.py", "migrations/"),
 }
@@ -38,7 +39,7 @@ IMPORTED_IN = {
 ENTRY_POINTS = "shared/entry_points/inpaint_batch/__init__.py"
 HEAVY = (
     *("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic"),
-    *("skimage", "imagecodecs", "tifffile"),
+    *("skimage", "imagecodecs", "tifffile", "lxml"),
 )
 
 
