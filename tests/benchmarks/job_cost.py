@@ -24,6 +24,7 @@ from workers.engines import opencv
 from workers.engines.protocol import Pixels, RegionWork
 
 COUNT, REPEATS, THREADS = 500, 3, 2
+STALL_SECONDS = 300.0
 # The engine's name decides the plan of regions: OpenCV gets the image as one.
 ENGINE = "opencv"
 
@@ -112,7 +113,9 @@ def _bare(redis_url: str) -> float:
 
 def _seconds_until_drained(left: Callable[[], int]) -> float:
     start = time.perf_counter()
-    while left():
+    while jobs_left := left():
+        if time.perf_counter() - start > STALL_SECONDS:
+            raise RuntimeError(f"{jobs_left} jobs not finished after {STALL_SECONDS:g} s")
         time.sleep(0.05)
     return time.perf_counter() - start
 
@@ -148,7 +151,7 @@ def _run_bare() -> None:
     counter = redis.Redis.from_url(url)
 
     @app.task(name=TASK)
-    def task(_job: int, _attempt: int) -> None:
+    def task(_job: int, _attempt: int, _alone: bool) -> None:
         counter.incr("done")
 
     app.Worker(
