@@ -1,7 +1,7 @@
 """The whole product on one machine, without a GPU: ``python -m tests.demo --folder demo``.
 
-Writes a watermarked catalog and an archive of damaged scans, has ``inpaint-submit --local``
-mend both with OpenCV, and shows what came out: a table here, and ``contact-sheet.png``.
+Writes a watermarked catalog and an archive of damaged scans, repairs both with OpenCV by
+``inpaint-submit --local``, and shows the results: a table here, and ``contact-sheet.png``.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ SHEET = "contact-sheet.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One mended picture beside its damaged and clean versions.
+    """One image: damaged, repaired, and how far from the clean original.
 
-    ``outside`` counts changed pixels outside the mask (in a JPEG: outside the blocks that
-    hold some of it). PSNR is in dB, inside the mask, against the clean original.
+    psnr_before, psnr_after: dB, inside the mask, against the clean original.
+    changed_outside: changed pixels outside the mask (in a JPEG: outside the blocks that the
+    mask touches). record: the job as ``inpaint-jobs export`` prints it.
     """
 
     file: str
@@ -48,7 +49,7 @@ class Outcome:
     after: Image.Image
     psnr_before: float
     psnr_after: float
-    outside: int
+    changed_outside: int
     record: Mapping[str, Any]
 
 
@@ -56,10 +57,10 @@ class Outcome:
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--engine", default="opencv", show_default=True)
 def demo(folder: Path, engine: str) -> None:
-    """Mend a catalog and an archive, and show the results."""
+    """Repair a catalog and an archive, and show the results."""
     folder = folder.resolve()
     if (folder.parent / ".env").exists():
-        raise click.UsageError(f"{folder.parent}/.env may lead to a real installation; move it")
+        raise click.UsageError(f"{folder.parent}/.env may name a real installation; move it away")
     _clear(folder)
     manifests = [
         sample_images.write_catalog(folder / "catalog"),
@@ -68,13 +69,13 @@ def demo(folder: Path, engine: str) -> None:
     for manifest, (_, preset) in zip(manifests, RUNS, strict=True):
         _submit(manifest, preset=preset, engine=engine, folder=folder)
     records = _records(folder)
-    outcomes = [one for manifest in manifests for one in _outcomes(manifest, records)]
-    sample_images.contact_sheet([_row(one) for one in outcomes], folder / SHEET)
+    outcomes = [outcome for manifest in manifests for outcome in _outcomes(manifest, records)]
+    sample_images.contact_sheet([_row(outcome) for outcome in outcomes], folder / SHEET)
     _report(outcomes, manifests, folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier demo wrote, and nothing else."""
+    """Removes what an earlier demo wrote, and nothing else."""
     for name in (*(run for run, _ in RUNS), ".inpaint"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / SHEET).unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def _submit(manifest: Path, *, preset: str, engine: str, folder: Path) -> None:
 
 
 def _run(command: Sequence[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run one of our commands beside ``folder``; exit as it did when it fails."""
+    """Runs one of the product's commands in the parent of ``folder``; exits if it fails."""
     program = Path(sysconfig.get_path("scripts")) / command[0]
     done = subprocess.run(
         [program, *command[1:]],
@@ -107,13 +108,13 @@ def _run(command: Sequence[str], folder: Path, **options: Any) -> subprocess.Com
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Ours without the settings of a real installation: the demo must not submit to that."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("INPAINT_")}
-    return {**kept, "INPAINT_HOME": str(folder / ".inpaint"), "INPAINT_ROOTS": str(folder)}
+    """This process's environment without INPAINT_*: the demo must not use a real installation."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith("INPAINT_")}
+    return {**others, "INPAINT_HOME": str(folder / ".inpaint"), "INPAINT_ROOTS": str(folder)}
 
 
 def _records(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """What the product recorded about each job, by the image's path in ``folder``."""
+    """The exported record of each job, by the image's path relative to ``folder``."""
     export = _run(["inpaint-jobs", "export", "--format", "jsonl"], folder, stdout=subprocess.PIPE)
     jobs = [json.loads(line) for line in export.stdout.splitlines()]
     return {str(_path(job["image"], folder).relative_to(folder)): job for job in jobs}
@@ -135,7 +136,8 @@ def _outcome(
     before, mask = _open(folder / row["image"]), _open(folder / row["mask"])
     clean, after = _open(folder / "originals" / name), _open(_results(manifest) / name)
     inside = np.asarray(mask) > 0
-    guarded = ~_touched(mask, jpeg=name.endswith(".jpg"))
+    changed = np.asarray(sample_images.changed(before, after)) > 0
+    may_change = _may_change(mask, jpeg=name.endswith(".jpg"))
     return Outcome(
         file=f"{folder.name}/{name}",
         before=before,
@@ -143,7 +145,7 @@ def _outcome(
         after=after,
         psnr_before=_psnr(clean, before, inside),
         psnr_after=_psnr(clean, after, inside),
-        outside=int(np.sum(guarded & (np.asarray(sample_images.changed(before, after)) > 0))),
+        changed_outside=int(np.sum(changed & ~may_change)),
         record=records.get(f"{folder.name}/{row['image']}", {}),
     )
 
@@ -153,44 +155,46 @@ def _results(manifest: Path) -> Path:
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.copy()
+    with Image.open(path) as image:
+        return image.copy()
 
 
 def _psnr(clean: Image.Image, other: Image.Image, inside: npt.NDArray[np.bool_]) -> float:
-    """dB over the pixels that are ``inside``; infinite where nothing differs."""
+    """10 log10(255**2 / MSE) in dB over the pixels ``inside``; infinite if they are equal."""
     difference = np.asarray(clean, dtype=float)[inside] - np.asarray(other, dtype=float)[inside]
     error = float(np.mean(difference**2))
     return 10 * math.log10(255**2 / error) if error else math.inf
 
 
-def _touched(mask: Image.Image, *, jpeg: bool) -> npt.NDArray[np.bool_]:
-    """Where a change is allowed: the mask; in a JPEG the 16 px blocks that hold some of it.
-
-    Two pixels more there, because decoders interpolate colour across a block's edge.
-    """
+def _may_change(mask: Image.Image, *, jpeg: bool) -> npt.NDArray[np.bool_]:
+    """True where a change is allowed: in the mask; in a JPEG in the 16 px blocks it touches."""
     if not jpeg:
         return np.asarray(mask) > 0
     height, width = mask.height, mask.width
     padded = np.pad(np.asarray(mask) > 0, ((0, -height % 16), (0, -width % 16)))
     blocks = padded.reshape(padded.shape[0] // 16, 16, -1, 16).any(axis=(1, 3))
     whole = blocks.repeat(16, axis=0).repeat(16, axis=1)[:height, :width]
+    # Two more pixels: decoders interpolate subsampled colour across a block's edge.
     grown = Image.fromarray(whole.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(5))
     return np.asarray(grown) > 0
 
 
-def _row(one: Outcome) -> sample_images.Row:
-    note = f"{one.psnr_before:.1f} to {one.psnr_after:.1f} dB inside the mask"
+def _row(outcome: Outcome) -> sample_images.Row:
+    note = f"{outcome.psnr_before:.1f} to {outcome.psnr_after:.1f} dB inside the mask"
     return sample_images.Row(
-        name=one.file, note=note, before=one.before, mask=one.mask, after=one.after
+        name=outcome.file,
+        note=note,
+        before=outcome.before,
+        mask=outcome.mask,
+        after=outcome.after,
     )
 
 
 def _report(outcomes: Sequence[Outcome], manifests: Sequence[Path], folder: Path) -> None:
     console = Console()
     console.print(_table(outcomes))
-    console.print("PSNR inside the mask, against the clean original; in a JPEG, 'outside' leaves")
-    console.print("out the 16-pixel blocks that hold some of the mask.")
+    console.print("PSNR: inside the mask, against the clean original. Changed outside: pixels")
+    console.print("outside the mask; in a JPEG, outside the 16-pixel blocks that it touches.")
     for manifest in manifests:
         click.echo(f"results        {_results(manifest)}")
     click.echo(f"contact sheet  {folder / SHEET}")
@@ -200,20 +204,20 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
     table = Table("file", box=None, pad_edge=False)
     for name in ("regions", "windows", "seconds", "PSNR dB", "changed outside"):
         table.add_column(name, justify="right")
-    for one in outcomes:
+    for outcome in outcomes:
         table.add_row(
-            one.file,
-            str(one.record.get("regions", "-")),
-            str(one.record.get("windows", "-")),
-            _seconds(one.record),
-            f"{one.psnr_before:.1f} -> {one.psnr_after:.1f}",
-            str(one.outside),
+            outcome.file,
+            str(outcome.record.get("regions", "-")),
+            str(outcome.record.get("windows", "-")),
+            _seconds(outcome.record),
+            f"{outcome.psnr_before:.1f} -> {outcome.psnr_after:.1f}",
+            str(outcome.changed_outside),
         )
     return table
 
 
 def _seconds(record: Mapping[str, Any]) -> str:
-    """The stages' seconds added up."""
+    """The sum of the stages' seconds."""
     timings = record.get("timings") or {}
     stages = json.loads(timings) if isinstance(timings, str) else timings
     return f"{sum(stages.values()):.2f}" if stages else "-"
