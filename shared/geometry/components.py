@@ -1,7 +1,7 @@
-"""Groups of marks: boxes round the masked pixels that belong together; integers only.
+"""Connected components of a mask, joined where they are close together; integers only.
 
-Boxes are rows of an array: left, top, right, bottom, half open, and in further columns
-whatever a group keeps the greatest of.
+Boxes are rows of an array: left, top, right, bottom, half open. Further columns are values of
+which a joined box takes the maximum.
 """
 
 from __future__ import annotations
@@ -15,58 +15,61 @@ Boxes = NDArray[np.int64]  # (n, 4 or more)
 
 
 def find(mask: NDArray[np.bool_], context_px: int) -> Boxes:
-    """Tight boxes of the connected components, joined where their context boxes overlap.
+    """(n, 4) tight boxes of the connected components, joined where their context boxes overlap.
 
-    context_px: 8 or more. Two pixels in touching cells of a grid as fine as the context always
-    have overlapping contexts. So components of cells stand in for components of pixels: the
-    same groups, found in a grid a thousand times smaller.
+    context_px: how far a context box extends past its component; 8 or more.
     """
+    # Components of cells replace components of pixels: two pixels in adjacent cells no larger
+    # than the context always have overlapping contexts, so the groups are the same. The grid
+    # is a thousand times smaller.
     boxes, occupied = _cell_boxes(mask, context_px // 8 * 8)
     number = np.full(occupied.shape, -1, np.int64)
     number[occupied] = np.arange(len(boxes))
-    labels = _connected(len(boxes), *_neighbours(number))
-    return merged(_bounds(boxes, labels), reach=lambda found: grown(found, 2 * context_px))
+    labels = _label_connected(len(boxes), *_adjacent_cells(number))
+    joined = _bounds(boxes, labels)
+    return merge(joined, reach=lambda unjoined: grow(unjoined, 2 * context_px))
 
 
-def merged(boxes: Boxes, *, reach: Callable[[Boxes], Boxes]) -> Boxes:
-    """Joins boxes until none touches what another reaches; sorted by top, then left."""
+def merge(boxes: Boxes, *, reach: Callable[[Boxes], Boxes]) -> Boxes:
+    """Join boxes until none overlaps what another reaches; sorted by top, then left."""
     while True:
         boxes = boxes[np.lexsort((boxes[:, 0], boxes[:, 1]))]
         reached = reach(boxes)
         pairs = [
-            (np.full(len(touched), index), touched)
+            (np.full(len(overlapping), index), overlapping)
             for index, box in enumerate(reached)
-            if len(touched := np.flatnonzero(overlap(box, boxes))) > 1
+            if len(overlapping := np.flatnonzero(find_overlaps(box, boxes))) > 1
         ]
         if not pairs:
             return boxes
-        ones, others = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        boxes = _bounds(boxes, _connected(len(boxes), ones, others))
+        starts, ends = (np.concatenate(side) for side in zip(*pairs, strict=True))
+        boxes = _bounds(boxes, _label_connected(len(boxes), starts, ends))
 
 
-def grown(boxes: Boxes, px: int) -> Boxes:
+def grow(boxes: Boxes, px: int) -> Boxes:
     return boxes + np.array([-px, -px, px, px], np.int64)
 
 
-def overlap(box: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
-    """(n,) which of the boxes share a pixel with the one."""
+def find_overlaps(box: NDArray[np.int64], boxes: Boxes) -> NDArray[np.bool_]:
+    """(n,) whether each of the boxes shares a pixel with ``box``."""
     across = (box[0] < boxes[:, 2]) & (boxes[:, 0] < box[2])
     down = (box[1] < boxes[:, 3]) & (boxes[:, 1] < box[3])
     both: NDArray[np.bool_] = across & down
     return both
 
 
-def thickness(mask: NDArray[np.bool_], least: int) -> int:
-    """The side of the largest square of masked pixels, or ``least`` where that is greater."""
-    best = least
-    if min(mask.shape) <= least:
+def measure_thickness(mask: NDArray[np.bool_], minimum: int) -> int:
+    """The side of the largest square of masked pixels, at least ``minimum``."""
+    best = minimum
+    if min(mask.shape) <= minimum:
         return best
-    above = np.zeros(mask.shape[1], np.int32)  # masked pixels in a column, ending in this row
+    heights = np.zeros(mask.shape[1], np.int32)  # of the run of masked pixels that ends here
     for row in mask:
-        above += 1
-        above *= row
-        tall = above > best
-        # A square that ends in this row is at most one larger than those that ended above.
+        heights += 1
+        heights *= row
+        tall = heights > best
+        # One step is enough: a square that ends in this row is at most one larger than the
+        # largest that ended in the row before.
         if np.count_nonzero(tall) > best and _longest_run(tall) > best:
             best += 1
     return best
@@ -78,9 +81,9 @@ def _longest_run(flags: NDArray[np.bool_]) -> int:
 
 
 def _cell_boxes(mask: NDArray[np.bool_], cell: int) -> tuple[Boxes, NDArray[np.bool_]]:
-    """(n, 4) tight boxes of the masked pixels in each occupied cell, row by row; (h, w) cells.
+    """(n, 4) tight boxes of the masked pixels in each occupied cell, and (h, w) occupied cells.
 
-    cell: a multiple of 8, so that eight pixels can be tested at once as one 64-bit word.
+    cell: the side in pixels, a multiple of 8, because eight pixels are tested as a 64-bit word.
     """
     high, wide = (-(-side // cell) for side in mask.shape)
     padded = np.zeros((high * cell, wide * cell), np.bool_)
@@ -101,36 +104,38 @@ def _cell_boxes(mask: NDArray[np.bool_], cell: int) -> tuple[Boxes, NDArray[np.b
     return np.stack(first + last, axis=1), occupied
 
 
-def _neighbours(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of cells side by side or one above the other; ``merged`` finds the diagonal ones.
+def _adjacent_cells(number: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of occupied cells that share a side; ``merge`` joins those that share a corner.
 
-    number: (h, w), the cell's number or -1 where it is clean.
+    number: (h, w), the cell's number, or -1 if it is empty.
     """
     pairs = [(number[:, :-1], number[:, 1:]), (number[:-1], number[1:])]
-    both = [(one >= 0) & (other >= 0) for one, other in pairs]
-    ones = [one[where] for (one, _), where in zip(pairs, both, strict=True)]
-    others = [other[where] for (_, other), where in zip(pairs, both, strict=True)]
-    return np.concatenate(ones), np.concatenate(others)
+    occupied = [(first >= 0) & (second >= 0) for first, second in pairs]
+    starts = [first[both] for (first, _), both in zip(pairs, occupied, strict=True)]
+    ends = [second[both] for (_, second), both in zip(pairs, occupied, strict=True)]
+    return np.concatenate(starts), np.concatenate(ends)
 
 
-def _connected(count: int, ones: NDArray[np.int64], others: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(count,) the lowest node that each node is joined to by the edges (ones, others).
+def _label_connected(
+    count: int, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(count,) the lowest node that each node is connected to by the edges (starts, ends).
 
     Minimum-label hooking with pointer jumping (Shiloach and Vishkin, 1982).
     """
     labels = np.arange(count)
     while True:
-        low = np.minimum(labels[ones], labels[others])
-        if np.array_equal(labels[ones], labels[others]):
+        low = np.minimum(labels[starts], labels[ends])
+        if np.array_equal(labels[starts], labels[ends]):
             return labels
-        np.minimum.at(labels, labels[ones], low)
-        np.minimum.at(labels, labels[others], low)
+        np.minimum.at(labels, labels[starts], low)
+        np.minimum.at(labels, labels[ends], low)
         while not np.array_equal(labels, labels[labels]):
             labels = labels[labels]
 
 
 def _bounds(boxes: Boxes, labels: NDArray[np.int64]) -> Boxes:
-    """One box around all the boxes of each label."""
+    """The bounding box of the boxes of each label."""
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
     low = np.minimum.reduceat(boxes[order, :2], starts, axis=0)
