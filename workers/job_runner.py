@@ -145,8 +145,8 @@ def _publish_and_finish(
 def _put(worker: WorkerContext, job: JobContext, rendered: Rendered) -> str:
     """Replace the output as it was when the work began; return its new version.
 
-    A newer version comes from an attempt that lost its lease to ours and wrote nevertheless:
-    it is replaced too, but only while the lease is ours.
+    An earlier attempt that lost its lease may have written a newer version. That is replaced
+    too, but only while this attempt holds the lease.
     """
     with job.stage("put"):
         output, version = job.leased.output, rendered.replaced_version

@@ -88,7 +88,7 @@ class PendingWrites:
             if not self._has_room(size):
                 return False
             entry = object()
-            # A daemon: leases, not this thread, keep a result from being lost at exit.
+            # A daemon: the process may end first, and the job is then released or reaped.
             thread = threading.Thread(
                 target=self._run, args=(work, entry, size), name="pending write", daemon=True
             )
@@ -143,8 +143,8 @@ class PendingWrites:
     def other_writes_succeed(self) -> bool:
         """True if a write succeeded after the median pending write began.
 
-        Then only some destinations fail. The median, because the newest entries have had no
-        time to see another write succeed, and the oldest would always have.
+        Then only some destinations fail. The median, because hardly any write has succeeded
+        since the newest entry began, and almost always one since the oldest did.
         """
         with self._changed:
             began = list(self._began.values())

@@ -97,7 +97,7 @@ def settings_variables(configured: Settings, *, processes: int) -> dict[str, str
 
 
 def _old_names(variables: Mapping[str, str]) -> list[str]:
-    """Variables that the new ones replace; set as well, they would be warned of as ignored."""
+    """Old names of these settings: with both names set, every process would log a warning."""
     renamed = settings.RENAMED.items()
     return [_variable(old) for old, new in renamed if _variable(new) in variables]
 
@@ -127,7 +127,7 @@ class DeviceSlot:
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
         """This process's environment with the variables set and the slot's device visible."""
-        # Settings are read whatever their case: a lower-case variable could win over ours.
+        # A variable in lower case sets a setting too, and could take precedence.
         replaced = {*variables, *_old_names(variables)}
         inherited = {k: v for k, v in os.environ.items() if k.upper() not in replaced}
         visible = {} if self.cuda_index is None else {"CUDA_VISIBLE_DEVICES": self.cuda_index}
@@ -266,7 +266,7 @@ class Supervisor:
             print_error(PROGRAM, f"job {lost.job}: {reason}; now {lost.state}")
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        # A terminal and a service manager may both deliver one request to stop.
+        # A terminal and a service manager may both deliver the same request to stop.
         if self._stopping and time.monotonic() - self._first_signal_at > SAME_SIGNAL_SECONDS:
             for child in self._children:
                 child.kill()
@@ -283,7 +283,7 @@ class Supervisor:
 
 
 class _Child:
-    """The processes of one slot, one after another."""
+    """The process of one slot, and its successors."""
 
     def __init__(
         self,
@@ -318,7 +318,7 @@ class _Child:
         if self._process is not None and (status := self._process.poll()) is not None:
             self._note_death(status, now)
         if self._process is None and now >= self._start_after and not self.given_up:
-            # A name of its own for each process: the leases of the one before are not its own.
+            # A new name for each process: it must not renew the leases of its predecessor.
             self._worker = f"{self._slot.name}-{secrets.token_hex(4)}"
             command = self._slot.command(self._engine, worker=self._worker)
             environment = self._slot.environment(self._variables)

@@ -264,8 +264,8 @@ def _configure_logging(level: str, name: str) -> None:
         logging.getLogger(noisy).setLevel("WARNING")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_shorten_celery_record)
-    # Celery warns of pickled messages if it runs as root; ours are JSON. Whenever the broker is
-    # lost it also announces a change of its next version.
+    # Celery warns of pickled messages if it runs as root, but these are JSON. Whenever the broker
+    # is lost it also announces a change of its next version.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     # A receiver keeps Celery from installing its own logging.

@@ -192,8 +192,8 @@ def _without_folder(location: str) -> str:
 def _output_format(job: LeasedJob) -> str | None:
     """The parameter's format, else that of the output's name; None for the image's own.
 
-    A name that promises what the image's name promised changes nothing: the image may be
-    something else, and a PNG called .jpg stays a PNG.
+    Also None if both names have the same format: the image's bytes may be of another one, and
+    a PNG called .jpg stays a PNG.
     """
     if job.params.format:
         return job.params.format.upper()
