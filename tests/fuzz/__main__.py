@@ -1,4 +1,4 @@
-"""Tries hostile files for so many minutes and says how many, and which ones did harm."""
+"""Tries hostile files for some minutes; prints their number and the findings."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.fuzz.runner import fuzz
 @click.command()
 @click.option("--minutes", default=10.0, show_default=True)
 @click.option("--seed", type=int, help="Printed, so that a run can be repeated.")
-@click.option("--keep", default=".fuzz", show_default=True, help="Folder for the offenders.")
+@click.option("--keep", default=".fuzz", show_default=True, help="Folder for files with findings.")
 def main(minutes: float, seed: int | None, keep: str) -> None:
     chosen = secrets.randbits(31) if seed is None else seed
     print(f"seed {chosen}", flush=True)
     started = time.monotonic()
     report = fuzz(
-        seed=chosen, folder=Path(keep), minutes=minutes, tell=lambda line: print(line, flush=True)
+        seed=chosen, folder=Path(keep), minutes=minutes, log=lambda line: print(line, flush=True)
     )
     seconds = time.monotonic() - started
     print(
@@ -29,10 +29,6 @@ def main(minutes: float, seed: int | None, keep: str) -> None:
         f"{len(report.findings)} findings"
     )
     sys.exit(1 if report.findings else 0)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Damage that keeps a file's framing: chunks, segments, tags and headers, checksums made good."""
+"""Damage that keeps a file's framing: chunks, segments, tags and headers, with valid checksums."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from random import Random
 
+from shared.images.png_format import make_chunk
 from tests.fuzz.seeds import seeds
 
 INTEGERS = (0, 1, 2, 3, 7, 8, 15, 16, 127, 128, 255, 256, 1000, 20_000, 32_767, 32_768, 65_535,
@@ -23,11 +24,11 @@ def mutated(random: Random) -> bytes:
     if random.random() < 0.02:
         return data[:16] + random.randbytes(random.randrange(2000))
     for _ in range(random.choice((1, 1, 1, 2, 2, 3, 4))):
-        chosen = _STRUCTURED[format] if random.random() < 0.75 else _anywhere
+        chosen = _STRUCTURED.get(format, _anywhere) if random.random() < 0.75 else _anywhere
         try:
             data = chosen(data, random)
         except (struct.error, IndexError, ValueError, OverflowError, zlib.error):
-            data = _anywhere(data, random)  # an earlier damage left no structure to work on
+            data = _anywhere(data, random)  # earlier damage left no structure to change
         data = data[:MOST_BYTES]
     return data
 
@@ -86,7 +87,7 @@ def _number(data: bytes, random: Random) -> bytes:
 
 
 def _place(data: bytes, random: Random) -> int:
-    """Anywhere, mostly near the front, where the headers are."""
+    """An offset, mostly near the front, where the headers are."""
     end = len(data) if random.random() < 0.4 else min(len(data), 200)
     return random.randrange(end + 1)
 
@@ -149,18 +150,14 @@ def _png(data: bytes, random: Random) -> bytes:
             _repack_pixels(parts, random)
         case _:
             _shuffle(parts, random)
-    return data[:8] + b"".join(png_chunk(name[:4], body) for name, body in parts)
-
-
-def png_chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    return data[:8] + b"".join(make_chunk(name[:4], body) for name, body in parts)
 
 
 def _png_header(body: bytes, random: Random) -> bytes:
     fields = list(struct.unpack(">IIBBBBB", body))
-    which = random.randrange(7)
+    number = random.randrange(7)
     values = (SIDES, SIDES, (0, 1, 2, 4, 8, 16, 32), (0, 1, 2, 3, 4, 5, 6, 7), (0, 1), (0, 1))
-    fields[which] = random.choice((*values, (0, 1, 2))[which])
+    fields[number] = random.choice((*values, (0, 1, 2))[number])
     return struct.pack(">IIBBBBB", *fields)
 
 
@@ -247,7 +244,7 @@ def _change_frame(parts: _Parts, random: Random) -> None:
 
 
 def _more_scans(parts: _Parts, rest: bytes, random: Random) -> bytes:
-    """Scans again and again: each costs the decoder a walk over the whole image."""
+    """Repeats the scans: each makes the decoder walk over the whole image."""
     scan = rest.removesuffix(b"\xff\xd9")
     if random.random() < 0.5:
         side = random.choice((256, 999))

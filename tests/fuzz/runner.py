@@ -1,7 +1,7 @@
-"""Child processes that try files, and a parent that sees them crash, hang or grow.
+"""Child processes that try files, and a parent that detects crashes, hangs and memory growth.
 
-A child writes down each file's number before it tries it, so that the parent knows which one
-ended it. A file is made again from the seed and its number.
+A child stores each file's number in shared memory before it tries the file, so that the parent
+knows which file ended it. A file is reproduced from the seed and its number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-FILE_SECONDS = 10.0
+FILE_SECONDS = 10.0  # of processor time
 FILE_WALL_SECONDS = 180.0
 MEMORY_BYTES = 1 << 30
 FILES_PER_CHILD = 20_000
@@ -51,6 +51,8 @@ class Finding:
 
 @dataclass(kw_only=True)
 class Report:
+    """tried: files; images: those of them that were decoded."""
+
     tried: int = 0
     images: int = 0
     findings: list[Finding] = field(default_factory=list)
@@ -65,12 +67,12 @@ def fuzz(
     first: int = 0,
     attempt: str = "tests.fuzz.trial:attempt",
     file_seconds: float = FILE_SECONDS,
-    tell: Callable[[str], None] = lambda _line: None,
+    log: Callable[[str], None] = lambda _line: None,
 ) -> Report:
-    """Tries files until so many, or so many minutes, have passed; offenders are kept in folder.
+    """Tries that many files, or for that many minutes; saves those with findings in the folder.
 
     attempt: ``module:function``, called in the children. file_seconds: of processor time.
-    tell: called with a line for each finding.
+    log: called with a line for each finding.
     """
     end = time.monotonic() + (minutes or 1e6) * 60
     report, number = Report(), first
@@ -79,22 +81,22 @@ def fuzz(
         child = _Child(seed=seed, first=number, count=most, attempt=attempt)
         known = len(report.findings)
         number = child.watch(report, until=end, file_seconds=file_seconds)
-        for found in report.findings[known:]:
-            tell(_keep(found, seed, folder))
+        for finding in report.findings[known:]:
+            log(_save(finding, seed, folder))
     return report
 
 
-def _keep(found: Finding, seed: int, folder: Path) -> str:
-    """The finding in words, its file named."""
-    path = folder / f"{found.kind}-{seed}-{found.number}"
-    if found.kind != "leak":
+def _save(finding: Finding, seed: int, folder: Path) -> str:
+    """Writes the finding's file; returns a line that describes the finding."""
+    path = folder / f"{finding.kind}-{seed}-{finding.number}"
+    if finding.kind != "leak":
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(file_of(seed, found.number)[0])
-    return f"{found.kind}: {path}: {found.text}"
+        path.write_bytes(file_of(seed, finding.number)[0])
+    return f"{finding.kind}: {path}: {finding.text}"
 
 
 def file_of(seed: int, number: int) -> tuple[bytes, Random]:
-    """The file of that number, and the dice for what is done with it."""
+    """The file of that number, and the random numbers for what is done with it."""
     from tests.fuzz.mutations import mutated
 
     random = Random(f"{seed}-{number}")
@@ -102,17 +104,17 @@ def file_of(seed: int, number: int) -> tuple[bytes, Random]:
 
 
 class _Child:
-    """One process. ``place``: shared memory with the number now tried and how many decoded."""
+    """One process. ``place``: shared memory with the current number and the count of images."""
 
     def __init__(self, *, seed: int, first: int, count: int, attempt: str) -> None:
         self._first, self._last = first, first + count
         self._folder = tempfile.TemporaryDirectory(prefix="fuzz-")
         folder = Path(self._folder.name)
-        self._said, place = folder / "findings.jsonl", folder / "place"
+        self._findings, place = folder / "findings.jsonl", folder / "place"
         place.write_bytes(struct.pack("<qq", NOT_STARTED, 0))
         with place.open("r+b") as file:
             self._place = mmap.mmap(file.fileno(), 16)
-        arguments = [str(seed), str(first), str(count), attempt, str(place), str(self._said)]
+        arguments = [str(seed), str(first), str(count), attempt, str(place), str(self._findings)]
         (folder / "tmp").mkdir()
         with (folder / "stderr").open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -122,7 +124,7 @@ class _Child:
             )
 
     def watch(self, report: Report, *, until: float, file_seconds: float) -> int:
-        """Until the child has ended; returns the next number to try."""
+        """Waits until the child has ended; returns the next number to try."""
         ended = self._ended(until, file_seconds)
         number, images = struct.unpack("<qq", self._place[:])
         stderr = (Path(self._folder.name) / "stderr").read_text(errors="replace")
@@ -130,8 +132,8 @@ class _Child:
             raise RuntimeError(f"the child did not start: {stderr}")
         number = max(number, self._first)
         report.images += images
-        if self._said.exists():
-            lines = self._said.read_text().splitlines()
+        if self._findings.exists():
+            lines = self._findings.read_text().splitlines()
             report.findings += [Finding(**json.loads(line)) for line in lines]
         if ended not in ("done", "stopped"):
             stderr = (Path(self._folder.name) / "stderr").read_text(errors="replace")
@@ -163,17 +165,17 @@ class _Child:
         return "done" if status == 0 else "crash"
 
     def _cpu_seconds(self) -> float:
-        """The child's, so that a busy machine makes no file look slow."""
+        """The child's processor time, so that no file looks slow on a busy machine."""
         try:
             times = psutil.Process(self._process.pid).cpu_times()
         except psutil.NoSuchProcess:
             return 0.0
         return float(times.user + times.system)
 
-    def _stop(self, number: int, said: str) -> str:
+    def _stop(self, number: int, outcome: str) -> str:
         self._process.send_signal(number)
         self._process.wait()
-        return said
+        return outcome
 
 
 def main(arguments: list[str]) -> None:
@@ -185,34 +187,34 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("error")
     file_of(seed, first)
     _limit_memory()
-    with Path(arguments[4]).open("r+b") as file, Path(arguments[5]).open("a") as said:
+    with Path(arguments[4]).open("r+b") as file, Path(arguments[5]).open("a") as findings:
         place = mmap.mmap(file.fileno(), 16)
         images, before = 0, None
         for number in range(first, first + count):
             struct.pack_into("<qq", place, 0, number, images)
-            found = _tried(attempt, seed, number)
-            images += found is True
-            if isinstance(found, Finding):
-                _say(said, found)
+            outcome = _try_file(attempt, seed, number)
+            images += outcome is True
+            if isinstance(outcome, Finding):
+                _record(findings, outcome)
             if number == first + WARM_UP_FILES:
                 before = _use()
         struct.pack_into("<qq", place, 0, first + count, images)
         if before is not None and (text := _growth(before, _use())):
-            _say(said, Finding(number=first + count, kind="leak", text=text))
+            _record(findings, Finding(number=first + count, kind="leak", text=text))
 
 
-def _say(said: Any, found: Finding) -> None:
-    said.write(json.dumps(asdict(found)) + "\n")
-    said.flush()
+def _record(findings: Any, finding: Finding) -> None:
+    findings.write(json.dumps(asdict(finding)) + "\n")
+    findings.flush()  # a crash at the next file loses nothing
 
 
-def _tried(attempt: Attempt, seed: int, number: int) -> bool | Finding:
+def _try_file(attempt: Attempt, seed: int, number: int) -> bool | Finding:
     data, random = file_of(seed, number)
     try:
         return attempt(data, random)
     except MemoryError:
         return Finding(number=number, kind="memory", text=f"over {MEMORY_BYTES >> 20} MiB")
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the file is to be looked at
+    except BaseException as error:  # noqa: BLE001 - any exception is a finding
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -34,7 +34,7 @@ def _jpegs(small: Image.Image, large: Image.Image) -> list[tuple[str, bytes]]:
         {"keep_rgb": True},
         {"exif": EXIF, "icc_profile": ICC, "comment": b"a comment", "dpi": (300, 300)},
     ]
-    files = [_saved(image, "JPEG", **each) for image in (small, large) for each in options]
+    files = [_saved(image, "JPEG", **kind) for image in (small, large) for kind in options]
     files += [_saved(small.convert(mode), "JPEG", progressive=p)
               for mode in ("L", "CMYK") for p in (False, True)]  # fmt: skip
     return [("JPEG", file) for file in files]

@@ -1,4 +1,4 @@
-"""A short run over hostile files, and the traps that a file can fall into."""
+"""A short run over hostile files, and runs in which one file does harm."""
 
 from __future__ import annotations
 
@@ -51,11 +51,9 @@ def _is_victim(data: bytes) -> bool:
     ("attempt", "kind"),
     [(crash, "crash"), (hang, "hang"), (grow, "memory"), (fail, "KeyError")],
 )
-def test_what_a_file_does_is_found_and_the_file_kept(
-    attempt: object, kind: str, tmp_path: Path
-) -> None:
+def test_harm_is_detected_and_its_file_is_saved(attempt: object, kind: str, tmp_path: Path) -> None:
     name = getattr(attempt, "__name__", "")
     report = fuzz(seed=1, folder=tmp_path, files=4, attempt=f"{HERE}:{name}", file_seconds=0.5)
-    assert [(found.kind, found.number) for found in report.findings] == [(kind, VICTIM)]
+    assert [(finding.kind, finding.number) for finding in report.findings] == [(kind, VICTIM)]
     assert report.tried == 4
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [runner.file_of(1, VICTIM)[0]]

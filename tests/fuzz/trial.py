@@ -1,4 +1,4 @@
-"""What the product does with a file from outside, and what may come of it."""
+"""What the product does with a file, and which outcomes are defects."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from numpy.typing import NDArray
 
 from shared import images, masks
 from shared.errors import FidelityError, ImageError, InputError
+from shared.image_formats import FORMATS
 
 MAX_PIXELS = 1_000_000
-FORMATS = (None, "JPEG", "PNG", "WEBP", "TIFF", "BMP")
+TARGETS = (None, *FORMATS)
 
 
 class Defect(Exception):
-    """Nothing was raised, and yet it is wrong."""
+    """Nothing was raised, but the result is wrong."""
 
 
 def attempt(data: bytes, random: Random) -> bool:
-    """Probes, decodes, repaints and encodes the file; whether it was an image.
+    """Probes, decodes, repaints and encodes the file; returns whether it was an image.
 
-    Raises what the product may not raise, and Defect.
+    Raises Defect, and whatever the product must not raise.
     """
     shown = _probed(data, random)
     _as_mask(data)
@@ -62,11 +63,11 @@ def _repaint(image: images.DecodedImage, random: Random) -> None:
     pixels[box] = pixels[box] ^ 1
     touched[box] = True
     changed = image.replace(pixels, touched=touched)
-    format = random.choice(FORMATS) if random.random() < 0.3 else None
+    format = random.choice(TARGETS) if random.random() < 0.3 else None
     try:
         written = images.encode(changed, format=format)
     except (ImageError, FidelityError):
-        # A damaged JPEG may decode and yet be refused, which its job then says.
+        # A damaged JPEG may decode and yet be refused; its job then fails with that error.
         if format is None and image.format != "JPEG":
             raise Defect(f"what came as {image.format} cannot be written again") from None
         return
@@ -80,7 +81,7 @@ def _repaint(image: images.DecodedImage, random: Random) -> None:
 def _compare(
     before: images.DecodedImage, after: images.DecodedImage, touched: NDArray[np.bool_]
 ) -> None:
-    """A touched pixel may have come near only: a palette has no more than 256 colours.
+    """Touched pixels may differ a little: a palette has no more than 256 colours.
 
     A palette of greys may come back as plain grey.
     """

@@ -15,9 +15,10 @@ from PIL import Image
 
 from shared import images, masks
 from shared.errors import ImageError, InputError, MaskError, ObjectTooLarge
+from shared.images.png_format import make_chunk
 from shared.storage import Storage, files
 from tests.conftest import Bucket
-from tests.fuzz.mutations import BOMB, png_chunk
+from tests.fuzz.mutations import BOMB
 from tests.fuzz.seeds import seeds
 from tests.producer.workspace import png
 from tests.workers.worker_harness import WorkerHarness
@@ -27,7 +28,7 @@ HEADER = b"\x89PNG\r\n\x1a\n"
 
 def with_chunk(name: bytes, body: bytes) -> bytes:
     file = png(Image.new("RGB", (64, 48), (9, 120, 150)))
-    return file[:33] + png_chunk(name, body) + file[33:]
+    return file[:33] + make_chunk(name, body) + file[33:]
 
 
 def jpeg_with_scans(count: int) -> bytes:
@@ -44,8 +45,8 @@ def jpeg_with_scans(count: int) -> bytes:
     [
         (
             HEADER
-            + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
-            + png_chunk(b"IDAT", BOMB),
+            + make_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+            + make_chunk(b"IDAT", BOMB),
             ObjectTooLarge,
             r"30000x30000 is 900\.0 megapixels; at most 10\.0 are allowed",
         ),
@@ -101,7 +102,7 @@ def palette_png(transparent: int) -> bytes:
     image.save(buffer, "PNG", bits=1)
     file = buffer.getvalue()
     place = file.index(b"IDAT") - 4
-    return file[:place] + png_chunk(b"tRNS", bytes(transparent)) + file[place:]
+    return file[:place] + make_chunk(b"tRNS", bytes(transparent)) + file[place:]
 
 
 def big_tiff(offset: int) -> bytes:
@@ -112,10 +113,10 @@ def big_tiff(offset: int) -> bytes:
     "file",
     [
         HEADER
-        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 0, 2, 0, 0, 0))
-        + png_chunk(b"tRNS", bytes(6))
-        + png_chunk(b"IDAT", zlib.compress(bytes(200)))
-        + png_chunk(b"IEND", b""),
+        + make_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 0, 2, 0, 0, 0))
+        + make_chunk(b"tRNS", bytes(6))
+        + make_chunk(b"IDAT", zlib.compress(bytes(200)))
+        + make_chunk(b"IEND", b""),
         palette_png(300),
         big_tiff(1 << 63),
         big_tiff((1 << 64) - 1),
