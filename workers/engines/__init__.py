@@ -1,6 +1,6 @@
-"""What fills a region: the protocol, the OpenCV and diffusion engines, and how one is loaded.
+"""Engines, which fill regions: their protocol, their options, OpenCV and Stable Diffusion.
 
-Importing this package loads neither torch nor OpenCV; ``load_engine`` loads what it needs.
+Importing this package loads neither torch nor OpenCV; ``load_engine`` imports what it needs.
 """
 
 from workers.engines.registry import load_engine

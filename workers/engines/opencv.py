@@ -1,4 +1,4 @@
-"""Classical inpainting with OpenCV: no model, no prompt, right for thin marks on plain ground."""
+"""Classical inpainting with OpenCV: no model, no prompt; for thin marks on plain ground."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ METHODS: Mapping[OpenCVMethod, int] = {
 NO_MEMORY = -4  # cv::Error::StsNoMem, which the Python bindings do not name
 
 
-def load(name: str, options: EngineOptions) -> OpenCVEngine:  # noqa: ARG001 - has no choices
+def load(name: str, options: EngineOptions) -> OpenCVEngine:  # noqa: ARG001 - has no options
     return OpenCVEngine()
 
 
 class OpenCVEngine:
     """Telea's fast marching method (2004) or Navier-Stokes (Bertalmio et al. 2001).
 
-    Works in the caller's thread: the future that ``submit`` returns is finished. A region
-    is filled in one piece; its windows do not matter.
+    Runs in the caller's thread: ``submit`` returns a finished future. A region is filled in one
+    piece; its windows are ignored.
     """
 
     def __init__(self) -> None:
-        # The job threads already use every core, and cv2.inpaint itself is serial.
+        # The job threads already use all cores, and cv2.inpaint is single-threaded.
         cv2.setNumThreads(1)
         self._closed = False
 
@@ -54,7 +54,7 @@ class OpenCVEngine:
         return 1
 
     def submit(self, work: RegionWork) -> Future[Pixels]:
-        """Fills the region; the future raises MaskError, EngineError or an interruption."""
+        """Fill the region; the future raises MaskError, EngineError or the stop reason."""
         future: Future[Pixels] = Future()
         future.set_running_or_notify_cancel()
         try:
@@ -67,23 +67,23 @@ class OpenCVEngine:
         return future
 
     def close(self) -> None:
-        """Later work raises Released."""
+        """Later submissions raise Released."""
         self._closed = True
 
 
 def fill(work: RegionWork) -> Pixels:
-    """The region with its masked pixels replaced, (H, W, 3) uint8 RGB; the others stay as they are.
+    """Fill the masked pixels: (H, W, 3) uint8 RGB; unmasked pixels are unchanged.
 
-    Raises MaskError where no pixel is left to draw from, EngineError, OutOfMemory.
+    Raises MaskError if all pixels are masked, EngineError, OutOfMemory.
     """
     image, mask = np.ascontiguousarray(work.image), np.ascontiguousarray(work.mask)
     if mask.all():
-        # cv2.inpaint would return the picture as it was, mark and all.
+        # cv2.inpaint would return the image unchanged, with the mark.
         raise MaskError("the mask covers the whole region; OpenCV needs pixels around it")
     method = METHODS[work.params.opencv_method]
     try:
         filled = cv2.inpaint(image, mask, float(work.params.opencv_radius), method)
     except cv2.error as error:
-        kind = OutOfMemory if error.code == NO_MEMORY else EngineError
-        raise kind(f"opencv: {error.err} ({error.func})") from error
+        error_class = OutOfMemory if error.code == NO_MEMORY else EngineError
+        raise error_class(f"opencv: {error.err} ({error.func})") from error
     return np.asarray(filled, dtype=np.uint8)

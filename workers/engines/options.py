@@ -1,4 +1,4 @@
-"""How an engine is asked to run."""
+"""How an engine runs: device, precision, batch size, memory."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ Dtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How an engine runs, whatever it is; the OpenCV engine uses none of it.
+    """Options of all engines; the OpenCV engine ignores them.
 
     device: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
-    max_batch: most rows of one UNet forward; a window with guidance takes two. None finds the
-    largest that fits.
-    attention: the kernel; ``auto`` is the fastest by measurement on CUDA, else torch's own
-    choice; ``sliced`` trades speed for memory.
-    compile: whether the UNet goes through ``torch.compile``, and how long it may search;
-    ``auto`` where it is faster by measurement.
-    graphs: on CUDA, replay each batch size as one CUDA graph.
-    quantization: 8 bits for the weights of the UNet's attention blocks; ``int8`` and ``fp8``
-    compute their products with 8 bits too. Part of the engine's revision.
-    memory: modes that are on from the start; others follow where memory runs out.
-    vae_batch: most pictures of one VAE pass; None chooses.
-    deterministic: every forward has ``max_batch`` rows (8 if None), so that a region's pixels
-    are the same to the last bit alone and beside any others; nothing is chosen by measurement.
+    max_batch: the maximum of rows of one UNet forward pass; a window with guidance takes two.
+    None: the largest number that fits into memory.
+    attention: the kernel. ``auto``: on CUDA the fastest as measured, else torch's choice;
+    ``sliced`` trades speed for memory.
+    compile: the mode of ``torch.compile`` for the UNet; ``auto``: if it is measured to be faster.
+    graphs: on CUDA, replay each batch size as a CUDA graph.
+    quantization: 8-bit weights in the UNet's attention blocks; ``int8`` and ``fp8`` also compute
+    their matrix products in 8 bits. It is part of the engine's revision.
+    memory: memory-saving modes that are on from the start; others follow on out-of-memory.
+    vae_batch: the maximum of images of one VAE forward pass; None: chosen by the engine.
+    deterministic: every forward pass has ``max_batch`` rows (8 if None) and nothing is chosen by
+    measurement, so that results are bit-identical whatever else is in the batch.
     """
 
     device: str = "auto"
@@ -44,8 +43,8 @@ class EngineOptions:
 
 
 def engine_options(settings: Settings, device: str) -> EngineOptions:
-    """What the settings ask for; what one process compiles, the next one finds in their home."""
-    # Read by torch when it first compiles.
+    """The options in the settings. Compiled code is cached in the settings' home folder."""
+    # torch reads the variable when it first compiles; a value set by the user stays.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.home / "compiled"))
     return EngineOptions(
         device=device,
@@ -59,11 +58,11 @@ def engine_options(settings: Settings, device: str) -> EngineOptions:
 
 
 def quantized_revision(revision: str, quantization: Quantization) -> str:
-    """``sha256:...+int8``: other weights, other pixels, another revision."""
+    """Append the quantization, because it changes results: ``sha256:...+int8``."""
     return revision if quantization == "off" else f"{revision}+{quantization}"
 
 
 def recorded_quantization(revision: str) -> Quantization:
-    """What a recorded revision says; ``off`` where it says nothing."""
+    """The quantization in a recorded revision; ``off`` if it has none."""
     suffix = revision.rpartition("+")[2]
     return cast(Quantization, suffix) if suffix in get_args(Quantization) else "off"

@@ -1,4 +1,4 @@
-"""What an engine is: it fills regions, and nothing else."""
+"""The protocol of an engine: it fills regions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Interruption:
-    """Tells running work to stop at its next step, and why. Set once, read by any thread."""
+    """A thread-safe stop flag with a reason, which running work checks at every step."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,35 +28,36 @@ class Interruption:
 
     @property
     def idle_seconds(self) -> float:
-        """Since the work last asked whether it is to stop, which it does at every step."""
+        """Seconds since the work last called ``check``: how long its current step has taken."""
         return time.monotonic() - self._checked
 
     def set(self, reason: Interrupted) -> None:
-        """The first reason stands; later ones are ignored."""
+        """Ask the work to stop. The first reason is kept; later ones are ignored."""
         with self._lock:
             self._reason = self._reason or reason
 
     def check(self) -> None:
-        """Raises the reason (LeaseLost, Cancelled or Released) once one is set."""
+        """Raise the reason (LeaseLost, Cancelled or Released) if one is set."""
         self._checked = time.monotonic()
+        # Without the lock: the reason is set once, and reading an attribute is atomic.
         if self._reason is not None:
             raise self._reason
 
     def wait(self, seconds: float) -> None:
-        """Sleeps, and raises the reason within a tenth of a second once one is set."""
+        """Sleep, and raise the reason within a tenth of a second of its being set."""
         end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+        while (remaining := end - time.monotonic()) > 0:
             self.check()
-            time.sleep(min(left, 0.1))
+            time.sleep(min(remaining, 0.1))
         self.check()
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What an engine tells of a region it has filled; read once its future is done.
+    """What an engine reports about a filled region; complete when its future is done.
 
-    memory: what the region's last step needed to fit, such as ``batch 2, attention_slicing``;
-    empty where everything fitted.
+    memory: the measures that made the region's last step fit into memory, such as ``batch 2,
+    attention_slicing``; empty if none was needed.
     """
 
     memory: str = ""
@@ -64,12 +65,12 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class RegionWork:
-    """One region, cut out and scaled to the engine's pixels.
+    """One region to fill, cut out and scaled to engine pixels.
 
     image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 or 255, 255 = repaint.
-    windows: (left, top, right, bottom) in this image's pixels, half open; together they
-    cover every masked pixel. seed: 0 to 2**64 - 1, already distinct per region. priority:
-    higher goes first. report: the engine writes into it.
+    windows: in this image's pixels; together they cover every masked pixel.
+    seed: 0 to 2**64 - 1, distinct per region. priority: higher first. report: the engine
+    writes into it.
     """
 
     image: Pixels
@@ -91,7 +92,7 @@ class Engine(Protocol):
 
     @property
     def revision(self) -> str:
-        """What exactly runs: a library's version, or a model's commit or content hash."""
+        """The exact version: a library's version, or a model's commit or content hash."""
 
     @property
     def device(self) -> str:
@@ -99,13 +100,13 @@ class Engine(Protocol):
 
     @property
     def max_batch(self) -> int:
-        """How many rows it runs at once; a worker holds twice as many jobs."""
+        """The largest number of batch rows of one forward pass."""
 
     def submit(self, work: RegionWork) -> Future[Pixels]:
-        """Starts one region; the future holds (H, W, 3) uint8 RGB of the work's size.
+        """Start one region; the future returns (H, W, 3) uint8 RGB of the work's size.
 
-        The future raises EngineError, OutOfMemory or GateError, or the interruption's reason.
+        It raises EngineError, OutOfMemory, GateError or the interruption's reason.
         """
 
     def close(self) -> None:
-        """Stops the device thread; work not yet finished raises Released."""
+        """Stop the device thread; unfinished work raises Released."""

@@ -1,4 +1,4 @@
-"""One tiny pipeline for all engine tests, on one thread so that machines stay usable."""
+"""One tiny pipeline for all engine tests; torch runs on one thread, to leave cores for others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a tiny pipeline, for reading only; torch runs on one thread meanwhile."""
+    """The folder of a tiny pipeline, read only; torch runs on one thread."""
     import torch
 
     from tests.tiny_pipeline import build

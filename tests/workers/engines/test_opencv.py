@@ -1,4 +1,4 @@
-"""The OpenCV engine fills what is masked and leaves the rest."""
+"""The OpenCV engine fills masked pixels and leaves the others unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flat_with_mark(height: int = 48, width: int = 64) -> tuple[Pixels, Pixels]:
 
 
 def work(
-    image: Pixels, mask: Pixels, params: Params, *, stop: Interruption | None = None
+    image: Pixels, mask: Pixels, params: Params, *, interruption: Interruption | None = None
 ) -> RegionWork:
     height, width = mask.shape
     return RegionWork(
@@ -31,12 +31,12 @@ def work(
         windows=(Box(0, 0, width, height),),
         params=params,
         seed=0,
-        interruption=stop or Interruption(),
+        interruption=interruption or Interruption(),
     )
 
 
 @pytest.mark.parametrize("method", ["telea", "navier-stokes"])
-def test_a_mark_on_plain_ground_vanishes(method: str) -> None:
+def test_a_mark_on_plain_ground_is_removed(method: str) -> None:
     image, mask = flat_with_mark()
     future = load_engine("opencv").submit(work(image, mask, Params(opencv_method=method)))  # type: ignore[arg-type]
     assert future.done()
@@ -45,7 +45,7 @@ def test_a_mark_on_plain_ground_vanishes(method: str) -> None:
     assert np.abs(filled.astype(int) - (40, 90, 160)).max() <= 2
 
 
-def test_the_methods_and_radii_differ_and_pixels_outside_the_mask_do_not() -> None:
+def test_methods_and_radii_give_different_results_only_inside_the_mask() -> None:
     rng = np.random.default_rng(7)
     image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
     _, mask = flat_with_mark()
@@ -63,40 +63,40 @@ def test_the_methods_and_radii_differ_and_pixels_outside_the_mask_do_not() -> No
         assert np.array_equal(result[mask == 0], image[mask == 0])
 
 
-def test_a_view_of_a_larger_picture_is_accepted() -> None:
+def test_a_view_of_a_larger_image_is_accepted() -> None:
     image, mask = flat_with_mark()
     filled = load_engine("opencv").submit(work(image[:, 4:60], mask[:, 4:60], Params())).result()
     assert np.abs(filled.astype(int) - (40, 90, 160)).max() <= 2
 
 
-def test_the_engine_says_what_it_is() -> None:
+def test_the_engine_has_a_name_a_device_and_a_revision() -> None:
     engine = load_engine("opencv")
     assert (engine.name, engine.device) == ("opencv", "cpu")
     assert engine.revision.split()[0] == "opencv"
     assert engine.revision.count(".") >= 2
 
 
-def test_a_mask_over_everything_is_the_users_mistake() -> None:
+def test_a_mask_over_the_whole_region_is_a_mask_error() -> None:
     image, mask = flat_with_mark()
     future = load_engine("opencv").submit(work(image, np.full_like(mask, 255), Params()))
     with pytest.raises(MaskError, match="covers the whole region"):
         future.result()
 
 
-def test_opencvs_own_errors_become_engine_errors() -> None:
+def test_errors_of_opencv_become_engine_errors() -> None:
     image, mask = flat_with_mark()
     future = load_engine("opencv").submit(work(image, mask[:, :-8], Params()))
     with pytest.raises(EngineError, match="opencv"):
         future.result()
 
 
-def test_an_interruption_and_a_closed_engine_reach_the_future() -> None:
+def test_the_future_raises_an_interruption_and_that_the_engine_is_closed() -> None:
     image, mask = flat_with_mark()
-    stop = Interruption()
-    stop.set(Cancelled("asked for"))
+    interruption = Interruption()
+    interruption.set(Cancelled("cancelled by the user"))
     engine = load_engine("opencv")
-    with pytest.raises(Cancelled, match="asked for"):
-        engine.submit(work(image, mask, Params(), stop=stop)).result()
+    with pytest.raises(Cancelled, match="cancelled by the user"):
+        engine.submit(work(image, mask, Params(), interruption=interruption)).result()
     engine.close()
     with pytest.raises(Released):
         engine.submit(work(image, mask, Params())).result()

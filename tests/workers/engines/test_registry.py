@@ -1,4 +1,4 @@
-"""Engine names: what loads, what does not and the one line that says why."""
+"""Engine names: which load, and the one-line error of those that do not."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
-def why_not(name: str | Path, **options: object) -> str:
-    """The line with which loading is refused."""
-    given = f"diffusers:{name}" if isinstance(name, Path) else name
+def load_error(name: str | Path, **options: object) -> str:
+    """The one-line message of the EngineUnavailable that loading raises."""
+    engine = f"diffusers:{name}" if isinstance(name, Path) else name
     with pytest.raises(EngineUnavailable) as caught:
-        load_engine(given, **{"device": "cpu", **options})  # type: ignore[arg-type]
+        load_engine(engine, **{"device": "cpu", **options})  # type: ignore[arg-type]
     text = str(caught.value)
     assert "\n" not in text
     assert caught.value.retryable is False
@@ -47,7 +47,7 @@ def run_python(code: str) -> str:
     ).stdout
 
 
-def test_a_pipeline_folder_becomes_an_engine(tiny_model: Path) -> None:
+def test_a_pipeline_folder_loads_as_an_engine(tiny_model: Path) -> None:
     name = f"diffusers:{tiny_model}"
     engine = load_engine(name, device="cpu")
     try:
@@ -59,7 +59,7 @@ def test_a_pipeline_folder_becomes_an_engine(tiny_model: Path) -> None:
         engine.close()
 
 
-def test_the_same_weights_have_the_same_revision_and_others_another(
+def test_the_revision_depends_on_the_weights_and_the_configuration(
     tiny_model: Path, copy: Path, tmp_path: Path
 ) -> None:
     from workers.engines.stable_diffusion.model_files import find_model
@@ -70,7 +70,7 @@ def test_the_same_weights_have_the_same_revision_and_others_another(
     assert find_model(str(copy), None).revision != original
 
 
-def test_the_package_and_the_opencv_engine_load_no_torch() -> None:
+def test_the_package_and_the_opencv_engine_do_not_import_torch() -> None:
     code = (
         "import sys; from workers.engines import load_engine; before = 'cv2' in sys.modules;"
         "load_engine('opencv'); print(before, 'torch' in sys.modules, 'diffusers' in sys.modules)"
@@ -82,29 +82,29 @@ def test_the_package_and_the_opencv_engine_load_no_torch() -> None:
     ("module", "engine", "extra"),
     [("cv2", "opencv", "opencv"), ("torch", "sd2", "worker"), ("diffusers", "sd2", "worker")],
 )
-def test_a_missing_library_is_named_with_the_extra_that_brings_it(
+def test_a_missing_library_is_named_with_the_extra_that_installs_it(
     module: str, engine: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [n for n in sys.modules if n.startswith(("workers.engines.", module + "."))]:
         if name != "workers.engines.registry":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    text = why_not(engine)
+    text = load_error(engine)
     assert text.startswith(f"{module} is not installed")
     assert text.endswith(f"pip install 'inpaint-batch[{extra}]'")
 
 
-def test_unknown_names_are_answered_with_the_nearest() -> None:
-    assert why_not("opencvv") == "engine 'opencvv' is not known; did you mean 'opencv'?"
-    assert "known: sd2, opencv, diffusers:" in why_not("flux")
-    assert why_not("./sd2") == "engine './sd2' is not known; write 'diffusers:./sd2'"
-    assert "names no model" in why_not("diffusers:")
-    assert "names no model" in why_not("diffusers:@main")
-    assert "max_batch: 0" in why_not("opencv", max_batch=0)
+def test_an_unknown_name_gets_the_nearest_known_one() -> None:
+    assert load_error("opencvv") == "engine 'opencvv' is not known; did you mean 'opencv'?"
+    assert "known: sd2, opencv, diffusers:" in load_error("flux")
+    assert load_error("./sd2") == "engine './sd2' is not known; write 'diffusers:./sd2'"
+    assert "names no model" in load_error("diffusers:")
+    assert "names no model" in load_error("diffusers:@main")
+    assert "max_batch: 0" in load_error("opencv", max_batch=0)
 
 
-def test_the_model_that_left_the_hub_is_answered_with_the_remedy() -> None:
-    text = why_not("diffusers:stabilityai/stable-diffusion-2-inpainting")
+def test_the_error_for_the_model_that_left_the_hub_names_its_mirror() -> None:
+    text = load_error("diffusers:stabilityai/stable-diffusion-2-inpainting")
     assert "left the hub in November 2025" in text
     assert "sd2-community/stable-diffusion-2-inpainting" in text
 
@@ -112,29 +112,29 @@ def test_the_model_that_left_the_hub_is_answered_with_the_remedy() -> None:
 def test_a_revision_follows_the_last_at_sign(tmp_path: Path) -> None:
     assert split_revision("owner/model") == ("owner/model", None)
     assert split_revision("owner/model@v2") == ("owner/model", "v2")
-    odd = tmp_path / "at@home"
-    odd.mkdir()
-    assert split_revision(str(odd)) == (str(odd), None)
-    assert split_revision(f"{odd}@v2") == (str(odd), "v2")
+    folder = tmp_path / "at@home"
+    folder.mkdir()
+    assert split_revision(str(folder)) == (str(folder), None)
+    assert split_revision(f"{folder}@v2") == (str(folder), "v2")
 
 
-def test_a_folder_that_is_no_pipeline(tmp_path: Path, copy: Path) -> None:
-    assert "no such folder" in why_not(tmp_path / "absent")
-    assert "no model_index.json" in why_not(tmp_path)
-    assert "has no revision 'v2'" in why_not(f"diffusers:{copy}@v2")
+def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path, copy: Path) -> None:
+    assert "no such folder" in load_error(tmp_path / "absent")
+    assert "no model_index.json" in load_error(tmp_path)
+    assert "has no revision 'v2'" in load_error(f"diffusers:{copy}@v2")
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    text = why_not(copy)
+    text = load_error(copy)
     assert "only pickled weights" in text
     assert "save_pretrained" in text
     weights.with_suffix(".bin").unlink()
-    assert "no .safetensors weights" in why_not(copy)
+    assert "no .safetensors weights" in load_error(copy)
 
 
-def test_weights_in_half_precision_alone_are_used(copy: Path) -> None:
+def test_weights_in_half_precision_only_are_used(copy: Path) -> None:
     for path in copy.glob("*/*.safetensors"):
         path.rename(path.with_suffix(".fp16.safetensors"))
     engine = load_engine(f"diffusers:{copy}", device="cpu")
@@ -142,46 +142,46 @@ def test_weights_in_half_precision_alone_are_used(copy: Path) -> None:
     engine.close()
 
 
-def test_a_model_that_does_not_inpaint(copy: Path) -> None:
+def test_a_model_that_is_not_for_inpainting_is_refused(copy: Path) -> None:
     change_config(copy, "unet/config.json", in_channels=4)
-    assert "has 4 input channels, not 9; use an inpainting model" in why_not(copy)
+    assert "has 4 input channels, not 9; use an inpainting model" in load_error(copy)
 
 
-def test_models_of_another_kind(copy: Path) -> None:
+def test_unsupported_architectures_are_refused(copy: Path) -> None:
     change_config(copy, "unet/config.json", time_cond_proj_dim=256)
-    assert "needs time_cond_proj_dim" in why_not(copy)
+    assert "needs time_cond_proj_dim" in load_error(copy)
     change_config(copy, "model_index.json", vae=["diffusers", "AsymmetricAutoencoderKL"])
-    assert "vae is ['diffusers', 'AsymmetricAutoencoderKL'], not AutoencoderKL" in why_not(copy)
+    assert "vae is ['diffusers', 'AsymmetricAutoencoderKL'], not AutoencoderKL" in load_error(copy)
 
 
-def test_custom_code_is_never_run(copy: Path) -> None:
+def test_custom_pipeline_code_is_never_run(copy: Path) -> None:
     (copy / "unet" / "own.py").write_text("raise SystemExit('ran')")
-    assert "custom pipeline code (unet/own.py) is never run" in why_not(copy)
+    assert "custom pipeline code (unet/own.py) is never run" in load_error(copy)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_a_clone_without_its_weights_is_told_how_to_get_them(copy: Path, part: str) -> None:
+def test_the_error_for_a_git_lfs_pointer_names_the_command_to_run(copy: Path, part: str) -> None:
     weights = next((copy / part).glob("*.safetensors"))
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert why_not(copy) == (
+    assert load_error(copy) == (
         f"{weights}: a Git LFS pointer, not the weights; run git lfs pull in {copy}"
     )
 
 
-def test_damaged_files_are_an_answer_too(copy: Path) -> None:
+def test_damaged_files_are_refused(copy: Path) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "fetch it again" in why_not(copy)
+    assert "fetch it again" in load_error(copy)
     (copy / "unet" / "config.json").write_text("{")
-    assert "unet/config.json" in why_not(copy)
+    assert "unet/config.json" in load_error(copy)
 
 
-def test_parts_that_do_not_belong_together(copy: Path) -> None:
+def test_components_of_different_models_are_refused(copy: Path) -> None:
     change_config(copy, "unet/config.json", cross_attention_dim=48)
-    text = why_not(copy)
+    text = load_error(copy)
     assert "embeddings have 32 values and the UNet reads 48" in text
     change_config(copy, "text_encoder/config.json", hidden_size=48)
-    assert "cannot be loaded on cpu" in why_not(copy)
+    assert "cannot be loaded on cpu" in load_error(copy)
 
 
 @pytest.mark.parametrize(
@@ -192,17 +192,17 @@ def test_parts_that_do_not_belong_together(copy: Path) -> None:
         ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"),
     ],
 )
-def test_weights_that_are_missing_are_not_left_at_random(
+def test_missing_weights_are_refused_and_not_left_random(
     copy: Path, file: str, weight: str
 ) -> None:
     weights = load_file(copy / file)
     del weights[next(name for name in weights if name.endswith(weight))]
     save_file(weights, copy / file, metadata={"format": "pt"})
-    assert "1 of the model's weights are missing" in (text := why_not(copy))
+    assert "1 of the model's weights are missing" in (text := load_error(copy))
     assert weight in text
 
 
-def test_a_vae_in_the_names_of_old_checkpoints_lacks_nothing(copy: Path) -> None:
+def test_a_vae_with_the_weight_names_of_old_checkpoints_is_complete(copy: Path) -> None:
     path = copy / "vae" / "diffusion_pytorch_model.safetensors"
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = load_file(path)
@@ -215,16 +215,16 @@ def test_a_vae_in_the_names_of_old_checkpoints_lacks_nothing(copy: Path) -> None
     load_engine(f"diffusers:{copy}", device="cpu").close()
 
 
-def test_a_configuration_that_no_job_could_use(copy: Path) -> None:
+def test_a_configuration_that_no_job_could_use_is_refused(copy: Path) -> None:
     change_config(copy, "vae/config.json", scaling_factor=None)
-    assert "scaling_factor is None" in why_not(copy)
+    assert "scaling_factor is None" in load_error(copy)
     change_config(copy, "vae/config.json", scaling_factor=0.18215)
     for key, value in (("beta_schedule", "odd"), ("prediction_type", "odd")):
         change_config(copy, "scheduler/scheduler_config.json", **{key: value})
-        assert "cannot be built from the model's scheduler_config.json" in why_not(copy)
+        assert "cannot be built from the model's scheduler_config.json" in load_error(copy)
 
 
-def test_a_tokenizer_without_its_settings_cuts_prompts_at_what_the_encoder_takes(
+def test_a_tokenizer_without_its_configuration_truncates_to_the_encoders_length(
     copy: Path,
 ) -> None:
     (copy / "tokenizer" / "tokenizer_config.json").unlink()
@@ -233,42 +233,44 @@ def test_a_tokenizer_without_its_settings_cuts_prompts_at_what_the_encoder_takes
     engine.close()
 
 
-def test_a_tokenizer_of_another_model(copy: Path) -> None:
+def test_the_tokenizer_of_another_model_is_refused(copy: Path) -> None:
     larger = tokenizer()
     larger.add_tokens(["zebra"])
     larger.save_pretrained(copy / "tokenizer")
-    assert "114 tokens and the text encoder 113" in why_not(copy)
+    assert "114 tokens and the text encoder 113" in load_error(copy)
 
 
-def test_a_tokenizer_that_is_missing(copy: Path) -> None:
+def test_a_missing_tokenizer_is_refused(copy: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
-    assert "no tokenizer" in why_not(copy)
+    assert "no tokenizer" in load_error(copy)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [("float16", 4), ("bfloat16", 32)])
-def test_half_precision_stays_near_full_precision(tiny_model: Path, dtype: str, most: int) -> None:
-    pictures = []
+@pytest.mark.parametrize(("dtype", "max_difference"), [("float16", 4), ("bfloat16", 32)])
+def test_half_precision_stays_near_full_precision(
+    tiny_model: Path, dtype: str, max_difference: int
+) -> None:
+    results = []
     for name in ("float32", dtype):
         engine = load_engine(f"diffusers:{tiny_model}", device="cpu", dtype=name)  # type: ignore[arg-type]
-        pictures.append(engine.submit(region_work()).result(60).astype(int))
+        results.append(engine.submit(region_work()).result(60).astype(int))
         engine.close()
-    assert 0 < abs(pictures[0] - pictures[1]).max() <= most
+    assert 0 < abs(results[0] - results[1]).max() <= max_difference
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_asked_for_and_not_there(tiny_model: Path) -> None:
-    assert "sees 0 CUDA devices" in why_not(tiny_model, device="cuda:0")
+def test_cuda_on_a_machine_without_it_is_refused(tiny_model: Path) -> None:
+    assert "sees 0 CUDA devices" in load_error(tiny_model, device="cuda:0")
 
 
-def test_devices_and_attention_that_cannot_be(tiny_model: Path) -> None:
-    assert "device 'gpu' is not known" in why_not(tiny_model, device="gpu")
-    assert "device 'mps' is not supported" in why_not(tiny_model, device="mps")
-    assert "xformers needs a CUDA device" in why_not(tiny_model, attention="xformers")
-    sliced = why_not(tiny_model, attention="sliced", compile="default")
+def test_unusable_devices_and_attention_kernels_are_refused(tiny_model: Path) -> None:
+    assert "device 'gpu' is not known" in load_error(tiny_model, device="gpu")
+    assert "device 'mps' is not supported" in load_error(tiny_model, device="mps")
+    assert "xformers needs a CUDA device" in load_error(tiny_model, attention="xformers")
+    sliced = load_error(tiny_model, attention="sliced", compile="default")
     assert sliced == "attention sliced does not compile; use attention auto or compile off"
 
 
-def test_compiled_code_is_kept_in_the_settings_home_unless_the_user_says_where(
+def test_compiled_code_is_cached_in_the_settings_home_unless_the_user_sets_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set to be restored")
@@ -291,7 +293,7 @@ def kernel_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("kernel_flags")
 @pytest.mark.parametrize("is_deterministic", [False, True])
-def test_cuda_gets_tf32_and_kernels_that_do_not_vary_where_asked(*, is_deterministic: bool) -> None:
+def test_cuda_uses_tf32_and_deterministic_kernels_if_asked(*, is_deterministic: bool) -> None:
     configure_kernels(torch.device("cuda"), is_deterministic=is_deterministic)
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.backends.cudnn.deterministic is is_deterministic
@@ -299,13 +301,13 @@ def test_cuda_gets_tf32_and_kernels_that_do_not_vary_where_asked(*, is_determini
 
 
 @pytest.mark.usefixtures("kernel_flags")
-def test_the_cpu_keeps_its_precision() -> None:
+def test_the_cpu_uses_full_precision() -> None:
     configure_kernels(torch.device("cpu"), is_deterministic=True)
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.deterministic
 
 
-def test_the_launcher_counts_devices_without_torch() -> None:
+def test_devices_are_counted_without_importing_torch() -> None:
     printed = subprocess.run(
         [sys.executable, "-m", "workers.engines.stable_diffusion.devices"],
         capture_output=True,
@@ -313,9 +315,9 @@ def test_the_launcher_counts_devices_without_torch() -> None:
         check=True,
         timeout=120,
     ).stdout
-    found = json.loads(printed)
-    assert found["torch"] == torch.__version__
-    assert len(found["cuda"]) == torch.cuda.device_count()
+    devices = json.loads(printed)
+    assert devices["torch"] == torch.__version__
+    assert len(devices["cuda"]) == torch.cuda.device_count()
     code = (
         "import sys; sys.modules['torch'] = None; import runpy;"
         "runpy.run_module('workers.engines.stable_diffusion.devices', run_name='__main__')"
