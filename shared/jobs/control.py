@@ -122,17 +122,17 @@ def supersede(connection: Connection, ids: Sequence[int], *, submission: int) ->
     pending, queued -> cancelled; a running job is asked to stop; a succeeded one keeps its
     state. All are marked ``OutputReplaced``. submission: writes the outputs from now on.
     """
-    where = (Job.id.in_(ids), owns_output(Job))
-    replaced = {
-        "error_code": OutputReplaced.code,
-        "error_message": f"submission {submission} now writes this output",
-    }
-    waiting = _update_locked(*where, Job.state.in_(WAITING_STATES))
-    running = _update_locked(*where, Job.state == "running")
-    succeeded = _update_locked(*where, Job.state == "succeeded")
-    connection.execute(waiting.values(state="cancelled", finished_at=clock(), **replaced))
-    connection.execute(running.values(cancel_requested=true(), **replaced))
-    connection.execute(succeeded.values(**replaced))
+    is_waiting = Job.state.in_(WAITING_STATES)
+    # One statement for all states: between two, a running job that is released to pending
+    # could escape both and remain an owner.
+    superseded = _update_locked(Job.id.in_(ids), owns_output(Job)).values(
+        state=case((is_waiting, "cancelled"), else_=Job.state),
+        finished_at=case((is_waiting, clock()), else_=Job.finished_at),
+        cancel_requested=case((Job.state == "running", true()), else_=Job.cancel_requested),
+        error_code=OutputReplaced.code,
+        error_message=f"submission {submission} now writes this output",
+    )
+    connection.execute(superseded)
 
 
 # ``attempt`` is not reset: fencing tokens must never repeat, since a worker may still run an
