@@ -19,7 +19,8 @@ clock, so that the clocks of the hosts do not matter.
 | running         | pending   | reap: the lease expired; reap_worker: the process exited    |
 | running         | failed    | the same, for the second lost worker (quarantine)           |
 | pending, queued | cancelled | cancel, supersede: still pending or queued                  |
-| final           | pending   | retry, reopen_*: still final, no other job owns the output  |
+| final           | pending   | retry, reopen_*: still final; the output is free, or is     |
+|                 |           | taken in the same submission (``replace``)                  |
 | final           | (deleted) | prune: finished long enough ago                             |
 
 * The attempt still holds the lease. A job whose cancellation was requested while it ran becomes
@@ -36,11 +37,13 @@ dies or is suspended at any point:
   message, which ``redeliver`` publishes again; two messages for one job acquire it once.
 - At most one job owns an output. ``record``, ``retry`` and the reopen functions check that in
   the transaction that makes a job an owner.
-- Statements over several rows lock them in ascending order of id, and so cannot deadlock.
+- Statements over several unfinished jobs lock them in ascending order of id, so that no two of
+  them deadlock.
 
-identity: content keys. submissions: manifest rows to jobs. dispatcher, queue: messages.
-leases: acquire, heartbeat, reap. completion: how an attempt ends. retry: when a job runs again.
-control: cancel, retry, ownership of outputs. pruning: deletion.
+Modules: submissions (manifest rows to jobs), identity (content keys), queue (messages in Redis),
+dispatcher (which are published), leases (acquire, heartbeat, reap), completion (how an attempt
+ends), retry (when a failed job runs again), control (cancel, retry, ownership of outputs), pruning
+(deletion).
 """
 
 from shared.jobs.completion import (

@@ -202,12 +202,12 @@ def _change_params(
             seed=seed,
         )
         try:
-            with connection.begin_nested():
-                connection.execute(
-                    update(Job)
-                    .where(Job.id == job.id, Job.state.in_(FINAL_STATES))
-                    .values(params=text, seed=seed, content_key=key)
-                )
+            # Final is checked again: another user may have reopened it since the SELECT.
+            connection.execute(
+                update(Job)
+                .where(Job.id == job.id, Job.state.in_(FINAL_STATES))
+                .values(params=text, seed=seed, content_key=key)
+            )
         except IntegrityError as error:
             raise InputError(
                 f"job {job.id}: another job already does exactly this; retry that one"

@@ -87,11 +87,11 @@ class JobMachine(ProducerRules, WorkerRules):
             if all(job.is_final for job in self.model.values() if job.submission == submission)
         }
         assert {prunable.submission for prunable in chosen} == finished
-        kept = {max(self.model, default=0)} if self.db.is_sqlite else set()
+        not_deleted = {max(self.model, default=0)} if self.db.is_sqlite else set()
         deleted = [
             job.id
             for job in self.model.values()
-            if job.submission in finished and job.id not in kept
+            if job.submission in finished and job.id not in not_deleted
         ]
         assert jobs.prune(self.db, chosen, older_than_seconds=-1) == len(deleted)
         for job_id in deleted:
@@ -99,10 +99,10 @@ class JobMachine(ProducerRules, WorkerRules):
         self._remove_submissions(finished)
 
     def _remove_submissions(self, finished: set[int]) -> None:
-        kept = {job.submission for job in self.model.values()}
+        remaining = {job.submission for job in self.model.values()}
         if self.db.is_sqlite:
-            kept.add(max(self.submissions, default=0))
-        for submission in finished - kept:
+            remaining.add(max(self.submissions, default=0))
+        for submission in finished - remaining:
             del self.submissions[submission]
         with self.db.read() as connection:
             ids = set(connection.execute(select(Submission.id)).scalars())

@@ -113,16 +113,16 @@ class WorkerRules(MachineState):
     @rule(worker=st.sampled_from(WORKERS))
     def heartbeat(self, worker: str) -> None:
         renewed = jobs.heartbeat(self.db, worker=worker, lease_seconds=LEASE_SECONDS)
-        held = [job for job in self.model.values() if job.worker == worker]
-        for job in held:
+        leased = [job for job in self.model.values() if job.worker == worker]
+        for job in leased:
             job.expired = False
         actual = {(lease.job, lease.attempt, lease.cancel_requested) for lease in renewed}
-        assert actual == {(job.id, job.attempt, job.cancel_requested) for job in held}
+        assert actual == {(job.id, job.attempt, job.cancel_requested) for job in leased}
 
-    @precondition(lambda self: self._held())
+    @precondition(lambda self: self._current_leases())
     @rule(data=st.data(), how=ENDS, later=st.booleans())
     def end_held(self, data: st.DataObject, how: str, later: bool) -> None:
-        lease = data.draw(st.sampled_from(self._held()))
+        lease = data.draw(st.sampled_from(self._current_leases()))
         self._end(lease, how, later)
         job = self.model[lease.id]
         if how == "renew":
@@ -131,22 +131,22 @@ class WorkerRules(MachineState):
         self.ended[lease.id, lease.attempt] += 1
         self._expect_end(job, how, later)
 
-    @precondition(lambda self: self._lost())
+    @precondition(lambda self: self._lost_leases())
     @rule(data=st.data(), how=ENDS, later=st.booleans())
     def end_lost(self, data: st.DataObject, how: str, later: bool) -> None:
         """A worker that was suspended, or ends an attempt twice, after the job has moved on."""
         running = [
             lease
-            for lease in self._lost()
+            for lease in self._lost_leases()
             if lease.id in self.model and self.model[lease.id].state == "running"
         ]
         with pytest.raises(LeaseLost):
-            self._end(data.draw(st.sampled_from(running or self._lost())), how, later)
+            self._end(data.draw(st.sampled_from(running or self._lost_leases())), how, later)
 
-    def _held(self) -> list[LeasedJob]:
+    def _current_leases(self) -> list[LeasedJob]:
         return [lease for lease in self.leases if self._holds(lease)]
 
-    def _lost(self) -> list[LeasedJob]:
+    def _lost_leases(self) -> list[LeasedJob]:
         return [lease for lease in self.leases if not self._holds(lease)]
 
     def _holds(self, lease: LeasedJob) -> bool:
@@ -237,10 +237,10 @@ class WorkerRules(MachineState):
     def release_orphan(self, data: st.DataObject) -> None:
         """A worker releases a lease that none of its threads runs, or that it lost since."""
         lease = data.draw(st.sampled_from(self.leases))
-        held = self._holds(lease)
+        holds_lease = self._holds(lease)
         renewed = jobs.RenewedLease(job=lease.id, attempt=lease.attempt, cancel_requested=False)
         jobs.release_orphan(self.db, renewed)
-        if held:
+        if holds_lease:
             job = self.model[lease.id]
             self.ended[lease.id, lease.attempt] += 1
             job.end("cancelled" if job.cancel_requested else "released", "pending")

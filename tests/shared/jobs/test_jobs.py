@@ -401,14 +401,14 @@ def test_a_job_whose_lease_expired_but_was_not_reaped_can_succeed(table: JobTabl
 
 
 def test_reap_ends_an_expired_lease_and_the_job_is_pending_again(table: JobTable) -> None:
-    lost, held = table.add(2)
+    lost, leased = table.add(2)
     table.run(lost, lease=-1)
-    table.run(held)
+    table.run(leased)
     assert jobs.reap(table.db) == [jobs.ReapedLease(job=lost, attempt=1, state="pending")]
     row, (attempt,) = table.job(lost), table.attempts(lost)
     assert (row.losses, row.failures, row.worker, row.error_code) == (1, 0, None, None)
     assert (attempt.outcome, attempt.error_code) == ("lost", "worker_lost")
-    assert table.state(held) == "running"
+    assert table.state(leased) == "running"
     assert [message.job for message in table.dispatch()] == [lost]
 
 

@@ -100,10 +100,10 @@ def test_an_id_is_never_reused_so_a_lost_worker_holds_no_lease_of_the_new_job(
     prune(table)
     again = table.add_one(submission=table.submission("again"))
     assert again != job
-    held = table.run(again)
+    leased = table.run(again)
     with pytest.raises(LeaseLost):
         jobs.succeed(table.db, lost, AttemptRecord())
-    jobs.succeed(table.db, held, AttemptRecord())
+    jobs.succeed(table.db, leased, AttemptRecord())
 
 
 def test_a_pruned_manifest_can_be_submitted_again_but_not_continued(table: JobTable) -> None:

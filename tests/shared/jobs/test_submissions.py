@@ -60,7 +60,7 @@ def test_a_job_has_the_values_of_its_row(table: JobTable) -> None:
     row = new_job(
         7,
         key='a "quoted"\tsku,\n画 \\N \\.',
-        image="/pictures/ä\\ 1.png",
+        image="/images/ä\\ 1.png",
         mask="box:1,2,3,4",
         params=Params(prompt="été, \\t {x}", seed=2**63 - 1),
         priority=-1000,
