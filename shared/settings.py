@@ -72,6 +72,7 @@ def _database(value: SecretStr | None) -> SecretStr | None:
         raise ValueError(
             "use postgresql+psycopg://user:password@host/name or sqlite:///file"
         ) from None
+    # SQLAlchemy would load psycopg2 for "postgresql" and knows no "postgres".
     if url.drivername in ("postgres", "postgresql"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg"):
@@ -92,6 +93,7 @@ def _broker(value: SecretStr | None) -> SecretStr | None:
 def _check_broker(url: str) -> None:
     """Raises ValueError. The message leaves the URL out: it may hold a password."""
     try:
+        # kombu would report both mistakes only at the first connection.
         port = urlsplit(url).port
     except ValueError:
         raise ValueError("the port must be a number from 1 to 65535") from None
@@ -130,6 +132,7 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
 
+    # The descriptions are the text of docs/settings.md; a test compares them.
     home: Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_absolute)] = Field(
         default=Path(".inpaint"),
         description="Folder of the SQLite database and the embedded Redis.",
@@ -300,6 +303,7 @@ def _variables() -> dict[str, str | None]:
 
 
 def _unknown(variables: Iterable[str]) -> list[str]:
+    # Pydantic ignores unknown variables, so a misspelt one would silently have no effect.
     known = {_variable(name) for name in Settings.model_fields}
     unknown = sorted({*variables} - known - {_variable(name) for name in RENAMED})
     return [f"{name} is not a setting{did_you_mean(name, known)}" for name in unknown]

@@ -114,8 +114,8 @@ class JobTable:
         assert leased is not None, f"job {job} is {self.job(job).state}"
         return leased
 
-    def succeed(self, job: int, **found: Any) -> None:
-        jobs.succeed(self.db, self.run(job), AttemptRecord(**found))
+    def succeed(self, job: int, **record: Any) -> None:
+        jobs.succeed(self.db, self.run(job), AttemptRecord(**record))
 
     def cancel(self, *ids: int) -> jobs.CancelResult:
         return jobs.cancel(self.db, Selection(jobs=ids))

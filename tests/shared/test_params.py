@@ -36,14 +36,14 @@ QUALITIES = {"preview": (7.0, 20, 0.7), "high": (9.0, 100, 0.8), "creative": (12
 NAMES = ("guidance_scale", "num_inference_steps", "strength")
 
 
-def resolved(**given: Any) -> Params:
+def resolve_row(**changes: Any) -> Params:
     row: dict[str, Any] = {"engine": "sd2", "preset": None, "prompt": None}
-    return resolve(**{**row, "values": {}, "columns": {}, **given})
+    return resolve(**{**row, "values": {}, "columns": {}, **changes})
 
 
-def refusal(**given: Any) -> str:
+def error_message(**changes: Any) -> str:
     with pytest.raises(ParameterError) as caught:
-        resolved(**given)
+        resolve_row(**changes)
     assert caught.value.code == "bad_parameter"
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_there_are_ten_uses_faces_in_two_passes_and_three_qualities() -> None:
 
 @pytest.mark.parametrize(("name", "values"), [*USES.items(), *QUALITIES.items()])
 def test_a_preset_sets_the_values_of_the_guide(name: str, values: tuple[float, int, float]) -> None:
-    params = resolved(preset=name)
+    params = resolve_row(preset=name)
     assert tuple(getattr(params, parameter) for parameter in NAMES) == values
 
 
@@ -65,7 +65,7 @@ def test_a_preset_sets_the_values_of_the_guide(name: str, values: tuple[float, i
 def test_a_use_has_a_prompt_that_its_own_placeholders_fill(name: str) -> None:
     preset = presets()[name]
     assert set(placeholders(preset.prompt)) == set(preset.placeholders)
-    params = resolved(preset=name)
+    params = resolve_row(preset=name)
     assert params.prompt
     assert not set("{}") & set(params.prompt)
     assert params.negative_prompt
@@ -73,16 +73,18 @@ def test_a_use_has_a_prompt_that_its_own_placeholders_fill(name: str) -> None:
 
 
 def test_film_is_wide_and_everything_else_is_square() -> None:
-    sizes = {name: (resolved(preset=name).width, resolved(preset=name).height) for name in USES}
+    sizes = {
+        name: (resolve_row(preset=name).width, resolve_row(preset=name).height) for name in USES
+    }
     assert sizes.pop("film") == (1024, 576)
     assert set(sizes.values()) == {(512, 512)}
 
 
 def test_presets_combine_and_the_later_one_wins_where_both_set_a_value() -> None:
-    both = resolved(preset="ecommerce+preview", columns={"product": "a cup"})
+    both = resolve_row(preset="ecommerce+preview", columns={"product": "a cup"})
     assert tuple(getattr(both, name) for name in NAMES) == QUALITIES["preview"]
     assert both.prompt.startswith("product photograph of a cup")
-    assert resolved(preset="preview+ecommerce") == resolved(preset="ecommerce")
+    assert resolve_row(preset="preview+ecommerce") == resolve_row(preset="ecommerce")
     assert find_presets(" film + high ") == (presets()["film"], presets()["high"])
 
 
@@ -96,7 +98,7 @@ def test_presets_combine_and_the_later_one_wins_where_both_set_a_value() -> None
     ],
 )
 def test_an_unknown_preset_suggests_the_most_similar(name: str, message: str) -> None:
-    assert message in refusal(preset=name)
+    assert message in error_message(preset=name)
 
 
 # --- ranges ----------------------------------------------------------------------------------
@@ -182,9 +184,9 @@ OUTSIDE = [
 
 @pytest.mark.parametrize(("name", "text", "value"), INSIDE)
 def test_a_value_inside_its_range_is_read(name: str, text: str, value: Any) -> None:
-    found = find_parameter(name).read(text)
-    assert found == value
-    assert type(found) is type(value)
+    parsed = find_parameter(name).read(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(("name", "text"), OUTSIDE, ids=lambda text: ascii(text)[:20])
@@ -219,42 +221,42 @@ def test_numbers_are_read_like_their_text() -> None:
     ],
 )
 def test_an_unknown_parameter_suggests_the_most_similar(name: str, message: str) -> None:
-    assert message in refusal(values={name: "1"})
+    assert message in error_message(values={name: "1"})
 
 
 # --- combining -------------------------------------------------------------------------
 
 
 def test_without_values_the_documented_defaults_apply() -> None:
-    assert resolved() == Params(mask_dilation=1, mask_feather=2)
-    assert resolved(engine="opencv") == Params(mask_dilation=0, mask_feather=0)
+    assert resolve_row() == Params(mask_dilation=1, mask_feather=2)
+    assert resolve_row(engine="opencv") == Params(mask_dilation=0, mask_feather=0)
 
 
 def test_values_win_over_presets_and_presets_over_defaults() -> None:
-    params = resolved(preset="ecommerce", values={"strength": "0.5", "mask_feather": 9})
+    params = resolve_row(preset="ecommerce", values={"strength": "0.5", "mask_feather": 9})
     assert (params.strength, params.guidance_scale, params.mask_feather) == (0.5, 8.5, 9)
 
 
 @pytest.mark.parametrize("scheduler", ["ddpm", "pndm", "euler", "euler_a", "dpmpp_2m", "lcm"])
 def test_eta_is_allowed_only_with_ddim(scheduler: str) -> None:
-    assert resolved(values={"eta": "0.3"}).eta == 0.3
-    assert resolved(values={"eta": "0", "scheduler": scheduler}).scheduler == scheduler
-    message = refusal(values={"eta": "0.3", "scheduler": scheduler})
+    assert resolve_row(values={"eta": "0.3"}).eta == 0.3
+    assert resolve_row(values={"eta": "0", "scheduler": scheduler}).scheduler == scheduler
+    message = error_message(values={"eta": "0.3", "scheduler": scheduler})
     assert message == (
         f"eta: 0.3 has no meaning for scheduler {scheduler!r}; use 0, or scheduler ddim"
     )
 
 
 def test_a_strength_leaves_at_least_one_step() -> None:
-    assert resolved(values={"strength": "0.5", "num_inference_steps": "2"})
-    assert refusal(values={"strength": "0.01", "num_inference_steps": "50"}) == (
+    assert resolve_row(values={"strength": "0.5", "num_inference_steps": "2"})
+    assert error_message(values={"strength": "0.01", "num_inference_steps": "50"}) == (
         "strength: 0.01 of 50 num_inference_steps leaves no step; raise one of them"
     )
 
 
 def test_refinement_takes_at_least_one_step() -> None:
-    assert resolved(values={"refine_strength": "0.5", "num_inference_steps": "2"})
-    assert refusal(values={"refine_strength": "0.4", "num_inference_steps": "2"}) == (
+    assert resolve_row(values={"refine_strength": "0.5", "num_inference_steps": "2"})
+    assert error_message(values={"refine_strength": "0.4", "num_inference_steps": "2"}) == (
         "refine_strength: 0.4 of 2 num_inference_steps leaves no step; raise one of them"
     )
 
@@ -266,28 +268,28 @@ def test_changed_values_are_checked_against_the_others() -> None:
 
 
 def test_columns_fill_the_prompt_and_win_over_the_presets_placeholders() -> None:
-    params = resolved(preset="ecommerce", columns={"product": "a red cup", "unused": "x"})
+    params = resolve_row(preset="ecommerce", columns={"product": "a red cup", "unused": "x"})
     assert "a red cup" in params.prompt
     assert "neutral background" in params.prompt
 
 
 def test_a_given_template_replaces_the_presets() -> None:
-    params = resolved(preset="film", prompt="{{x}} of {thing}", columns={"thing": "a cup"})
+    params = resolve_row(preset="film", prompt="{{x}} of {thing}", columns={"thing": "a cup"})
     assert params.prompt == "{x} of a cup"
     assert params.guidance_scale == 10.0
 
 
 def test_a_prompt_value_is_not_a_template() -> None:
-    assert resolved(preset="film", values={"prompt": "a {curly} cup"}).prompt == "a {curly} cup"
+    assert resolve_row(preset="film", values={"prompt": "a {curly} cup"}).prompt == "a {curly} cup"
 
 
 def test_a_filled_prompt_may_contain_braces_and_is_not_filled_again() -> None:
-    assert resolved(prompt="{a}", columns={"a": "{b}"}).prompt == "{b}"
+    assert resolve_row(prompt="{a}", columns={"a": "{b}"}).prompt == "{b}"
 
 
 @pytest.mark.parametrize("columns", [{}, {"thing": ""}])
 def test_a_placeholder_without_a_text_is_named_in_the_error(columns: dict[str, str]) -> None:
-    message = refusal(prompt="photo of {thing}", columns=columns)
+    message = error_message(prompt="photo of {thing}", columns=columns)
     assert message == ("prompt: nothing fills {thing}; add a column 'thing' or another --prompt")
 
 
@@ -304,12 +306,12 @@ def test_a_template_names_its_placeholders_in_order() -> None:
 
 
 def test_a_filled_prompt_is_checked_like_any_other() -> None:
-    assert "prompt: " in refusal(prompt="{a}", columns={"a": "x\ny"})
-    assert "prompt: " in refusal(prompt="{a}", columns={"a": "x" * (PROMPT_LIMIT + 1)})
+    assert "prompt: " in error_message(prompt="{a}", columns={"a": "x\ny"})
+    assert "prompt: " in error_message(prompt="{a}", columns={"a": "x" * (PROMPT_LIMIT + 1)})
 
 
 def test_params_survive_json_and_equal_ones_have_equal_text() -> None:
-    params = resolved(preset="art", values={"prompt": "é 画", "seed": 5})
+    params = resolve_row(preset="art", values={"prompt": "é 画", "seed": 5})
     text = params.to_json()
     assert Params.from_json(text, seed=5) == params
     assert "seed" not in text
@@ -331,7 +333,7 @@ def test_optional_parameters_at_their_defaults_are_left_out_of_the_json() -> Non
 
 
 def test_faces_have_the_two_passes_of_the_guide() -> None:
-    params = resolved(preset="faces", passes=RowPasses(detail_mask="/eyes.png"))
+    params = resolve_row(preset="faces", passes=RowPasses(detail_mask="/eyes.png"))
     (whole_mask, whole), (detail_mask, detail) = params.all_passes()
     assert tuple(getattr(whole, name) for name in NAMES) == (8.0, 70, 0.8)
     assert tuple(getattr(detail, name) for name in NAMES) == (7.0, 50, 0.6)
@@ -342,30 +344,30 @@ def test_faces_have_the_two_passes_of_the_guide() -> None:
 
 
 def test_faces_without_a_detail_mask_are_refused() -> None:
-    assert refusal(preset="faces").startswith("detail_mask: empty")
-    assert refusal(passes=RowPasses(detail_prompt="eyes")).startswith("detail_mask: empty")
+    assert error_message(preset="faces").startswith("detail_mask: empty")
+    assert error_message(passes=RowPasses(detail_prompt="eyes")).startswith("detail_mask: empty")
 
 
 def test_options_and_later_presets_reach_the_second_pass() -> None:
     passes = RowPasses(detail_mask="/eyes.png")
-    quick = resolved(preset="faces+preview", passes=passes, values={"strength": 0.9})
+    quick = resolve_row(preset="faces+preview", passes=passes, values={"strength": 0.9})
     values = [tuple(getattr(params, name) for name in NAMES) for _, params in quick.all_passes()]
     assert values == [(7.0, 20, 0.9), (7.0, 20, 0.9)]
-    first = resolved(preset="preview+faces", passes=passes)
+    first = resolve_row(preset="preview+faces", passes=passes)
     assert first.all_passes()[1][1].num_inference_steps == 50
 
 
 def test_a_detail_prompt_replaces_the_presets() -> None:
     passes = RowPasses(detail_mask="/eyes.png", detail_prompt="green eyes")
-    assert resolved(preset="faces", passes=passes).all_passes()[1][1].prompt == "green eyes"
-    assert resolved(prompt="a face", passes=RowPasses(detail_mask="/m")).all_passes()[1][
+    assert resolve_row(preset="faces", passes=passes).all_passes()[1][1].prompt == "green eyes"
+    assert resolve_row(prompt="a face", passes=RowPasses(detail_mask="/m")).all_passes()[1][
         1
     ].prompt == ("a face")
 
 
 def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
     passes = [{"prompt": "a", "strength": 0.9}, {"mask": "/b.png", "num_inference_steps": "20"}]
-    params = resolved(values={"seed": 3}, passes=RowPasses(passes=passes))
+    params = resolve_row(values={"seed": 3}, passes=RowPasses(passes=passes))
     (_, first), (mask, second) = params.all_passes()
     assert (first.prompt, first.strength, first.num_inference_steps) == ("a", 0.9, 50)
     assert (second.prompt, second.strength, second.num_inference_steps) == ("a", 0.9, 20)
@@ -384,28 +386,28 @@ def test_the_first_pass_changes_the_row_and_the_others_follow_it() -> None:
     ],
 )
 def test_a_pass_is_checked_like_a_row(passes: list[dict[str, Any]], message: str) -> None:
-    assert message in refusal(passes=RowPasses(passes=passes))
+    assert message in error_message(passes=RowPasses(passes=passes))
 
 
 def test_passes_and_a_detail_mask_cannot_be_combined() -> None:
-    message = refusal(passes=RowPasses(passes=[{}], detail_mask="/m.png"))
+    message = error_message(passes=RowPasses(passes=[{}], detail_mask="/m.png"))
     assert message == "passes: cannot be combined with detail_mask or detail_prompt"
 
 
 def test_a_style_is_appended_to_the_prompt_of_every_pass() -> None:
     passes = RowPasses(passes=[{}, {"prompt": "eyes"}])
-    params = resolved(prompt="a face", style="oil on canvas", passes=passes)
+    params = resolve_row(prompt="a face", style="oil on canvas", passes=passes)
     assert [of_pass.prompt for _, of_pass in params.all_passes()] == [
         "a face, oil on canvas",
         "eyes, oil on canvas",
     ]
-    assert resolved(values={"prompt": "x"}, style="ink").prompt == "x, ink"
-    assert resolved(style="ink").prompt == "ink"
+    assert resolve_row(values={"prompt": "x"}, style="ink").prompt == "x, ink"
+    assert resolve_row(style="ink").prompt == "ink"
 
 
 def test_a_template_may_contain_the_style_as_a_placeholder() -> None:
-    assert resolved(prompt="{style} of a cup", style="ink").prompt == "ink of a cup"
-    photo = resolved(preset="photo-restoration", style="studio style")
+    assert resolve_row(prompt="{style} of a cup", style="ink").prompt == "ink of a cup"
+    photo = resolve_row(preset="photo-restoration", style="studio style")
     assert photo.prompt.startswith("old photograph, studio style, continuous film grain")
     assert photo.prompt.count("studio style") == 1
 

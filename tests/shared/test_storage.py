@@ -222,14 +222,14 @@ def test_a_name_too_long_for_the_file_system_is_refused_without_retry(folder: Pa
 
 def test_temporary_files_of_killed_attempts_are_removed(folder: Path) -> None:
     uri = f"{folder}/{'画' * 83}.png"
-    kept = folder / "kept.png"
-    kept.touch()
+    other = folder / "kept.png"
+    other.touch()
     for token in ("7-1", "7-2"):
         files.temporary_path(Path(uri), token).touch()
     storage = Storage(roots=[folder], buckets=())
     storage.remove_temporary_files(uri, ["7-1", "7-2", "7-3"])
     storage.remove_temporary_files("s3://bucket/a.png", ["7-1"])
-    assert list(folder.iterdir()) == [kept]
+    assert list(folder.iterdir()) == [other]
 
 
 # --- refused locations -------------------------------------------------------------------------

@@ -31,14 +31,14 @@ def worker() -> None:
 
 def _run(program: str, module: str, command: str) -> None:
     """Exits with status 2 and one line on stderr if a foreign package hides or replaces ours."""
-    if found := _foreign_package():
-        sys.exit(_refuse(program, found))
+    if reason := _foreign_package():
+        sys.exit(_refuse(program, reason))
     try:
         run = getattr(import_module(module), command)
     except (ImportError, AttributeError):
         # Two distributions in one site-packages write into the same folder: the last one wins.
-        if found := _overwritten_package():
-            sys.exit(_refuse(program, found))
+        if reason := _overwritten_package():
+            sys.exit(_refuse(program, reason))
         raise
     run()
 
@@ -51,6 +51,7 @@ def _foreign_package() -> str | None:
         if spec is None:
             continue
         location = Path(next(iter(spec.submodule_search_locations or ()), None) or str(spec.origin))
+        # find_spec imports nothing: a foreign __init__ may do anything.
         if location.resolve() != (own_folder / name).resolve():
             return f"the package {name!r} in {location} is another project's and hides ours"
     return None
@@ -67,7 +68,8 @@ def _folder_of_the_packages() -> Path:
 
 def _overwritten_package() -> str | None:
     """Names the first of the four packages that another distribution has installed files into."""
-    from importlib.metadata import packages_distributions  # reads every RECORD: slow
+    # Imported here and called only after a failure: it reads the RECORD of every distribution.
+    from importlib.metadata import packages_distributions
 
     distributions = packages_distributions()
     for name in PACKAGES:
