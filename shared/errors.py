@@ -57,10 +57,8 @@ class InpaintError(Exception):
     code = "internal_error"
     retryable = False
 
-    def __init__(self, message: str, *, code: str | None = None) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__(message)
-        if code is not None:
-            self.code = code
 
 
 class InputError(InpaintError):
@@ -99,6 +97,7 @@ class ObjectMissing(InputError):
     code = "object_missing"
 
 
+# Not retryable, though a permission can be granted later: only a person can do that.
 class ObjectDenied(InputError):
     code = "object_denied"
 
@@ -156,6 +155,7 @@ class BrokerUnavailable(UnavailableError):
     code = "broker_unavailable"
 
 
+# Retryable: torch and OpenCV raise for transient states of the device as well.
 class EngineError(InpaintError):
     code = "engine_error"
     retryable = True
@@ -184,11 +184,13 @@ class WorkerLost(InpaintError):
     retryable = True
 
 
+# Not an EngineError: five of those in a row take the device out of service.
 class PostprocessError(InpaintError):
     code = "postprocess_failed"
     retryable = True
 
 
+# Not retryable: the same seed gives the same result.
 class GateError(InpaintError):
     code = "gate_failed"
 

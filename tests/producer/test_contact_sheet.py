@@ -19,7 +19,7 @@ from PIL import Image
 from producer import reports
 from producer.contact_sheet.cards import SIDE_PX, build_cards, close_up_box, usual_params
 from shared import jobs, settings
-from shared.errors import GateError, InpaintError, ObjectMissing
+from shared.errors import GateBlack, InpaintError, ObjectMissing
 from shared.geometry.box import Box
 from shared.jobs import AttemptRecord
 from shared.params import Params, PassSpec
@@ -134,7 +134,7 @@ def test_failed_jobs_come_first_then_reviews_then_the_lowest_scores(
     best, worst = scenario.done("a.png", 0.9), scenario.done("b.png", 0.2)
     review = scenario.done("c.png", 0.6, review="gate_seam")
     missing = scenario.failed(ObjectMissing("gone"), "d.png")
-    black = scenario.failed(GateError("all black", code="gate_black"), "e.png")
+    black = scenario.failed(GateBlack("all black"), "e.png")
     scenario.add("waits.png")
     assert shown(scenario.sheet()) == [black, missing, review, worst, best]
 
@@ -195,7 +195,7 @@ def test_large_pictures_are_made_small(scenario: SheetScenario) -> None:
 
 
 def test_a_failed_job_shows_its_image_its_code_and_its_message(scenario: SheetScenario) -> None:
-    job = scenario.failed(GateError("all black here", code="gate_black"))
+    job = scenario.failed(GateBlack("all black here"))
     scenario.workspace.image("out/a.png")  # an older result, which is not this job's
     page = scenario.sheet()
     assert "failed: gate_black all black here" in page.cards[0]
