@@ -35,17 +35,11 @@ def choose_fastest(
     Errors of the first candidate propagate. A later candidate that fails is skipped, except on
     torch.AcceleratorError, after which the device may be unusable.
     """
-
-    def measure(candidate: Candidate) -> tuple[Tensor, float]:
-        run = make(candidate)
-        # Candidates may be CUDA graphs of one memory pool: the next replay overwrites the output.
-        return run().clone(), stopwatch(run)
-
     best = candidates[0]
-    expected, best_seconds = measure(best)
+    expected, best_seconds = _measure(make(best), stopwatch)
     for candidate in candidates[1:]:
         try:
-            result, seconds = measure(candidate)
+            result, seconds = _measure(make(candidate), stopwatch)
         except torch.AcceleratorError:
             raise
         except (RuntimeError, ValueError, OSError, ImportError) as error:
@@ -56,6 +50,11 @@ def choose_fastest(
         elif seconds < MAX_TIME_RATIO * best_seconds:
             best, best_seconds = candidate, seconds
     return best
+
+
+def _measure(run: Callable[[], Tensor], stopwatch: Stopwatch) -> tuple[Tensor, float]:
+    # Candidates may be CUDA graphs of one memory pool: the next replay overwrites the output.
+    return run().clone(), stopwatch(run)
 
 
 def is_close(result: Tensor, expected: Tensor) -> bool:

@@ -96,6 +96,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise EngineUnavailable(f"device {name!r} is not known; use auto, cpu or cuda:N") from error
     if device.type == "cpu":
+        # torch.device("cpu:0") does not equal torch.device("cpu").
         return torch.device("cpu")
     if device.type != "cuda":
         raise EngineUnavailable(f"device {name!r} is not supported; use auto, cpu or cuda:N")
@@ -120,12 +121,13 @@ def choose_dtype(name: Dtype, device: torch.device) -> torch.dtype:
 
 
 def configure_kernels(device: torch.device, *, is_deterministic: bool) -> None:
-    """Set process-wide torch flags for CUDA: TF32, and deterministic kernels if asked for.
+    """Set process-wide torch flags for CUDA: TF32, and deterministic kernels if required.
 
     Call it before the process first computes on the device.
     """
     if device.type != "cuda":
         return
+    # TF32: float32 products at several times the speed; half precision is unaffected.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.deterministic = is_deterministic
     if is_deterministic:
@@ -144,6 +146,7 @@ def _load(
     quantization = options.quantization
     unet = _load_weights(UNet2DConditionModel, files, "unet", unet_dtype(dtype, quantization))
     unet = _to_channels_last(unet, device)
+    # On the host, so that the device never holds the unquantized weights.
     if quantization != "off":
         quantize(unet, options, device)
     text_encoder = _load_weights(CLIPTextModel, files, "text_encoder", dtype)
@@ -161,7 +164,7 @@ def _load(
 
 
 def _silence_libraries() -> None:
-    """No progress bars; what is wrong with the files is in the EngineUnavailable raised here."""
+    """No progress bars and no warnings: errors in the files are raised as EngineUnavailable."""
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     diffusers_logging.disable_progress_bar()
     for library_logging in (transformers_logging, diffusers_logging):

@@ -37,7 +37,7 @@ def kind_of_step(step: int, cache_interval: int) -> ForwardKind:
 
 
 def check_cache_interval(unet: Any, cache_interval: int) -> None:
-    """Raises ParameterError if caching is asked for and the UNet's architecture has no support."""
+    """Raises ParameterError if the UNet's architecture does not support an interval above 1."""
     config = unet.config
     names = [name for name in UNSUPPORTED_CONFIG if config.get(name) not in (None, False)]
     reasons = [f"has {name}" for name in names]

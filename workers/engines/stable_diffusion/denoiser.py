@@ -58,7 +58,7 @@ class Denoiser:
         )
         self._unet_runners = _build_unet_runners(components, options)
         is_on_cuda = components.device.type == "cuda"
-        # One image at a time: on the CPU a batch is no faster, and its results may round otherwise.
+        # Batches of several images are no faster on the CPU, and round with the batch's size.
         is_single = options.deterministic or not is_on_cuda
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, LatentSize], RowLimit] = {}
@@ -117,6 +117,7 @@ class Denoiser:
         reduce.
         """
         if self._modes.disable_fallback():
+            # Captured with other attention processors, or when the weights lay elsewhere.
             self._drop_graphs()
         self.copy_streams.limit_run_ahead()
         predictions = try_run(self._predict, rows)
@@ -204,6 +205,7 @@ class Denoiser:
         self._modes.bring_to_device("unet")
 
         def run(sample: Tensor) -> Tensor:
+            # Any timestep will do: the time of a pass does not depend on it.
             timesteps = torch.full((rows,), 500.0, device=device)
             return self._run_unet("full", sample, timesteps, embeddings)
 
@@ -217,6 +219,7 @@ class Denoiser:
         """Whether the VAE fits beside the last forward pass's graph; halves its batch if needed."""
         components, limit = self._components, self._limit("vae", size)
         latents = torch.zeros(components.latent_channels, *size, device=components.device)
+        # limit.halve, not _reduce_memory: no fallback while a smaller UNet batch may do.
         while try_run(self._decode, [latents] * limit.rows) is None:
             release_memory()
             if limit.rows == 1:
@@ -256,6 +259,7 @@ class Denoiser:
 
         Raises OutOfMemory if nothing is left to reduce.
         """
+        # Graphs hold memory for their whole batch; offloading would also move what they refer to.
         self._drop_graphs()
         release_memory()
         if self._is_deterministic:
@@ -285,6 +289,7 @@ class Denoiser:
         batch = torch.stack(self.copy_streams.upload(images))
         batch = batch.to(self._components.dtype, memory_format=torch.channels_last)
         posterior = self._components.vae.encode(batch).latent_dist
+        # diffusers samples in the model's dtype; here the noise stays float32 on every device.
         return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
     def _predict(self, rows: list[BatchRow]) -> Tensor:

@@ -128,6 +128,7 @@ class DiffusionEngine:
                 return
             while not self._closing.is_set():
                 self._receive_submissions()
+                # An unexpected error fails all regions of the engine; the thread survives it.
                 with fail_futures_on_error(self._unfinished_regions()):
                     self._run_iteration()
         self._resolver.close()
@@ -181,6 +182,7 @@ class DiffusionEngine:
         self._decode_finished()
 
     def _stop_interrupted(self) -> None:
+        # Each in a context of its own: one interruption must not fail the others.
         for prepared in self._unfinished_regions():
             with fail_futures_on_error((prepared,)):
                 prepared.work.interruption.check()
@@ -219,6 +221,7 @@ class DiffusionEngine:
             prepared = (region.prepared for region in group)
             with fail_futures_on_error(prepared), self._utilization.measure():
                 self._denoiser.step(group)
+        # Regions that failed in this pass must not get rows in the next one.
         self._active = rotate_served(self._active, rows)
         self._drop_failed()
         self._forwards_since_decode += 1

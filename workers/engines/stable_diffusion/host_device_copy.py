@@ -65,6 +65,7 @@ class CopyStreams:
         with torch.cuda.stream(self._downloads):
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             target.copy_(tensor, non_blocking=True)
+            # As for uploads: keep the source's memory until this stream has read it.
             tensor.record_stream(self._downloads)
             return PendingDownload(tensor=target, done_event=_record_event(self._downloads))
 

@@ -1,4 +1,4 @@
-"""Log lines that libraries emit on import and that do not concern whoever runs a worker."""
+"""Log lines that libraries emit on import and that an operator can ignore."""
 
 from __future__ import annotations
 

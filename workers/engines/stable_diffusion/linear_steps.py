@@ -38,6 +38,7 @@ def step(
     (previous_x0,) = history
     # The order of these operations is diffusers': another order rounds differently.
     x0 = (latents - column["sigma"] * noise) / column["alpha"]
+    # Algebraically the noise again; euler in diffusers computes it, and rounds, this way.
     x0_direction = (latents - x0) / column["sigma"]
     direction = torch.where(column["uses_x0_direction"] > 0, x0_direction, noise)
     first_order = column["latents_weight"] * latents + column["x0_weight"] * x0

@@ -48,6 +48,7 @@ def split_revision(text: str) -> tuple[str, str | None]:
 
 
 def _load(name: str, model: str, revision: str | None, options: EngineOptions) -> Engine:
+    # Imported here because importing torchao, through diffusers, emits the expected lines.
     with demote_expected_lines():
         from workers.engines.stable_diffusion.attention import set_attention
         from workers.engines.stable_diffusion.components import load_components

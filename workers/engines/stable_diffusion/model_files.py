@@ -91,6 +91,7 @@ def _find_on_hub(model: str, revision: str | None) -> ModelFiles:
         model, revision, (*CONFIG_PATTERNS, *FULL_PATTERNS), ignored=OTHER_VARIANT_PATTERNS
     )
     check_pipeline(path)
+    # A second download only if needed: each variant has gigabytes.
     if _missing_weights(path, variant=None):
         path = _fetch(model, revision, (*CONFIG_PATTERNS, *FP16_PATTERNS), ignored=("*non_ema*",))
     # The hub's cache names each snapshot's folder after its commit.
@@ -235,6 +236,7 @@ def _missing_weights(folder: Path, *, variant: str | None) -> list[str]:
 def hash_content(folder: Path) -> str:
     """Return ``sha256:`` and 16 digits over the names and bytes of every file that is loaded."""
     digest = hashlib.sha256()
+    # Other files, a README or a preview, may change without changing a pixel.
     loaded = (path for path in folder.glob("**/*") if path.suffix in HASHED_SUFFIXES)
     for path in sorted(loaded):
         with path.open("rb") as file:

@@ -97,6 +97,7 @@ def sum_windows(tensors: Sequence[Tensor], size: Size, windows: Sequence[Box]) -
 def average_windows(tensors: Sequence[Tensor], size: Size, windows: Sequence[Box]) -> Tensor:
     """Average one (C, h, w) tensor per window into (1, C, H, W); 0 outside all windows."""
     canvas = sum_windows(tensors, size, windows)
+    # min=1: places without a window divide 0 by 1.
     return canvas / count_windows(size, windows).clamp_(min=1).to(canvas.device)
 
 

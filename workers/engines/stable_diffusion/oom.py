@@ -80,7 +80,7 @@ def run_in_chunks(
 ) -> Iterator[Tensor]:
     """Yield ``run``'s result for each item, one chunk of up to ``limit.rows`` items at a time.
 
-    Lazy: a chunk runs when its first result is asked for. on_out_of_memory(items in the chunk):
+    Lazy: a chunk runs when its first result is consumed. on_out_of_memory(items in the chunk):
     makes the retry need less memory, or raises.
     """
     start = 0

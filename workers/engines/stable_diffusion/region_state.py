@@ -30,6 +30,7 @@ from workers.engines.stable_diffusion.multidiffusion import (
 from workers.engines.stable_diffusion.schedulers import Sampler
 
 
+# eq=False here and below: compared by identity, for == on tensors gives a tensor.
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedRegion:
     """A region before it uses the device; all tensors are float32 on the host, pinned for CUDA.
@@ -92,6 +93,7 @@ def prepare_region(
     masked_image = image * (mask < 0.5)
     sources = [masked_image, *([image] if sampler.needs_image_latents else [])]
     shape = (1, components.latent_channels, *canvas.size)
+    # Pinning copies each tensor; here that costs time of the caller's thread, not the device's.
     pinned = partial(pin, device=components.device)
     return PreparedRegion(
         work=work,
@@ -173,6 +175,7 @@ class DenoisingRegion:
         self._conditioning = conditioning
         self._cached_features: dict[tuple[int, int], Tensor] = {}
         self._window_counts = None
+        # Once per region: an upload per step would make the host wait for the device.
         if len(conditioning) > 1:
             counts = count_windows(prepared.canvas.size, prepared.canvas.windows).clamp_(min=1)
             self._window_counts = counts.to(latents.device)
@@ -249,6 +252,7 @@ class DenoisingRegion:
         self._first_branch = 0 if self.step < guided_steps else len(self._embeddings) - 1
         self._predictions: list[dict[int, Tensor]] = [{} for _ in self._embeddings]
         branches = range(self._first_branch, len(self._embeddings))
+        # The next pass writes new features: free the old ones before it needs memory.
         if self.is_done or self.forward_kind == "cache_write":
             self._cached_features.clear()
         self.pending_rows = [

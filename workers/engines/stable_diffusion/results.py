@@ -34,6 +34,7 @@ class FutureResolver:
 
     def __init__(self) -> None:
         self._finished: SimpleQueue[FinishedRegion | None] = SimpleQueue()
+        # daemon: a worker that exits without closing the engine must not hang on this thread.
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
         self._thread.start()
 
@@ -72,6 +73,7 @@ def check_finite(is_finite: bool) -> None:
 def fill_uncovered(prepared: PreparedRegion, pixels: Pixels) -> Pixels:
     """Return (H, W, 3): the pixels where windows lie, the region's own image elsewhere."""
     canvas, work = prepared.canvas, prepared.work
+    # The canvas is 0 outside its windows, which would be grey pixels.
     covered = count_windows(canvas.pixel_size, canvas.pixel_windows)[0, 0].numpy() > 0
     return np.where(covered[..., None], pixels, work.image)
 

@@ -64,6 +64,7 @@ def build_table(
     if entry is None:
         return ScheduleTable(values=torch.stack(common, dim=1), formula=None)
     formula, columns = entry
+    # A scheduler names only the columns that it uses; the formula ignores a zero term.
     zeros = torch.zeros(len(timesteps))
     coefficients = [columns.get(column, zeros) for column in formula.columns]
     return ScheduleTable(values=torch.stack([*common, *coefficients], dim=1), formula=formula)

@@ -125,6 +125,7 @@ def _set_timesteps(scheduler: Any, params: Params) -> int:
         )
     scheduler.set_timesteps(steps, device="cpu")
     skipped = (steps - steps_to_run) * int(scheduler.order)
+    # Without it a multistep scheduler looks its first timestep up, and may find a duplicate.
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
     # The schedule table scales the UNet's input; the scheduler warns unless it believes it did.

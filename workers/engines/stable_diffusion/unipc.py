@@ -54,9 +54,7 @@ def step(
 
 def unipc(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
     """Columns of UniPCMultistepScheduler; None if its configuration selects another variant."""
-    config = scheduler.config
-    variant = (config.solver_order, config.solver_type, config.predict_x0, config.solver_p)
-    if variant != (2, "bh2", True, None) or config.disable_corrector or config.use_flow_sigmas:
+    if not _is_supported(scheduler.config):
         return None
     alphas, sigmas = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas)
     lambdas = torch.log(alphas) - torch.log(sigmas)  # half log-SNR
@@ -64,7 +62,7 @@ def unipc(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
     steps = torch.arange(len(h))
     # diffusers runs the first step, and by default the last one, at first order.
     is_second_order = steps > skipped
-    if config.lower_order_final:
+    if scheduler.config.lower_order_final:
         is_second_order &= steps < len(h) - 1
     x0_weight = alphas[1:] * torch.expm1(-h)
     previous_h = lambdas[:-1].roll(1) - lambdas[:-1]  # negative: towards the step before
@@ -92,6 +90,12 @@ def unipc(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
         **{name: column.roll(1) for name, column in corrector.items()},
     }
     return {name: column[skipped:] for name, column in columns.items()}
+
+
+def _is_supported(config: Any) -> bool:
+    variant = (config.solver_order, config.solver_type, config.predict_x0, config.solver_p)
+    is_plain = not config.disable_corrector and not config.use_flow_sigmas
+    return variant == (2, "bh2", True, None) and is_plain
 
 
 def _corrector_weights(h: Tensor, ratio: Tensor, is_second_order: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class Utilization:
     def measure(self) -> Iterator[None]:
         """Count the time inside the block as busy."""
         start = self._clock()
+        # The time before the first call is warm-up, not idleness.
         self._first_start = start if self._first_start is None else self._first_start
         try:
             yield

@@ -73,9 +73,9 @@ def test_any_number_of_steps_ends_in_finite_latents(
 def test_steps_from_a_table_are_bit_identical_to_the_schedulers(
     name: Scheduler, steps: int, strength: float, config: dict[str, object]
 ) -> None:
-    chosen = params(scheduler=name, num_inference_steps=steps, strength=strength)
+    job_params = params(scheduler=name, num_inference_steps=steps, strength=strength)
     generator = torch.Generator().manual_seed(0)
-    sampler = Sampler(config, chosen, generator)
+    sampler = Sampler(config, job_params, generator)
     formula = sampler.table.formula
     assert formula is not None
     ours = theirs = sampler.draw_noise((2, 4, 8, 8))
@@ -100,9 +100,9 @@ def test_steps_from_a_table_are_bit_identical_to_the_schedulers(
 def test_other_variants_of_a_scheduler_have_no_table(
     name: Scheduler, variant: dict[str, object], config: dict[str, object]
 ) -> None:
-    chosen = params(scheduler=name, num_inference_steps=4)
-    assert Sampler(config, chosen, torch.Generator()).table.formula is not None
-    assert Sampler({**config, **variant}, chosen, torch.Generator()).table.formula is None
+    job_params = params(scheduler=name, num_inference_steps=4)
+    assert Sampler(config, job_params, torch.Generator()).table.formula is not None
+    assert Sampler({**config, **variant}, job_params, torch.Generator()).table.formula is None
 
 
 def test_strength_skips_the_first_steps(config: dict[str, object]) -> None:
