@@ -272,7 +272,7 @@ def sheet(
     submission: int, output: Path | None, png: Path | None, limit: int, roots: tuple[Path, ...]
 ) -> None:
     """A contact sheet: results before and after, the worst first, as one HTML page."""
-    from producer.contact_sheet import build  # other commands need neither Pillow nor Jinja2
+    from producer.contact_sheet import build  # other commands start without Jinja2
 
     page = output or Path(f"sheet-{submission}.html")
     with open_database() as (settings, db):

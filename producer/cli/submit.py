@@ -231,7 +231,7 @@ def _exit_if_invalid(manifest: ValidatedManifest, *, skip_invalid: bool) -> None
 def _dry_run(
     manifest: ValidatedManifest, storage: Storage, settings: Settings, *, as_json: bool
 ) -> int:
-    from producer import dry_run  # only this option needs Pillow
+    from producer import dry_run  # only this option reads images
 
     report = dry_run.simulate(manifest, storage, settings, report=_print_problem)
     if as_json:

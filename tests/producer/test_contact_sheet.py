@@ -1,4 +1,4 @@
-"""The contact sheet: which jobs it shows, what it shows of them, and that it is harmless."""
+"""The contact sheet: which jobs it shows, how, and that hostile text has no effect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GREY, RED = (90, 120, 150), (200, 30, 30)
 
 
 class Page(HTMLParser):
-    """A page's elements, and the cards' texts in order."""
+    """A page's elements, and the text of each card in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -61,24 +61,24 @@ class Page(HTMLParser):
         return [attrs for name, attrs in self.elements if name == tag]
 
     def masks(self) -> list[NDArray[np.bool_]]:
-        """(h, w) what each mask tints."""
-        found = [str(attrs["src"]) for attrs in self.of("img") if attrs.get("class") == "mask"]
-        files = (io.BytesIO(b64decode(src.partition(",")[2])) for src in found)
+        """(H, W) bool of each mask, True = tinted."""
+        uris = [str(attrs["src"]) for attrs in self.of("img") if attrs.get("class") == "mask"]
+        files = (io.BytesIO(b64decode(uri.partition(",")[2])) for uri in uris)
         return [np.asarray(Image.open(file)) > 0 for file in files]
 
-    def pictures(self, kind: str = "") -> list[Image.Image]:
-        """Those whose text begins so; masks have none."""
-        found = []
+    def images(self, kind: str = "") -> list[Image.Image]:
+        """The images whose alternative text begins with ``kind``; masks have none."""
+        images = []
         for attrs in self.of("img"):
             head, _, data = str(attrs["src"]).partition(",")
             assert re.fullmatch(r"data:image/(webp|png);base64", head)
             if str(attrs["alt"]).startswith(kind) and attrs["alt"]:
-                found.append(Image.open(io.BytesIO(b64decode(data))))
-        return found
+                images.append(Image.open(io.BytesIO(b64decode(data))))
+        return images
 
 
 class SheetScenario:
-    """Jobs with real pictures: each grey, repainted red inside a box."""
+    """Jobs with real images: each grey, inpainted red inside a box."""
 
     def __init__(self, workspace: Workspace, table: JobTable) -> None:
         self.workspace, self.table = workspace, table
@@ -95,12 +95,12 @@ class SheetScenario:
         return self.table.add_one(submission=self.submission, **{**places, **changes})
 
     def done(self, name: str = "a.png", score: float = 0.9, **changes: Any) -> int:
-        found = {key: changes.pop(key) for key in ("review", "scores") if key in changes}
+        recorded = {key: changes.pop(key) for key in ("review", "scores") if key in changes}
         job = self.add(name, **changes)
         after = Image.new("RGB", SIZE, GREY)
         after.paste(RED, MARK)
         path = self.workspace.write(f"out/{name}", png(after))
-        record = AttemptRecord(score=score, **found)
+        record = AttemptRecord(score=score, **recorded)
         version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
         jobs.succeed(self.table.db, self.table.run(job), record, output_version=version)
         return job
@@ -121,7 +121,7 @@ def scenario(workspace: Workspace, table: JobTable) -> SheetScenario:
     return SheetScenario(workspace, table)
 
 
-def shown(page: Page) -> list[int]:
+def shown_jobs(page: Page) -> list[int]:
     return [int(str(attrs["id"]).removeprefix("job-")) for attrs in page.of("article")]
 
 
@@ -136,21 +136,23 @@ def test_failed_jobs_come_first_then_reviews_then_the_lowest_scores(
     missing = scenario.failed(ObjectMissing("gone"), "d.png")
     black = scenario.failed(GateBlack("all black"), "e.png")
     scenario.add("waits.png")
-    assert shown(scenario.sheet()) == [black, missing, review, worst, best]
+    assert shown_jobs(scenario.sheet()) == [black, missing, review, worst, best]
 
 
-def test_what_the_limit_leaves_out_is_counted(scenario: SheetScenario) -> None:
-    found = [scenario.done(f"{n}.png", n / 10) for n in range(4)]
+def test_jobs_beyond_the_limit_are_counted(scenario: SheetScenario) -> None:
+    jobs_by_score = [scenario.done(f"{n}.png", n / 10) for n in range(4)]
     page = scenario.sheet("--limit", 3)
-    assert shown(page) == found[:3]
+    assert shown_jobs(page) == jobs_by_score[:3]
     assert "3 jobs, the worst first; 1 more are left out" in page.html
 
 
-def test_failed_jobs_leave_room_for_results(scenario: SheetScenario) -> None:
+def test_failed_jobs_take_at_most_a_quarter_where_results_can_fill_the_rest(
+    scenario: SheetScenario,
+) -> None:
     broken = [scenario.failed(ObjectMissing("gone"), f"f{n}.png") for n in range(6)]
     results = [scenario.done(f"r{n}.png", n / 10) for n in range(6)]
-    assert shown(scenario.sheet("--limit", 4)) == [broken[0], *results[:3]]
-    assert shown(scenario.sheet("--limit", 9)) == [*broken[:3], *results]
+    assert shown_jobs(scenario.sheet("--limit", 4)) == [broken[0], *results[:3]]
+    assert shown_jobs(scenario.sheet("--limit", 9)) == [*broken[:3], *results]
 
 
 def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_used(
@@ -174,24 +176,24 @@ def test_the_ranking_counts_scores_in_twentieths_and_gives_the_seed_that_was_use
 def test_a_result_is_shown_before_and_after_whole_and_close_up(scenario: SheetScenario) -> None:
     scenario.done(scores={"seam": 1.25, "score": 0.9, "black": 0.0})
     page = scenario.sheet()
-    assert len(page.pictures()) == 4
-    before, after = (np.asarray(page.pictures(f"{side}, whole")[0]) for side in ("before", "after"))
+    assert len(page.images()) == 4
+    before, after = (np.asarray(page.images(f"{side}, whole")[0]) for side in ("before", "after"))
     assert np.abs(before[110, 170].astype(int) - GREY).max() < 12
     assert np.abs(after[110, 170].astype(int) - RED).max() < 12
-    close = np.asarray(page.pictures("after, close-up")[0]).astype(int)
+    close = np.asarray(page.images("after, close-up")[0]).astype(int)
     share = (np.abs(close - RED).max(axis=2) < 40).mean()
     assert share == pytest.approx(40 * 20 / (96 * 60), rel=0.2)
     assert "seam 1.25" in page.cards[0]
     assert "black" not in page.cards[0]
 
 
-def test_large_pictures_are_made_small(scenario: SheetScenario) -> None:
+def test_large_images_are_reduced(scenario: SheetScenario) -> None:
     large = png(Image.new("RGB", (1600, 1000), GREY))
     for name in ("in/large.png", "out/large.png"):
         scenario.workspace.write(name, large)
     places = {name: str(scenario.workspace.folder / name / "large.png") for name in ("in", "out")}
     scenario.done(image=places["in"], output=places["out"], mask="box:500,500,900,700")
-    assert {image.size for image in scenario.sheet().pictures()} == {(SIDE_PX, SIDE_PX * 5 // 8)}
+    assert {image.size for image in scenario.sheet().images()} == {(SIDE_PX, SIDE_PX * 5 // 8)}
 
 
 def test_a_failed_job_shows_its_image_its_code_and_its_message(scenario: SheetScenario) -> None:
@@ -200,35 +202,35 @@ def test_a_failed_job_shows_its_image_its_code_and_its_message(scenario: SheetSc
     page = scenario.sheet()
     assert "failed: gate_black all black here" in page.cards[0]
     assert [attrs["class"] for attrs in page.of("article")] == ["card failed"]
-    assert len(page.pictures("before")) == 2
-    assert page.pictures("after") == []
-    assert shown(page) == [job]
+    assert len(page.images("before")) == 2
+    assert page.images("after") == []
+    assert shown_jobs(page) == [job]
 
 
-def test_a_result_for_review_says_so(scenario: SheetScenario) -> None:
+def test_a_result_for_review_is_labelled(scenario: SheetScenario) -> None:
     scenario.done(score=0.4, review="gate_colour")
     page = scenario.sheet()
     assert "to be reviewed: gate_colour" in page.cards[0]
     assert page.of("article")[0]["class"] == "card review"
 
 
-def test_what_is_missing_is_said_and_the_rest_is_shown(scenario: SheetScenario) -> None:
+def test_missing_files_are_noted_and_the_rest_is_shown(scenario: SheetScenario) -> None:
     scenario.done("a.png", 0.1)
     scenario.done("b.png", 0.2, mask="/elsewhere/mask.png")
     scenario.done("c.png", 0.3)
     (scenario.workspace.folder / "in/a.png").unlink()
-    (scenario.workspace.folder / "out/c.png").write_bytes(b"not a picture")
+    (scenario.workspace.folder / "out/c.png").write_bytes(b"not an image")
     page = scenario.sheet()
     first, second, third = page.cards
     assert "no image: " in first
     assert "in/a.png' does not exist" in first
     assert "no mask: '/elsewhere/mask.png' is outside the allowed folders" in second
     assert "no result: " in third
-    assert len(page.pictures("before")) == 1 + 2
-    assert len(page.pictures("after")) == 1 + 1
+    assert len(page.images("before")) == 1 + 2
+    assert len(page.images("after")) == 1 + 1
 
 
-def test_the_mask_is_what_all_rounds_repaint(scenario: SheetScenario) -> None:
+def test_the_mask_is_the_union_of_all_passes(scenario: SheetScenario) -> None:
     eyes = PassSpec(mask="box:10,10,30,20")
     scenario.done(params=Params(passes=(eyes, PassSpec(mask="/elsewhere/nose.png"))))
     page = scenario.sheet()
@@ -238,26 +240,26 @@ def test_the_mask_is_what_all_rounds_repaint(scenario: SheetScenario) -> None:
     assert "no mask: '/elsewhere/nose.png' is outside the allowed folders" in page.cards[0]
 
 
-def test_a_job_of_which_nothing_is_left_has_a_card_all_the_same(scenario: SheetScenario) -> None:
+def test_a_job_without_any_files_still_has_a_card(scenario: SheetScenario) -> None:
     scenario.done()
     for folder in ("in", "out"):
         (scenario.workspace.folder / folder / "a.png").unlink()
     page = scenario.sheet()
     assert "no image" in page.cards[0]
-    assert page.pictures() == []
+    assert page.images() == []
 
 
-def test_files_that_changed_since_are_pointed_out(scenario: SheetScenario) -> None:
+def test_files_that_changed_since_the_job_are_noted(scenario: SheetScenario) -> None:
     scenario.done()
     scenario.workspace.image("out/a.png", size=(160, 100))
     page = scenario.sheet()
     assert "the output was overwritten after this job wrote it" in page.cards[0]
     assert "image 320x200, result 160x100" in page.cards[0]
-    before, after = page.pictures("before, whole")[0], page.pictures("after, whole")[0]
+    before, after = page.images("before, whole")[0], page.images("after, whole")[0]
     assert before.size == after.size
 
 
-def test_a_result_written_over_its_image_is_pointed_out(scenario: SheetScenario) -> None:
+def test_a_result_written_over_its_image_is_noted(scenario: SheetScenario) -> None:
     scenario.done(output=str(scenario.workspace.folder / "in/a.png"))
     path = scenario.workspace.folder / "in/a.png"
     version = f"{path.stat().st_size}-{path.stat().st_mtime_ns}"
@@ -265,7 +267,7 @@ def test_a_result_written_over_its_image_is_pointed_out(scenario: SheetScenario)
     assert "the result was written over its image" in scenario.sheet().cards[0]
 
 
-def test_parameters_are_shown_where_they_are_not_the_usual_ones(scenario: SheetScenario) -> None:
+def test_only_parameters_that_differ_from_the_usual_ones_are_shown(scenario: SheetScenario) -> None:
     for number in range(3):
         scenario.done(f"{number}.png", params=Params(strength=0.5, prompt=f"cup {number}"))
     scenario.done("odd.png", params=Params(strength=0.75, prompt="cup 3"))
@@ -277,13 +279,13 @@ def test_parameters_are_shown_where_they_are_not_the_usual_ones(scenario: SheetS
     assert all(f"cup {number}" in card for number, card in enumerate(page.cards))
 
 
-def test_usual_is_what_more_than_half_have() -> None:
+def test_a_usual_value_is_one_that_more_than_half_of_the_jobs_have() -> None:
     assert usual_params(['{"a": 1, "b": 1}', '{"a": 1, "b": 2}', '{"a": 2}']) == {"a": 1}
     assert usual_params([]) == {}
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "I;16", "1"])
-def test_pictures_of_every_mode_are_shown(scenario: SheetScenario, mode: str) -> None:
+def test_images_of_every_mode_are_shown(scenario: SheetScenario, mode: str) -> None:
     scenario.done("a.tif")
     image = Image.new("RGB", SIZE, GREY).convert(mode.replace("I;16", "L"))
     if mode in ("LA", "RGBA"):
@@ -292,22 +294,22 @@ def test_pictures_of_every_mode_are_shown(scenario: SheetScenario, mode: str) ->
         image = Image.fromarray(np.full((200, 320), 30_000, np.uint16))
     for folder in ("in", "out"):
         image.save(scenario.workspace.folder / folder / "a.tif")
-    modes = {image.mode for image in scenario.sheet().pictures()}
+    modes = {image.mode for image in scenario.sheet().images()}
     assert modes == {"RGBA" if mode in ("LA", "RGBA") else "RGB"}
 
 
-def test_a_colour_profile_goes_with_the_picture(scenario: SheetScenario) -> None:
+def test_an_image_keeps_its_colour_profile(scenario: SheetScenario) -> None:
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     scenario.done()
     image = Image.new("RGB", SIZE, "red")
     image.save(scenario.workspace.folder / "in/a.png", icc_profile=profile)
-    (found,) = scenario.sheet().pictures("before, whole")
-    assert found.info["icc_profile"] == profile
+    (image,) = scenario.sheet().images("before, whole")
+    assert image.info["icc_profile"] == profile
 
 
-def test_pictures_in_s3_are_read(scenario: SheetScenario, s3: Bucket) -> None:
+def test_images_in_s3_are_read(scenario: SheetScenario, s3: Bucket) -> None:
     for key in ("in.png", "out.png"):
         s3.client.put_object(Bucket=s3.name, Key=key, Body=png(Image.new("RGB", (64, 48), GREY)))
     scenario.done(
@@ -316,7 +318,7 @@ def test_pictures_in_s3_are_read(scenario: SheetScenario, s3: Bucket) -> None:
         output=f"s3://{s3.name}/out.png",
     )
     page = scenario.sheet()
-    assert len(page.pictures("before")) == 1
+    assert len(page.images("before")) == 1
     assert [attrs for attrs in page.of("a") if "s3" in str(attrs)] == []
 
 
@@ -332,16 +334,16 @@ def test_a_folder_can_be_allowed_for_reading(scenario: SheetScenario, tmp_path: 
 # --- where to look ---------------------------------------------------------------------------
 
 
-def marked(*boxes: Box, size: tuple[int, int] = (1200, 900)) -> np.ndarray[Any, Any]:
+def mask_with(*boxes: Box, size: tuple[int, int] = (1200, 900)) -> np.ndarray[Any, Any]:
     mask = np.zeros((size[1], size[0]), np.bool_)
     for box in boxes:
         mask[box.top : box.bottom, box.left : box.right] = True
     return mask
 
 
-def test_a_close_up_holds_the_mark_with_a_margin_in_the_pictures_own_aspect() -> None:
+def test_a_close_up_holds_the_mark_with_a_margin_in_the_image_s_aspect() -> None:
     mark = Box(900, 700, 1100, 750)
-    place = close_up_box(marked(mark))
+    place = close_up_box(mask_with(mark))
     assert place is not None
     assert place.width / place.height == pytest.approx(1200 / 900, rel=0.01)
     assert place.left < mark.left
@@ -349,26 +351,26 @@ def test_a_close_up_holds_the_mark_with_a_margin_in_the_pictures_own_aspect() ->
     assert 1.5 < place.width / mark.width < 2
 
 
-def test_a_close_up_stays_inside_the_picture() -> None:
-    place = close_up_box(marked(Box(1190, 0, 1200, 10)))
+def test_a_close_up_stays_inside_the_image() -> None:
+    place = close_up_box(mask_with(Box(1190, 0, 1200, 10)))
     assert place is not None
     assert place == place.clipped((1200, 900))
     assert place.right == 1200
     assert place.width >= 96
 
 
-def test_of_scattered_marks_the_densest_part_is_taken() -> None:
+def test_a_close_up_of_scattered_marks_shows_the_densest_part() -> None:
     dense = Box(800, 600, 1000, 800)
-    place = close_up_box(marked(Box(0, 0, 20, 20), Box(0, 880, 20, 900), dense))
+    place = close_up_box(mask_with(Box(0, 0, 20, 20), Box(0, 880, 20, 900), dense))
     assert place is not None
     assert place.left <= 820
     assert place.right >= 980
     assert place.width == 400
 
 
-def test_no_close_up_of_a_small_picture_or_an_empty_mask() -> None:
-    assert close_up_box(marked()) is None
-    assert close_up_box(marked(Box(10, 10, 20, 20), size=(120, 90))) is None
+def test_a_small_image_or_an_empty_mask_has_no_close_up() -> None:
+    assert close_up_box(mask_with()) is None
+    assert close_up_box(mask_with(Box(10, 10, 20, 20), size=(120, 90))) is None
 
 
 # --- harmless --------------------------------------------------------------------------------
@@ -376,12 +378,12 @@ def test_no_close_up_of_a_small_picture_or_an_empty_mask() -> None:
 HOSTILE = "\"><script>alert(1)</script><img src=//evil.example onerror=alert(2)>\u202e\x1b[31m'"
 
 
-def test_nothing_from_outside_becomes_markup(scenario: SheetScenario) -> None:
+def test_text_from_outside_never_becomes_markup(scenario: SheetScenario) -> None:
     scenario.done("<b>.png", 0.3, key=HOSTILE, params=Params(prompt=HOSTILE))
     scenario.failed(InpaintError(HOSTILE), "b.png", mask=f"/x/{HOSTILE}")
     page = scenario.sheet()
     assert len(page.of("script")) == 1
-    assert page.pictures("before")
+    assert page.images("before")
     for _, attrs in page.elements:
         assert [name for name in attrs if name.startswith("on") or name == "style"] == []
     assert "alert(1)" in page.cards[1]
@@ -410,7 +412,7 @@ def test_the_page_can_be_used_without_a_mouse_and_without_scripts(scenario: Shee
     sliders = [attrs for attrs in page.of("input") if attrs["type"] == "range"]
     assert len(sliders) == 2
     for slider in sliders:
-        assert "hidden" in slider  # until the script runs; the pictures stand side by side
+        assert "hidden" in slider  # until the script runs; images are shown side by side
         assert str(slider["aria-label"]).endswith("before to after: sku-2")
     assert all("alt" in attrs for attrs in page.of("img"))
 
@@ -418,7 +420,7 @@ def test_the_page_can_be_used_without_a_mouse_and_without_scripts(scenario: Shee
 # --- the command -----------------------------------------------------------------------------
 
 
-def test_the_page_is_named_after_the_submission_and_a_picture_can_go_with_it(
+def test_the_page_is_named_after_the_submission_and_a_png_can_be_written_too(
     scenario: SheetScenario,
 ) -> None:
     for number in range(3):
@@ -438,28 +440,30 @@ def test_the_page_is_named_after_the_submission_and_a_picture_can_go_with_it(
     assert grey.sum() > 100_000
 
 
-def refused(result: CommandResult, message: str) -> None:
+def assert_refused(result: CommandResult, message: str) -> None:
     assert (result.status, result.out) == (2, "")
     assert result.err == f"inpaint-jobs: {message}\n"
 
 
-def test_a_submission_without_ended_jobs_has_no_sheet(scenario: SheetScenario) -> None:
+def test_a_submission_without_finished_jobs_has_no_sheet(scenario: SheetScenario) -> None:
     scenario.add()
-    refused(
+    assert_refused(
         scenario.workspace.jobs("sheet", 9), "submission 9 does not exist; see inpaint-jobs status"
     )
-    refused(
+    assert_refused(
         scenario.workspace.jobs("sheet", 1), "no job of submission 1 has succeeded or failed yet"
     )
 
 
-def test_a_place_that_cannot_be_written_is_named(scenario: SheetScenario) -> None:
+def test_a_file_that_cannot_be_written_is_named(scenario: SheetScenario) -> None:
     scenario.done()
     result = scenario.workspace.jobs("sheet", 1, "--output", "nowhere/s.html")
-    refused(result, "cannot write 'nowhere/s.html': No such file or directory; name another file")
+    assert_refused(
+        result, "cannot write 'nowhere/s.html': No such file or directory; name another file"
+    )
 
 
-def test_a_page_appears_whole_or_not_at_all(
+def test_a_page_is_written_completely_or_not_at_all(
     scenario: SheetScenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scenario.done()
@@ -471,7 +475,7 @@ def test_a_page_appears_whole_or_not_at_all(
     assert [path.name for path in scenario.workspace.folder.glob(".*.tmp")] == []
 
 
-def test_pictures_are_read_as_the_page_is_written(
+def test_images_are_read_while_the_page_is_written(
     scenario: SheetScenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
@@ -487,10 +491,10 @@ def test_pictures_are_read_as_the_page_is_written(
     ranked = reports.rank_jobs(scenario.table.db, scenario.submission, limit=20)
     assert ranked is not None
     storage = Storage(roots=[scenario.workspace.folder], buckets=())
-    found = build_cards(ranked.jobs, {}, storage, settings.load())
-    next(found)
+    built = build_cards(ranked.jobs, {}, storage, settings.load())
+    next(built)
     assert str(scenario.workspace.folder / "in/11.png") not in read
-    assert len(list(found)) == 11
+    assert len(list(built)) == 11
     assert (
         read.count(str(scenario.mask)) <= 4
-    )  # one mask for all rows is read once a thread at most
+    )  # a mask shared by all rows is read at most once per thread

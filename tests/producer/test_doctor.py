@@ -38,7 +38,7 @@ def check_of(subject: str) -> Check:
 
 
 @pytest.mark.usefixtures("with_engine")
-def test_everything_in_order_is_all_ok_and_exit_0(workspace: Workspace, redis_url: str) -> None:
+def test_a_working_installation_is_all_ok_and_exits_0(workspace: Workspace, redis_url: str) -> None:
     result = workspace.jobs("doctor", "--engine", "opencv", "--devices", "cpu")
     assert result.status == 0, result.out
     lines = result.out.splitlines()
@@ -57,7 +57,7 @@ def test_everything_in_order_is_all_ok_and_exit_0(workspace: Workspace, redis_ur
 
 
 @pytest.mark.usefixtures("with_engine")
-def test_one_bad_part_does_not_hide_the_others_and_exits_1(
+def test_a_bad_check_does_not_hide_the_others_and_exits_1(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
@@ -92,7 +92,7 @@ def test_a_broker_that_is_down_names_the_remedy(
     assert "hush" not in check.text
 
 
-def test_the_embedded_redis_is_tried_and_stopped_again(
+def test_the_embedded_redis_is_started_and_stopped_again(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("INPAINT_BROKER_URL")
@@ -113,7 +113,7 @@ def test_no_redis_at_all_names_every_remedy(
     assert "set INPAINT_BROKER_URL, or install redis-server" in check.text
 
 
-def test_each_root_has_a_verdict(
+def test_each_root_is_checked(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("INPAINT_ROOTS", f"{tmp_path},/no/such/folder")
@@ -123,7 +123,7 @@ def test_each_root_has_a_verdict(
     assert "create it, give this user access, or see INPAINT_ROOTS" in bad.text
 
 
-def test_each_bucket_has_a_verdict(
+def test_each_bucket_is_checked(
     workspace: Workspace, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", s3.name)

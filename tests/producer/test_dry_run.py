@@ -1,4 +1,4 @@
-"""--dry-run looks at every file, says what would run, and records nothing."""
+"""--dry-run reads every file, shows what would run, and records nothing."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_a_good_manifest_is_counted_and_nothing_is_recorded(workspace: Workspace
     manifest = workspace.catalog(3)
     shutil.rmtree(workspace.folder / ".inpaint")
     before = sorted(workspace.folder.rglob("*"))
-    found, result = dry_run(workspace, manifest)
+    report, result = dry_run(workspace, manifest)
     assert result.status == 0
-    assert found == counts(3, 0, 3, 3, 0, 0)
+    assert report == counts(3, 0, 3, 3, 0, 0)
     assert sorted(workspace.folder.rglob("*")) == before
     assert workspace.submit(manifest, "--dry-run").out == (
         "dry run: 3 rows, 0 invalid; would run 3 regions in 3 windows; 0 rows have an empty "
@@ -54,17 +54,17 @@ def test_regions_and_windows_are_those_that_a_worker_would_plan(workspace: Works
         *(1, 0, 1, 1, 0, 0)
     )
     wide = workspace.manifest([("1.png", "wide.png", "2.png")], columns=("image", "mask", "output"))
-    found = dry_run(workspace, wide, "--engine", "sd2")[0]
+    report = dry_run(workspace, wide, "--engine", "sd2")[0]
     across = -(-(1400 - OVERLAP_PX) // (512 - OVERLAP_PX))
-    assert found["regions"] == 1
-    assert across <= found["windows"] <= across + 1
+    assert report["regions"] == 1
+    assert across <= report["windows"] <= across + 1
     empty = workspace.manifest(
         [("1.png", "empty.png", "2.png")], columns=("image", "mask", "output")
     )
     assert dry_run(workspace, empty)[0] == counts(1, 0, 0, 0, 1, 0)
 
 
-def test_what_is_painted_again_counts_as_well(workspace: Workspace) -> None:
+def test_refinement_passes_are_counted(workspace: Workspace) -> None:
     size = (1400, 1400)
     workspace.image("1.png", size=size)
     workspace.mask("hole.png", (100, 100, 1200, 1200), size=size)
@@ -77,7 +77,7 @@ def test_what_is_painted_again_counts_as_well(workspace: Workspace) -> None:
     assert twice == counts(1, 0, 2, 1 + 9, 0, 0)
 
 
-def test_dilation_and_threshold_count_as_they_will_in_the_run(workspace: Workspace) -> None:
+def test_dilation_and_threshold_apply_as_in_the_run(workspace: Workspace) -> None:
     workspace.image("1.png")
     grey = Image.new("L", (64, 48), 40)
     workspace.write("grey.png", png(grey))
@@ -86,7 +86,7 @@ def test_dilation_and_threshold_count_as_they_will_in_the_run(workspace: Workspa
     assert dry_run(workspace, manifest, "--set", "mask_threshold=40")[0]["empty"] == 0
 
 
-def test_a_template_is_laid_at_its_corner_and_an_inverted_one_repaints_the_rest(
+def test_a_small_mask_is_placed_by_mask_fit_and_can_be_inverted(
     workspace: Workspace,
 ) -> None:
     workspace.image("1.png")
@@ -100,7 +100,7 @@ def test_a_template_is_laid_at_its_corner_and_an_inverted_one_repaints_the_rest(
     assert kept[0]["empty"] == 1
 
 
-def test_results_that_are_there_already_are_counted(workspace: Workspace) -> None:
+def test_existing_results_are_counted(workspace: Workspace) -> None:
     manifest = workspace.catalog(2)
     workspace.image("m-out/1.png")
     assert dry_run(workspace, manifest)[0] == counts(2, 0, 2, 2, 0, 1)
@@ -110,7 +110,7 @@ def test_every_row_that_would_fail_is_named_with_its_reason(workspace: Workspace
     workspace.image("good.png")
     workspace.mask("good-mask.png", (1, 1, 5, 5))
     workspace.mask("small-mask.png", size=(32, 48))
-    workspace.write("text.png", "no picture")
+    workspace.write("text.png", "not an image")
     workspace.write("cut.png", (workspace.folder / "good.png").read_bytes()[:60])
     colours = Image.new("RGB", (64, 48), (255, 0, 0))
     workspace.write("colours.png", png(colours))
@@ -130,9 +130,9 @@ def test_every_row_that_would_fail_is_named_with_its_reason(workspace: Workspace
         [(image, mask, f"out/{n}.png") for n, (image, mask) in enumerate(rows)],
         columns=("image", "mask", "output"),
     )
-    found, result = dry_run(workspace, manifest)
+    report, result = dry_run(workspace, manifest)
     assert result.status == 2
-    assert found == counts(len(rows), 9, 1, 1, 0, 0)
+    assert report == counts(len(rows), 9, 1, 1, 0, 0)
     problems = result.err.splitlines()
     assert [problem.split(":")[0] for problem in problems] == [f"line {n}" for n in range(3, 12)]
     for problem, expected in zip(
@@ -153,13 +153,13 @@ def test_every_row_that_would_fail_is_named_with_its_reason(workspace: Workspace
         assert expected in problem
 
 
-def test_a_picture_over_the_caps_is_found(
+def test_an_image_above_the_size_limit_is_reported(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = workspace.catalog(1)
     monkeypatch.setenv("INPAINT_MAX_PIXELS", "3071")
-    found, result = dry_run(workspace, manifest)
-    assert (result.status, found["invalid"]) == (2, 1)
+    report, result = dry_run(workspace, manifest)
+    assert (result.status, report["invalid"]) == (2, 1)
     assert "line 2: object_too_large: " in result.err
     monkeypatch.setenv("INPAINT_MAX_PIXELS", "3072")
     assert dry_run(workspace, manifest)[1].status == 0
@@ -168,14 +168,14 @@ def test_a_picture_over_the_caps_is_found(
 def test_bad_rows_of_the_manifest_are_named_too(workspace: Workspace) -> None:
     workspace.catalog(1)
     manifest = workspace.manifest([("in/1.png", "masks/1.png"), ("../x.png", "alpha")])
-    found, result = dry_run(workspace, manifest)
+    report, result = dry_run(workspace, manifest)
     assert result.status == 2
-    assert found == counts(2, 1, 1, 1, 0, 0)
+    assert report == counts(2, 1, 1, 1, 0, 0)
     assert "line 3: image: '../x.png': '..' is refused" in result.err
 
 
-def test_a_picture_whose_size_lies_far_behind_is_read_to_there(workspace: Workspace) -> None:
-    """The size of a JPEG stands behind its metadata, here behind 600 kB of comments."""
+def test_an_image_whose_size_is_behind_long_metadata_is_read_in_full(workspace: Workspace) -> None:
+    """A JPEG holds its size behind its metadata, here behind 600 kB of comments."""
     import io
 
     stream = io.BytesIO()
@@ -195,6 +195,6 @@ def test_a_dry_run_reads_from_s3(workspace: Workspace, s3: Bucket) -> None:
         s3.client.put_object(Bucket=s3.name, Key=name, Body=(workspace.folder / name).read_bytes())
     body = b"image,mask\n1.png,m.png\n2.png,m.png\n1.png,alpha\n"
     s3.client.put_object(Bucket=s3.name, Key="m.csv", Body=body)
-    found, result = dry_run(workspace, s3.uri("m.csv"), "--skip-invalid")
-    assert found["rows"] == 3
+    report, result = dry_run(workspace, s3.uri("m.csv"), "--skip-invalid")
+    assert report["rows"] == 3
     assert f"line 3: object_missing: '{s3.uri('2.png')}' does not exist" in result.err

@@ -1,4 +1,4 @@
-"""Manifests that are not what they seem, and what must not leak from any command."""
+"""Manifests that are not what they seem, and secrets that no command may print."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.producer.workspace import Workspace
 
 
 @pytest.mark.parametrize(
-    ("name", "delimiter", "said"),
+    ("name", "delimiter", "reason"),
     [
         ("m.csv", ";", "separated by semicolons; save it with commas, or tabs in a .tsv"),
         ("m.csv", "\t", "separated by tabs; save it with commas, or tabs in a .tsv"),
@@ -25,16 +25,16 @@ from tests.producer.workspace import Workspace
         ("m.tsv", ",", "separated by commas; save it with tabs"),
     ],
 )
-def test_another_delimiter_is_named(
-    workspace: Workspace, name: str, delimiter: str, said: str
+def test_a_wrong_delimiter_is_named(
+    workspace: Workspace, name: str, delimiter: str, reason: str
 ) -> None:
     workspace.write(name, f"image{delimiter}mask\na.png{delimiter}alpha\n")
     result = workspace.submit(name)
     assert result.status == 2
-    assert f"line 1: the columns are {said}" in result.err
+    assert f"line 1: the columns are {reason}" in result.err
 
 
-def test_a_quote_that_swallows_the_next_row_is_named_by_where_it_opens(
+def test_an_unclosed_quote_is_reported_at_the_line_where_it_opens(
     workspace: Workspace,
 ) -> None:
     workspace.write("m.csv", 'image,mask\na.png,"al"\nb.png,"alpha\nc.png,"alpha"\nd.png,alpha\n')
@@ -44,15 +44,15 @@ def test_a_quote_that_swallows_the_next_row_is_named_by_where_it_opens(
 
 
 class ChangingStorage(Storage):
-    """A store where something happens once a manifest has been opened."""
+    """A storage that calls a function when a manifest has been opened."""
 
-    def __init__(self, happens: Callable[[], Any], **allowed: Any) -> None:
+    def __init__(self, on_open: Callable[[], Any], **allowed: Any) -> None:
         super().__init__(**allowed)
-        self._happens = happens
+        self._on_open = on_open
 
     def open(self, uri: str) -> Any:
         opened = super().open(uri)
-        self._happens()
+        self._on_open()
         return opened
 
 
@@ -87,7 +87,7 @@ def test_a_manifest_on_s3_that_changes_while_it_is_read_is_refused(s3: Bucket) -
         rows(store, s3.uri("m.csv"))
 
 
-def test_control_characters_do_nothing_to_a_terminal(workspace: Workspace) -> None:
+def test_control_characters_are_escaped_on_a_terminal(workspace: Workspace) -> None:
     workspace.catalog(1)
     workspace.write("m.csv", "image,mask,key\nin/1.png,alpha,a\x1b]0;owned\x07b\n")
     assert workspace.submit("m.csv").status == 0
@@ -107,11 +107,11 @@ def test_no_secret_is_printed_logged_or_recorded(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("INPAINT_BUCKETS", "shop")
     monkeypatch.setenv("INPAINT_BROKER_URL", f"redis://:{secret}@127.0.0.1:9/0")
-    said = []
+    outputs = []
 
     def run(command: Callable[..., Any], *arguments: str) -> None:
         result = command(*arguments)
-        said.append(result.out + result.err)
+        outputs.append(result.out + result.err)
 
     workspace.catalog(1)
     bad = workspace.manifest([(f"s3://key:{secret}@shop/a.png", "alpha")], name="bad.csv")
@@ -129,7 +129,7 @@ def test_no_secret_is_printed_logged_or_recorded(
     run(workspace.jobs, "doctor", "--engine", "opencv")
     monkeypatch.setenv("INPAINT_DATABASE_URL", f"mysql://u:{secret}@host/x")
     run(workspace.jobs, "status")
-    assert len(said) == 9
-    assert all(said), "each of them had something to say"
+    assert len(outputs) == 9
+    assert all(outputs), "every command printed something"
     assert b"in/1.png" in recorded
-    assert not [text for text in (*said, caplog.text, repr(recorded)) if secret in text]
+    assert not [text for text in (*outputs, caplog.text, repr(recorded)) if secret in text]

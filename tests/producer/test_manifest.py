@@ -1,4 +1,4 @@
-"""Every kind of manifest is read, and every kind of damage has a line that says what it is."""
+"""Every kind of manifest is read, and every kind of damage is named in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import Bucket
 HEADER = b"image,mask\n"
 
 
-def rows(
+def read_manifest(
     folder: Path,
     data: bytes | str,
     *,
@@ -30,9 +30,9 @@ def rows(
     return list(read(store, str(path), placeholders=placeholders, has_mask=has_mask))
 
 
-def refusal(folder: Path, data: bytes | str, **given: object) -> str:
+def manifest_error(folder: Path, data: bytes | str, **given: object) -> str:
     with pytest.raises(ManifestError) as caught:
-        rows(folder, data, **given)  # type: ignore[arg-type]
+        read_manifest(folder, data, **given)  # type: ignore[arg-type]
     message = str(caught.value)
     assert message.startswith(str(folder))
     assert "\n" not in message
@@ -74,41 +74,43 @@ def test_the_same_rows_come_out_of_every_format(
     expected = [cells(2, "a.png", seed="7"), cells(3, "c.png", "d.png")]
     if "json" in name:
         expected = [ManifestRow(line=row.line - 1, cells=row.cells) for row in expected]
-    assert rows(tmp_path, raw, name=f"{name}.gz" if packed else name) == expected
+    assert read_manifest(tmp_path, raw, name=f"{name}.gz" if packed else name) == expected
 
 
-def test_gzip_is_known_by_its_bytes_and_not_by_its_name(tmp_path: Path) -> None:
-    assert rows(tmp_path, gzip.compress(HEADER + b"a.png,b.png\n")) == [cells(2, "a.png")]
-    assert rows(tmp_path, HEADER + b"a.png,b.png\n", name="m.csv.gz") == [cells(2, "a.png")]
+def test_gzip_is_recognised_by_content_not_by_name(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path, gzip.compress(HEADER + b"a.png,b.png\n")) == [cells(2, "a.png")]
+    assert read_manifest(tmp_path, HEADER + b"a.png,b.png\n", name="m.csv.gz") == [
+        cells(2, "a.png")
+    ]
 
 
-def test_a_row_is_known_by_its_first_line_when_cells_hold_line_ends(tmp_path: Path) -> None:
+def test_a_row_with_line_breaks_has_the_number_of_its_first_line(tmp_path: Path) -> None:
     data = 'image,mask,key\na.png,b.png,"one\ntwo"\n\nc.png,b.png,"x, ""y"""\n'
-    assert rows(tmp_path, data) == [
+    assert read_manifest(tmp_path, data) == [
         cells(2, "a.png", key="one\ntwo"),
         cells(5, "c.png", key='x, "y"'),
     ]
 
 
 def test_unicode_is_kept(tmp_path: Path) -> None:
-    assert rows(tmp_path, "image,mask\nä 画像.png,b.png\n") == [cells(2, "ä 画像.png")]
+    assert read_manifest(tmp_path, "image,mask\nä 画像.png,b.png\n") == [cells(2, "ä 画像.png")]
 
 
 def test_placeholders_may_be_columns(tmp_path: Path) -> None:
-    found = rows(
+    read_rows = read_manifest(
         tmp_path, "image,mask,product\na.png,b.png,cup\n", placeholders=frozenset({"product"})
     )
-    assert found == [cells(2, "a.png", product="cup")]
+    assert read_rows == [cells(2, "a.png", product="cup")]
 
 
 def test_a_mask_for_all_rows_makes_its_column_optional(tmp_path: Path) -> None:
-    (row,) = rows(tmp_path, "image\na.png\n", has_mask=True)
+    (row,) = read_manifest(tmp_path, "image\na.png\n", has_mask=True)
     assert row == ManifestRow(line=2, cells={"image": "a.png"})
 
 
 def test_json_numbers_become_their_text(tmp_path: Path) -> None:
     data = '{"image": 1, "mask": "b.png", "seed": 9007199254740993, "eta": 0.25}\n'
-    assert rows(tmp_path, data, name="m.jsonl") == [
+    assert read_manifest(tmp_path, data, name="m.jsonl") == [
         cells(1, "1", seed="9007199254740993", eta="0.25")
     ]
 
@@ -118,9 +120,9 @@ def test_a_manifest_on_s3_is_streamed(s3: Bucket) -> None:
     body = "".join(f"{n}.png,b.png\n" for n in range(count))
     s3.client.put_object(Bucket=s3.name, Key="m.csv.gz", Body=gzip.compress(HEADER + body.encode()))
     store = Storage(roots=(), buckets=(s3.name,))
-    found = read(store, s3.uri("m.csv.gz"), placeholders=frozenset(), has_mask=False)
-    assert next(found) == cells(2, "0.png")
-    assert sum(1 for _ in found) == count - 1
+    read_rows = read(store, s3.uri("m.csv.gz"), placeholders=frozenset(), has_mask=False)
+    assert next(read_rows) == cells(2, "0.png")
+    assert sum(1 for _ in read_rows) == count - 1
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_the_stem_is_the_name_without_its_endings(manifest: str, expected: str) 
     assert stem(manifest) == expected
 
 
-# --- what spoils the whole file --------------------------------------------------------------
+# --- what makes the whole file unusable ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,21 +152,19 @@ def test_the_stem_is_the_name_without_its_endings(manifest: str, expected: str) 
         ("m.gz", "a file without an extension"),
     ],
 )
-def test_another_kind_of_file_is_refused_with_what_is_read(
-    tmp_path: Path, name: str, kind: str
-) -> None:
-    assert refusal(tmp_path, HEADER, name=name).endswith(
+def test_a_file_of_another_kind_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    assert manifest_error(tmp_path, HEADER, name=name).endswith(
         f"{name}: {kind} is not a manifest; use .csv, .tsv or .jsonl, optionally .gz"
     )
 
 
 @pytest.mark.parametrize("data", [b"", b"\n", b" , \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path: Path, data: bytes) -> None:
-    assert "empty; the first line must name the columns" in refusal(tmp_path, data)
+    assert "empty; the first line must name the columns" in manifest_error(tmp_path, data)
 
 
 def test_every_wrong_column_is_named_at_once(tmp_path: Path) -> None:
-    message = refusal(tmp_path, "imge,seed,seed,promt,zzz\na,1,2,x,y\n")
+    message = manifest_error(tmp_path, "imge,seed,seed,promt,zzz\na,1,2,x,y\n")
     assert message.split("line 1: ")[1].split("; ") == [
         "column 'image' is missing",
         "column 'mask' is missing",
@@ -180,7 +180,7 @@ def test_every_wrong_column_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_column_without_a_name_is_refused(tmp_path: Path) -> None:
-    assert "column '' is not known" in refusal(tmp_path, "image,mask,\na,b,\n")
+    assert "column '' is not known" in manifest_error(tmp_path, "image,mask,\na,b,\n")
 
 
 @pytest.mark.parametrize(
@@ -192,16 +192,16 @@ def test_a_column_without_a_name_is_refused(tmp_path: Path) -> None:
     ],
     ids=["utf-16", "latin-1", "late"],
 )
-def test_another_encoding_is_refused_with_its_first_foreign_byte(
+def test_another_encoding_is_refused_with_the_first_invalid_byte(
     tmp_path: Path, data: bytes, byte: str
 ) -> None:
-    message = refusal(tmp_path, data)
+    message = manifest_error(tmp_path, data)
     assert f"not UTF-8 (byte {byte}: " in message
     assert message.endswith("save it as UTF-8")
 
 
-def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
-    assert "is not known" in refusal(tmp_path, "image,mask\na,b\n".encode("utf-16-le"))
+def test_utf_16_without_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
+    assert "is not known" in manifest_error(tmp_path, "image,mask\na,b\n".encode("utf-16-le"))
 
 
 @pytest.mark.parametrize(
@@ -218,12 +218,12 @@ def test_utf_16_without_a_mark_is_refused(tmp_path: Path) -> None:
     ids=["unclosed", "after a quote", "too long"],
 )
 def test_broken_quoting_is_refused_with_its_line(tmp_path: Path, body: str, reason: str) -> None:
-    message = refusal(tmp_path, HEADER + body.encode())
+    message = manifest_error(tmp_path, HEADER + body.encode())
     assert message.endswith(f"{reason}; fix the quoting")
 
 
 def test_a_field_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
-    (row,) = rows(tmp_path, HEADER + b"a.png," + b"x" * FIELD_LIMIT + b"\n")
+    (row,) = read_manifest(tmp_path, HEADER + b"a.png," + b"x" * FIELD_LIMIT + b"\n")
     assert isinstance(row, ManifestRow)
 
 
@@ -231,10 +231,10 @@ def test_damaged_gzip_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(HEADER + b"".join(b"%d.png,b.png\n" % n for n in range(5000)))
     checksum = whole[:-8] + bytes(4) + whole[-4:]
     for data in (whole[:-20], whole[: len(whole) // 2], checksum, b"\x1f\x8b nonsense", whole[:2]):
-        assert "the gzip data is damaged" in refusal(tmp_path, data, name="m.csv.gz")
+        assert "the gzip data is damaged" in manifest_error(tmp_path, data, name="m.csv.gz")
     flipped = whole[:200] + b"\xff\xff\xff\xff" + whole[204:]
     with pytest.raises(ManifestError):
-        rows(tmp_path, flipped, name="m.csv.gz")
+        read_manifest(tmp_path, flipped, name="m.csv.gz")
 
 
 def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
@@ -243,27 +243,29 @@ def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
         list(read(store, f"{tmp_path}/m.csv", placeholders=frozenset(), has_mask=False))
 
 
-def test_a_folder_is_no_manifest(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_manifest(tmp_path: Path) -> None:
     (tmp_path / "m.csv").mkdir()
     store = Storage(roots=[tmp_path], buckets=())
     with pytest.raises((InputError, UnavailableError), match=r"m\.csv"):
         list(read(store, f"{tmp_path}/m.csv", placeholders=frozenset(), has_mask=False))
 
 
-def test_a_json_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
-    message = refusal(tmp_path, '{"image": "' + "x" * LINE_LIMIT, name="m.jsonl")
+def test_an_endless_json_line_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    message = manifest_error(tmp_path, '{"image": "' + "x" * LINE_LIMIT, name="m.jsonl")
     assert "line 1: longer than 1,048,576 characters" in message
 
 
-# --- what spoils one row ---------------------------------------------------------------------
+# --- what makes one row invalid --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("line", "count"), [("a.png", 1), ("a.png,b.png,c.png", 3), ("a,b.png,b.png", 3)]
 )
-def test_a_ragged_row_is_a_problem_of_its_own(tmp_path: Path, line: str, count: int) -> None:
-    found = rows(tmp_path, f"image,mask\n{line}\nd.png,b.png\n")
-    assert found == [
+def test_a_row_with_a_wrong_number_of_cells_is_a_problem(
+    tmp_path: Path, line: str, count: int
+) -> None:
+    read_rows = read_manifest(tmp_path, f"image,mask\n{line}\nd.png,b.png\n")
+    assert read_rows == [
         Problem(
             line=2,
             text=f"{count} cells under 2 columns; quote cells that hold the delimiter",
@@ -273,21 +275,21 @@ def test_a_ragged_row_is_a_problem_of_its_own(tmp_path: Path, line: str, count: 
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
-def test_nul_in_a_cell_is_a_problem_of_its_row(tmp_path: Path, name: str) -> None:
+def test_a_row_with_nul_in_a_cell_is_a_problem(tmp_path: Path, name: str) -> None:
     data = "image,mask,key\na.png,b.png,x\x00y\n"
     if name == "m.jsonl":
         data = json.dumps({"image": "a.png", "mask": "b.png", "key": "x\x00y"})
-    (problem,) = rows(tmp_path, data, name=name)
+    (problem,) = read_manifest(tmp_path, data, name=name)
     assert isinstance(problem, Problem)
     assert problem.text == "key: 'x\\x00y' holds NUL or half a character"
 
 
 def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
     row = {"image": "a.png", "mask": "b.png", "mask_invert": True, "passes": [{"strength": 1}]}
-    (found,) = rows(tmp_path, json.dumps(row), name="m.jsonl")
-    assert isinstance(found, ManifestRow)
-    assert found.cells["mask_invert"] == "True"
-    assert json.loads(found.cells["passes"]) == [{"strength": 1}]
+    (read_row,) = read_manifest(tmp_path, json.dumps(row), name="m.jsonl")
+    assert isinstance(read_row, ManifestRow)
+    assert read_row.cells["mask_invert"] == "True"
+    assert json.loads(read_row.cells["passes"]) == [{"strength": 1}]
 
 
 @pytest.mark.parametrize(
@@ -307,13 +309,13 @@ def test_a_list_of_passes_and_a_flag_are_read_from_json(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_bad_json_line_is_a_problem_of_its_own(tmp_path: Path, line: str, reason: str) -> None:
+def test_a_bad_json_line_is_a_problem(tmp_path: Path, line: str, reason: str) -> None:
     good = '{"image": "c.png", "mask": "b.png"}'
-    found = rows(tmp_path, f"{line}\n\n{good}\n", name="m.jsonl")
-    assert isinstance(found[0], Problem)
-    assert found[0].line == 1
-    assert found[0].text.startswith(reason)
-    assert found[1:] == [cells(3, "c.png")]
+    read_rows = read_manifest(tmp_path, f"{line}\n\n{good}\n", name="m.jsonl")
+    assert isinstance(read_rows[0], Problem)
+    assert read_rows[0].line == 1
+    assert read_rows[0].text.startswith(reason)
+    assert read_rows[1:] == [cells(3, "c.png")]
 
 
 # --- a column's old name ---------------------------------------------------------------------
@@ -331,7 +333,7 @@ OLD_NAME = "column 'id' is now called 'key'; the next version refuses the old na
 def test_an_old_column_name_is_read_with_one_warning(
     tmp_path: Path, name: str, data: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_rows = rows(tmp_path, data, name=name)
+    read_rows = read_manifest(tmp_path, data, name=name)
     assert [row.cells["key"] for row in read_rows if isinstance(row, ManifestRow)] == ["sku-1"] * 2
     assert caplog.messages == [f"{tmp_path}/{name}: {OLD_NAME}"]
 
@@ -339,12 +341,14 @@ def test_an_old_column_name_is_read_with_one_warning(
 def test_the_new_column_name_gives_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert rows(tmp_path, "image,mask,key\na.png,b.png,1\n") == [cells(2, "a.png", key="1")]
+    assert read_manifest(tmp_path, "image,mask,key\na.png,b.png,1\n") == [
+        cells(2, "a.png", key="1")
+    ]
     assert caplog.messages == []
 
 
 def test_a_column_under_both_names_is_refused(tmp_path: Path) -> None:
     both = "columns 'id' and 'key' are the same, 'id' is the old name; remove one of them"
-    assert refusal(tmp_path, "image,id,mask,key\n").endswith(f"line 1: {both}")
+    assert manifest_error(tmp_path, "image,id,mask,key\n").endswith(f"line 1: {both}")
     data = '{"image": "a.png", "mask": "b.png", "key": "x", "id": "x"}'
-    assert rows(tmp_path, data, name="m.jsonl") == [Problem(line=1, text=both)]
+    assert read_manifest(tmp_path, data, name="m.jsonl") == [Problem(line=1, text=both)]

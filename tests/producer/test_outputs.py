@@ -1,4 +1,4 @@
-"""One output has one job: who may take it, and what becomes of the one before."""
+"""One output has one job: which job may take it over, and what happens to its former job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def manifest(workspace: Workspace, name: str, *, image: str = "1") -> str:
     return name
 
 
-def test_an_output_of_another_job_is_refused_with_both_named(
+def test_an_output_of_another_job_is_refused_and_that_job_named(
     workspace: Workspace, table: JobTable
 ) -> None:
     workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
@@ -37,7 +37,9 @@ def test_an_output_of_another_job_is_refused_with_both_named(
     assert len(table.states()) == 1
 
 
-def test_the_others_go_with_skip_invalid(workspace: Workspace, table: JobTable) -> None:
+def test_skip_invalid_submits_the_rows_whose_output_is_free(
+    workspace: Workspace, table: JobTable
+) -> None:
     workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
     rows = [("in/2.png", "masks/2.png", "same.png"), ("in/2.png", "masks/2.png", "other.png")]
     workspace.manifest(rows, columns=COLUMNS, name="b.csv")
@@ -47,7 +49,7 @@ def test_the_others_go_with_skip_invalid(workspace: Workspace, table: JobTable) 
     assert len(table.states()) == 2
 
 
-def test_force_takes_the_output_and_says_so_at_the_job_that_had_it(
+def test_force_takes_over_the_output_and_marks_the_job_that_owned_it(
     workspace: Workspace, table: JobTable
 ) -> None:
     workspace.submit(manifest(workspace, "a.csv"), "--output", "out")
@@ -92,7 +94,7 @@ def test_a_failed_job_s_output_is_free(workspace: Workspace, table: JobTable) ->
     assert workspace.submit(manifest(workspace, "b.csv", image="2"), "--output", "out").status == 0
 
 
-def test_two_producers_that_want_one_output_at_the_same_moment(db: Database) -> None:
+def test_of_two_producers_only_one_gets_an_output(db: Database) -> None:
     table = JobTable(db)
     owners = [table.submission(digest) for digest in ("a", "b")]
     together = Barrier(2)
@@ -113,15 +115,15 @@ def test_two_producers_that_want_one_output_at_the_same_moment(db: Database) -> 
 
 
 SLOW_INSERTS = """
-CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql
+CREATE FUNCTION slow_insert() RETURNS trigger LANGUAGE plpgsql
     AS 'BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END';
-CREATE TRIGGER dawdle BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION dawdle()
+CREATE TRIGGER slow_insert BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION slow_insert()
 """
 
 
 @contextmanager
 def slow_inserts(db: Database) -> Iterator[None]:
-    """So that two producers are in the middle of their rows at the same time."""
+    """Slow PostgreSQL down, so that two producers insert their rows at the same time."""
     if db.is_sqlite:
         yield
         return
@@ -131,10 +133,10 @@ def slow_inserts(db: Database) -> Iterator[None]:
         yield
     finally:
         with db.write() as connection:
-            connection.exec_driver_sql("DROP FUNCTION dawdle CASCADE")
+            connection.exec_driver_sql("DROP FUNCTION slow_insert CASCADE")
 
 
-def test_producers_that_share_rows_in_opposite_order_do_not_wait_in_a_circle(db: Database) -> None:
+def test_producers_with_the_same_rows_in_opposite_order_do_not_deadlock(db: Database) -> None:
     table = JobTable(db)
     owners = [table.submission(digest) for digest in ("a", "b")]
     rows = [new_job(line) for line in range(1, 201)]

@@ -1,4 +1,4 @@
-"""A row becomes a job: locations, parameters, keys, or everything that is wrong with it."""
+"""A row becomes a job, or a list of everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from shared.jobs.submissions import NewJob
 from shared.params import Params
 from shared.storage import Storage
 
-OPTIONS = RowDefaults(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
-ON_S3 = replace(OPTIONS, manifest="s3://bucket/jobs/m.csv", output="s3://bucket/jobs/m-out")
+DEFAULTS = RowDefaults(manifest="/data/m.csv", output="/data/m-out", engine="sd2")
+ON_S3 = replace(DEFAULTS, manifest="s3://bucket/jobs/m.csv", output="s3://bucket/jobs/m-out")
 STORE = Storage(roots=[Path("/data"), Path("/more")], buckets=("bucket",))
 
 
-def resolved(options: RowDefaults = OPTIONS, **cells: str) -> NewJob | list[Problem]:
+def resolve_row(defaults: RowDefaults = DEFAULTS, **cells: str) -> NewJob | list[Problem]:
     row = ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
-    return RowResolver(options, STORE).resolve(row)
+    return RowResolver(defaults, STORE).resolve(row)
 
 
-def job(options: RowDefaults = OPTIONS, **cells: str) -> NewJob:
-    found = resolved(options, **cells)
-    assert isinstance(found, NewJob), found
-    return found
+def resolve_job(defaults: RowDefaults = DEFAULTS, **cells: str) -> NewJob:
+    job = resolve_row(defaults, **cells)
+    assert isinstance(job, NewJob), job
+    return job
 
 
-def problems(options: RowDefaults = OPTIONS, **cells: str) -> list[str]:
-    found = resolved(options, **cells)
-    assert isinstance(found, list), found
-    assert {problem.line for problem in found} == {2}
-    return [problem.text for problem in found]
+def resolve_problems(defaults: RowDefaults = DEFAULTS, **cells: str) -> list[str]:
+    problems = resolve_row(defaults, **cells)
+    assert isinstance(problems, list), problems
+    assert {problem.line for problem in problems} == {2}
+    return [problem.text for problem in problems]
 
 
-def params(found: NewJob) -> Params:
-    return Params.from_json(found.params, seed=found.seed)
+def params_of(job: NewJob) -> Params:
+    return Params.from_json(job.params, seed=job.seed)
 
 
 # --- locations -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "cells", "expected"),
+    ("defaults", "cells", "expected"),
     [
-        (OPTIONS, {}, ("/data/a.png", "/data/b.png", "/data/m-out/a.png")),
+        (DEFAULTS, {}, ("/data/a.png", "/data/b.png", "/data/m-out/a.png")),
         (
-            OPTIONS,
+            DEFAULTS,
             {"image": "in/x/a.png"},
             ("/data/in/x/a.png", "/data/b.png", "/data/m-out/a.png"),
         ),
-        (OPTIONS, {"output": "r/c.jpg"}, ("/data/a.png", "/data/b.png", "/data/r/c.jpg")),
+        (DEFAULTS, {"output": "r/c.jpg"}, ("/data/a.png", "/data/b.png", "/data/r/c.jpg")),
         (
-            OPTIONS,
+            DEFAULTS,
             {"image": "s3://bucket/k+%2F.png"},
             ("s3://bucket/k+%2F.png", "/data/b.png", "/data/m-out/k+%2F.png"),
         ),
@@ -73,36 +73,36 @@ def params(found: NewJob) -> Params:
             ("/more/a.png", "alpha", "s3://bucket/jobs/m-out/a.png"),
         ),
         (
-            replace(OPTIONS, output="/more/out", has_output=True),
+            replace(DEFAULTS, output="/more/out", has_output=True),
             {"output": "c.png"},
             ("/data/a.png", "/data/b.png", "/more/out/c.png"),
         ),
         (
-            replace(OPTIONS, output="s3://bucket", has_output=True),
+            replace(DEFAULTS, output="s3://bucket", has_output=True),
             {},
             ("/data/a.png", "/data/b.png", "s3://bucket/a.png"),
         ),
     ],
 )
-def test_names_are_resolved_against_the_manifests_own_place(
-    options: RowDefaults, cells: dict[str, str], expected: tuple[str, str, str]
+def test_relative_names_are_resolved_against_the_manifest_s_folder(
+    defaults: RowDefaults, cells: dict[str, str], expected: tuple[str, str, str]
 ) -> None:
-    found = job(options, **cells)
-    assert (found.image, found.mask, found.output) == expected
+    job = resolve_job(defaults, **cells)
+    assert (job.image, job.mask, job.output) == expected
 
 
 @pytest.mark.parametrize("mask", ["alpha", "box:1,2,3,4", "box:-5,0,3,4"])
-def test_a_mask_may_be_no_file(mask: str) -> None:
-    assert job(mask=mask).mask == mask
+def test_a_mask_may_be_alpha_or_a_box(mask: str) -> None:
+    assert resolve_job(mask=mask).mask == mask
 
 
-def test_the_mask_for_all_rows_fills_in_where_a_row_has_none() -> None:
-    options = replace(OPTIONS, mask="/data/all.png")
+def test_a_row_without_a_mask_gets_the_mask_for_all_rows() -> None:
+    defaults = replace(DEFAULTS, mask="/data/all.png")
     row = ManifestRow(line=2, cells={"image": "a.png"})
-    found = RowResolver(options, STORE).resolve(row)
-    assert isinstance(found, NewJob)
-    assert found.mask == "/data/all.png"
-    assert job(options).mask == "/data/b.png"
+    job = RowResolver(defaults, STORE).resolve(row)
+    assert isinstance(job, NewJob)
+    assert job.mask == "/data/all.png"
+    assert resolve_job(defaults).mask == "/data/b.png"
 
 
 @pytest.mark.parametrize(
@@ -141,15 +141,17 @@ def test_a_bad_cell_is_named_with_its_value_and_the_remedy(
 ) -> None:
     given = {"image": "a.png", "mask": "b.png", **cells}
     row = ManifestRow(line=2, cells={name: value for name, value in given.items() if value})
-    found = RowResolver(OPTIONS, STORE).resolve(row)
-    assert isinstance(found, list)
-    assert [problem.text for problem in found] == [found[0].text]
-    assert found[0].text.startswith(text)
+    problems = RowResolver(DEFAULTS, STORE).resolve(row)
+    assert isinstance(problems, list)
+    assert [problem.text for problem in problems] == [problems[0].text]
+    assert problems[0].text.startswith(text)
 
 
 def test_everything_wrong_with_a_row_is_reported_together() -> None:
-    found = problems(image="../a.png", seed="x", engine="sd3", strength="7", priority="p")
-    assert [text.split(":")[0] for text in found] == [
+    problems = resolve_problems(
+        image="../a.png", seed="x", engine="sd3", strength="7", priority="p"
+    )
+    assert [text.split(":")[0] for text in problems] == [
         "image",
         "engine",
         "priority",
@@ -158,61 +160,65 @@ def test_everything_wrong_with_a_row_is_reported_together() -> None:
     ]
 
 
-def test_no_secret_in_a_location_is_repeated() -> None:
-    (text,) = problems(image="s3://key:hush@bucket/a.png")
+def test_a_secret_in_a_location_is_not_printed() -> None:
+    (text,) = resolve_problems(image="s3://key:hush@bucket/a.png")
     assert "hush" not in text
 
 
 # --- parameters ------------------------------------------------------------------------------
 
 
-def test_a_row_wins_over_the_options_and_those_over_the_preset() -> None:
-    options = replace(
-        OPTIONS, preset="ecommerce", values={"strength": 0.6, "guidance_scale": 5.0}, priority=4
+def test_a_cell_wins_over_an_option_and_an_option_over_the_preset() -> None:
+    defaults = replace(
+        DEFAULTS, preset="ecommerce", values={"strength": 0.6, "guidance_scale": 5.0}, priority=4
     )
-    found = job(options, strength="0.7", priority="-3", engine="opencv", preset="film")
-    assert params(found).strength == 0.7
-    assert params(found).guidance_scale == 5.0
-    assert params(found).num_inference_steps == 80
-    assert (found.priority, found.engine) == (-3, "opencv")
-    assert job(options).priority == 4
+    job = resolve_job(defaults, strength="0.7", priority="-3", engine="opencv", preset="film")
+    assert params_of(job).strength == 0.7
+    assert params_of(job).guidance_scale == 5.0
+    assert params_of(job).num_inference_steps == 80
+    assert (job.priority, job.engine) == (-3, "opencv")
+    assert resolve_job(defaults).priority == 4
 
 
 def test_columns_fill_the_prompt_row_by_row() -> None:
-    options = replace(OPTIONS, prompt="photo of {product}")
-    assert params(job(options, product="a cup")).prompt == "photo of a cup"
-    assert params(job(options, product="a pot")).prompt == "photo of a pot"
-    assert problems(options) == [
+    defaults = replace(DEFAULTS, prompt="photo of {product}")
+    assert params_of(resolve_job(defaults, product="a cup")).prompt == "photo of a cup"
+    assert params_of(resolve_job(defaults, product="a pot")).prompt == "photo of a pot"
+    assert resolve_problems(defaults) == [
         "prompt: nothing fills {product}; add a column 'product' or another --prompt"
     ]
 
 
 def test_a_prompt_column_replaces_the_template() -> None:
-    options = replace(OPTIONS, prompt="photo of {product}")
-    assert params(job(options, prompt="as {is}")).prompt == "as {is}"
+    defaults = replace(DEFAULTS, prompt="photo of {product}")
+    assert params_of(resolve_job(defaults, prompt="as {is}")).prompt == "as {is}"
 
 
 def test_the_columns_of_every_template_are_known() -> None:
-    known = replace(OPTIONS, prompt="{thing} {seed}").known_placeholders()
+    known = replace(DEFAULTS, prompt="{thing} {seed}").known_placeholders()
     assert {"thing", "product", "era", "scene"} <= known
     assert "seed" not in known
 
 
-def test_no_seed_means_one_that_the_same_row_always_gets() -> None:
-    first, again, other = job(), job(), job(image="c.png")
+def test_a_derived_seed_is_the_same_for_the_same_row() -> None:
+    first, again, other = resolve_job(), resolve_job(), resolve_job(image="c.png")
     assert first == again
     assert 0 <= first.seed < 2**32
     assert first.seed != other.seed
 
 
-def test_a_seed_is_taken_from_the_row_then_from_the_options() -> None:
-    options = replace(OPTIONS, values={"seed": 5})
-    assert (job(options).seed, job(options, seed="9").seed, job(seed="0").seed) == (5, 9, 0)
+def test_a_seed_is_taken_from_the_row_then_from_the_defaults() -> None:
+    defaults = replace(DEFAULTS, values={"seed": 5})
+    assert (
+        resolve_job(defaults).seed,
+        resolve_job(defaults, seed="9").seed,
+        resolve_job(seed="0").seed,
+    ) == (5, 9, 0)
 
 
-def test_a_seed_that_is_given_makes_other_work_than_the_same_seed_derived() -> None:
-    derived = job()
-    assert job(seed=str(derived.seed)).content_key != derived.content_key
+def test_a_given_seed_makes_another_content_key_than_an_equal_derived_seed() -> None:
+    derived = resolve_job()
+    assert resolve_job(seed=str(derived.seed)).content_key != derived.content_key
 
 
 @pytest.mark.parametrize(
@@ -230,22 +236,22 @@ def test_a_seed_that_is_given_makes_other_work_than_the_same_seed_derived() -> N
         (False, {"seed": "1"}),
     ],
 )
-def test_rows_have_the_same_key_when_they_ask_for_the_same_work(
+def test_rows_have_equal_content_keys_if_they_ask_for_the_same_work(
     same: bool, cells: dict[str, str]
 ) -> None:
-    assert (job().content_key == job(**cells).content_key) is same
+    assert (resolve_job().content_key == resolve_job(**cells).content_key) is same
 
 
-def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() -> None:
-    """One resolver for all rows, as in a run: what it keeps may not leak between them."""
-    resolver = RowResolver(OPTIONS, STORE)
+def test_the_parameter_cache_distinguishes_rows_by_every_deciding_cell() -> None:
+    """One resolver for all rows, as in a run: its cache must not mix them up."""
+    resolver = RowResolver(DEFAULTS, STORE)
 
-    def through(**cells: str) -> dict[str, Any]:
-        found = resolver.resolve(
+    def resolved_params(**cells: str) -> dict[str, Any]:
+        job = resolver.resolve(
             ManifestRow(line=2, cells={"image": "a.png", "mask": "b.png", **cells})
         )
-        assert isinstance(found, NewJob)
-        decoded: dict[str, Any] = json.loads(found.params)
+        assert isinstance(job, NewJob)
+        decoded: dict[str, Any] = json.loads(job.params)
         return decoded
 
     for cells in (
@@ -259,7 +265,7 @@ def test_resolved_parameters_are_kept_apart_by_everything_that_decides_them() ->
         {"key": "other"},
         {},
     ):
-        assert through(**cells) == json.loads(job(**cells).params)
+        assert resolved_params(**cells) == json.loads(resolve_job(**cells).params)
 
 
 # --- engines ---------------------------------------------------------------------------------
@@ -276,32 +282,32 @@ def test_one_engine_has_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("text", ["", "SD2", "diffusers", "diffusers:", "onnx:x"])
-def test_another_engine_is_refused(text: str) -> None:
+def test_an_unknown_engine_is_refused(text: str) -> None:
     with pytest.raises(ParameterError, match="use sd2, opencv or diffusers:"):
         engine_name(text)
 
 
 def test_an_output_is_named_after_a_format_that_can_be_written() -> None:
-    (text,) = problems(image="a.png", mask="m.png", output="out/a.gif")
+    (text,) = resolve_problems(image="a.png", mask="m.png", output="out/a.gif")
     assert "'a.gif': .gif is not a format that can be written; use .jpg" in text
-    assert isinstance(resolved(image="a.png", mask="m.png", output="out/A.WebP"), NewJob)
-    assert isinstance(resolved(image="a.png", mask="m.png", output="out/sku-1"), NewJob)
+    assert isinstance(resolve_row(image="a.png", mask="m.png", output="out/A.WebP"), NewJob)
+    assert isinstance(resolve_row(image="a.png", mask="m.png", output="out/sku-1"), NewJob)
 
 
 def test_a_result_behind_a_symlink_cannot_replace_an_input(tmp_path: Path) -> None:
     folder = tmp_path.resolve()
     (folder / "images").mkdir()
     (folder / "out").symlink_to("images")
-    options = replace(OPTIONS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
-    resolver = RowResolver(options, Storage(roots=[folder], buckets=()))
+    defaults = replace(DEFAULTS, manifest=f"{folder}/m.csv", output=f"{folder}/out")
+    resolver = RowResolver(defaults, Storage(roots=[folder], buckets=()))
     row = ManifestRow(line=2, cells={"image": "images/a.png", "mask": "alpha"})
     (problem,) = resolver.resolve(row)  # type: ignore[misc]
     assert "is also an input" in problem.text
 
 
 def test_every_wrong_parameter_of_a_row_is_named() -> None:
-    found = problems(strength="2", eta="nan", num_inference_steps="0", seed="-1")
-    assert [text.partition(":")[0] for text in sorted(found)] == [
+    problems = resolve_problems(strength="2", eta="nan", num_inference_steps="0", seed="-1")
+    assert [text.partition(":")[0] for text in sorted(problems)] == [
         "eta",
         "num_inference_steps",
         "seed",
@@ -309,24 +315,24 @@ def test_every_wrong_parameter_of_a_row_is_named() -> None:
     ]
 
 
-# --- rounds, text, format --------------------------------------------------------------------
+# --- passes, text, format --------------------------------------------------------------------
 
 
-def test_passes_name_masks_beside_the_manifest_and_the_first_replaces_the_row_s() -> None:
+def test_masks_of_passes_are_relative_to_the_manifest_and_the_first_replaces_the_row_s() -> None:
     passes = [{"mask": "face.png", "prompt": "a face"}, {"mask": "eyes.png", "strength": 0.6}]
-    found = job(passes=json.dumps(passes))
-    assert found.mask == "/data/face.png"
-    (_, first), (eyes, second) = params(found).all_passes()
+    job = resolve_job(passes=json.dumps(passes))
+    assert job.mask == "/data/face.png"
+    (_, first), (eyes, second) = params_of(job).all_passes()
     assert (first.prompt, eyes) == ("a face", "/data/eyes.png")
     assert (second.prompt, second.strength) == ("a face", 0.6)
 
 
-def test_a_detail_mask_is_a_second_round() -> None:
-    found = job(preset="faces", detail_mask="in/eyes.png", detail_prompt="green eyes")
-    assert [mask for mask, _ in params(found).all_passes()] == ["", "/data/in/eyes.png"]
-    assert params(found).all_passes()[1][1].prompt == "green eyes"
-    on_s3 = job(ON_S3, detail_mask="eyes.png")
-    assert params(on_s3).passes[0].mask == "s3://bucket/jobs/eyes.png"
+def test_a_detail_mask_is_a_second_pass() -> None:
+    job = resolve_job(preset="faces", detail_mask="in/eyes.png", detail_prompt="green eyes")
+    assert [mask for mask, _ in params_of(job).all_passes()] == ["", "/data/in/eyes.png"]
+    assert params_of(job).all_passes()[1][1].prompt == "green eyes"
+    on_s3 = resolve_job(ON_S3, detail_mask="eyes.png")
+    assert params_of(on_s3).passes[0].mask == "s3://bucket/jobs/eyes.png"
 
 
 @pytest.mark.parametrize(
@@ -343,18 +349,20 @@ def test_a_detail_mask_is_a_second_round() -> None:
         ({"detail_prompt": "eyes"}, "detail_mask: empty"),
     ],
 )
-def test_a_bad_round_is_named(cells: dict[str, str], message: str) -> None:
-    assert any(message in text for text in problems(**cells))
+def test_a_bad_pass_is_named(cells: dict[str, str], message: str) -> None:
+    assert any(message in text for text in resolve_problems(**cells))
 
 
 def test_a_style_column_wins_over_the_option() -> None:
-    options = replace(OPTIONS, prompt="a cup", style="ink")
-    assert params(job(options)).prompt == "a cup, ink"
-    assert params(job(options, style="oil")).prompt == "a cup, oil"
+    defaults = replace(DEFAULTS, prompt="a cup", style="ink")
+    assert params_of(resolve_job(defaults)).prompt == "a cup, ink"
+    assert params_of(resolve_job(defaults, style="oil")).prompt == "a cup, oil"
 
 
-def test_a_font_lies_beside_the_manifest() -> None:
-    assert params(job(text="A", text_font="fonts/a.ttf")).text_font == "/data/fonts/a.ttf"
+def test_a_font_is_relative_to_the_manifest() -> None:
+    assert (
+        params_of(resolve_job(text="A", text_font="fonts/a.ttf")).text_font == "/data/fonts/a.ttf"
+    )
 
 
 @pytest.mark.parametrize(
@@ -369,19 +377,19 @@ def test_a_font_lies_beside_the_manifest() -> None:
     ],
 )
 def test_a_format_names_the_output(cells: dict[str, str], output: str) -> None:
-    assert job(**cells).output == output
+    assert resolve_job(**cells).output == output
 
 
 def test_a_format_for_all_rows_names_their_outputs_too() -> None:
-    options = replace(OPTIONS, values={"format": "png"})
-    assert job(options, image="a.jpg").output == "/data/m-out/a.png"
+    defaults = replace(DEFAULTS, values={"format": "png"})
+    assert resolve_job(defaults, image="a.jpg").output == "/data/m-out/a.png"
 
 
 def test_a_name_that_contradicts_its_format_is_refused() -> None:
-    (text,) = problems(output="x.png", format="jpeg")
+    (text,) = resolve_problems(output="x.png", format="jpeg")
     assert text == "output: 'x.png' contradicts format jpeg; drop one of them"
 
 
-def test_passes_that_are_no_json_are_said_once() -> None:
-    (text,) = problems(passes="[{]")
+def test_passes_that_are_not_json_are_reported_once() -> None:
+    (text,) = resolve_problems(passes="[{]")
     assert text.startswith("passes: not JSON")

@@ -31,10 +31,10 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def either(
+def both_databases(
     request: pytest.FixtureRequest, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[JobTable]:
-    """The workspace's tables on each kind of database."""
+    """The workspace's tables, on SQLite and on PostgreSQL."""
     if request.param == "postgresql":
         url = request.getfixturevalue("migrated_url")
         monkeypatch.setenv("INPAINT_DATABASE_URL", url)
@@ -74,7 +74,7 @@ def finish(table: JobTable, **found: Any) -> None:
         jobs.succeed(table.db, leased, record)
 
 
-def refused(result: CommandResult, *expected: str) -> None:
+def assert_refused(result: CommandResult, *expected: str) -> None:
     assert result.status == 2
     assert result.out == ""
     for text in expected:
@@ -85,7 +85,7 @@ def refused(result: CommandResult, *expected: str) -> None:
 
 
 def test_every_row_becomes_a_queued_job(
-    workspace: Workspace, either: JobTable, redis_url: str
+    workspace: Workspace, both_databases: JobTable, redis_url: str
 ) -> None:
     result = workspace.submit(workspace.catalog(3))
     assert result.status == 0
@@ -96,7 +96,7 @@ def test_every_row_becomes_a_queued_job(
         "watch: inpaint-jobs status 1 --watch",
     ]
     assert result.err == ""
-    rows = all_jobs(either)
+    rows = all_jobs(both_databases)
     assert [row.line for row in rows] == [2, 3, 4]
     assert [row.image for row in rows] == [f"{workspace.folder}/in/{n}.png" for n in (1, 2, 3)]
     assert [row.output for row in rows] == [f"{workspace.folder}/m-out/{n}.png" for n in (1, 2, 3)]
@@ -104,13 +104,13 @@ def test_every_row_becomes_a_queued_job(
     queue = Queue(redis_url)
     assert queue.ready_messages("opencv") == {(row.id, 0) for row in rows}
     queue.close()
-    (submission,) = either.submissions()
+    (submission,) = both_databases.submissions()
     assert (submission.rows, submission.invalid) == (3, 0)
     assert submission.recorded_at is not None
     assert json.loads(submission.options)["engine"] == "opencv"
 
 
-def test_json_is_one_object_with_exactly_the_promised_keys(workspace: Workspace) -> None:
+def test_json_is_one_object_with_the_documented_keys(workspace: Workspace) -> None:
     result = workspace.submit(workspace.catalog(2), "--json")
     assert result.json == {
         "submission": 1,
@@ -124,7 +124,7 @@ def test_json_is_one_object_with_exactly_the_promised_keys(workspace: Workspace)
 
 
 def test_the_same_manifest_again_adds_nothing_and_says_so(
-    workspace: Workspace, either: JobTable
+    workspace: Workspace, both_databases: JobTable
 ) -> None:
     manifest = workspace.catalog(3)
     workspace.submit(manifest)
@@ -134,11 +134,11 @@ def test_the_same_manifest_again_adds_nothing_and_says_so(
         "submission 1: 3 rows, 0 accepted, 3 already recorded; nothing added; 3 still to run"
     )
     assert workspace.submit(manifest, "--json").json["duplicates"] == 3
-    assert len(job_ids(either)) == 3
-    assert len(either.submissions()) == 1
+    assert len(job_ids(both_databases)) == 3
+    assert len(both_databases.submissions()) == 1
 
 
-def test_a_manifest_that_grew_adds_its_new_rows_only(workspace: Workspace, table: JobTable) -> None:
+def test_a_longer_manifest_adds_only_its_new_rows(workspace: Workspace, table: JobTable) -> None:
     workspace.submit(workspace.catalog(2))
     assert workspace.submit(workspace.catalog(3), "--json").json == {
         "submission": 2,
@@ -150,7 +150,7 @@ def test_a_manifest_that_grew_adds_its_new_rows_only(workspace: Workspace, table
     assert len(job_ids(table)) == 3
 
 
-def test_identical_rows_are_one_job(workspace: Workspace, either: JobTable) -> None:
+def test_identical_rows_are_one_job(workspace: Workspace, both_databases: JobTable) -> None:
     workspace.catalog(1)
     manifest = workspace.manifest([("in/1.png", "masks/1.png")] * 3)
     assert workspace.submit(manifest, "--json").json == {
@@ -160,41 +160,43 @@ def test_identical_rows_are_one_job(workspace: Workspace, either: JobTable) -> N
         "duplicates": 2,
         "invalid": 0,
     }
-    assert len(job_ids(either)) == 1
-    finish(either)
+    assert len(job_ids(both_databases)) == 1
+    finish(both_databases)
     assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 1
-    finish(either)
+    finish(both_databases)
     assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 1
 
 
-def test_once_all_is_done_it_says_how_to_run_rows_again(
-    workspace: Workspace, either: JobTable
+def test_a_finished_submission_says_how_to_run_rows_again(
+    workspace: Workspace, both_databases: JobTable
 ) -> None:
     manifest = workspace.catalog(2)
     workspace.submit(manifest)
-    for job in job_ids(either):
-        either.succeed(job)
+    for job in job_ids(both_databases):
+        both_databases.succeed(job)
     again = "nothing added (--force or --changed run rows again)"
     assert again in workspace.submit(manifest).out
     assert again not in workspace.submit(manifest, "--force").out
 
 
-def test_a_run_that_was_cut_off_is_completed(workspace: Workspace, either: JobTable) -> None:
+def test_an_interrupted_submission_is_completed(
+    workspace: Workspace, both_databases: JobTable
+) -> None:
     manifest = workspace.catalog(4)
-    _record_part_of(workspace, either, manifest, rows=2)
-    assert len(job_ids(either)) == 2
+    _record_part_of(workspace, both_databases, manifest, rows=2)
+    assert len(job_ids(both_databases)) == 2
     result = workspace.submit(manifest)
     assert result.out.splitlines()[0] == (
         "submission 1: 4 rows, 2 accepted, 2 already recorded; "
         "it had been interrupted and is complete now; 4 still to run"
     )
-    assert [row.line for row in all_jobs(either)] == [2, 3, 4, 5]
-    assert {row.state for row in all_jobs(either)} == {"queued"}
+    assert [row.line for row in all_jobs(both_databases)] == [2, 3, 4, 5]
+    assert {row.state for row in all_jobs(both_databases)} == {"queued"}
     assert "nothing added" in workspace.submit(manifest).out
 
 
 def _record_part_of(workspace: Workspace, table: JobTable, manifest: Path, *, rows: int) -> None:
-    """What a producer has done when it is killed between two chunks."""
+    """Leave the database as a producer that is killed between two chunks leaves it."""
     options = RowDefaults(
         manifest=str(manifest), output=f"{workspace.folder}/m-out", engine="opencv"
     )
@@ -214,7 +216,7 @@ def _record_part_of(workspace: Workspace, table: JobTable, manifest: Path, *, ro
 
 
 def test_two_producers_with_one_manifest_record_each_row_once(
-    workspace: Workspace, either: JobTable
+    workspace: Workspace, both_databases: JobTable
 ) -> None:
     count = 4000
     manifest = workspace.manifest([(f"in/{n}.png", "alpha") for n in range(count)])
@@ -228,16 +230,16 @@ def test_two_producers_with_one_manifest_record_each_row_once(
         )
         for _ in range(2)
     ]
-    answers = [one.communicate(timeout=60) for one in running]
+    answers = [process.communicate(timeout=60) for process in running]
     assert [err for _, err in answers] == [b"", b""]
     summaries = [json.loads(out) for out, _ in answers]
     assert sum(summary["accepted"] for summary in summaries) == count
     assert sum(summary["duplicates"] for summary in summaries) == count
     assert {summary["submission"] for summary in summaries} == {1}
-    assert len(job_ids(either)) == count
+    assert len(job_ids(both_databases)) == count
 
 
-def test_a_broker_that_is_down_costs_nothing_but_time(
+def test_jobs_are_recorded_while_the_broker_is_down(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BROKER_URL", "redis://:hush@127.0.0.1:1/0")
@@ -255,7 +257,7 @@ def test_a_database_that_is_down_is_one_line(
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", "postgresql://u:hush@127.0.0.1:1/name")
     result = workspace.submit(workspace.catalog(1))
-    refused(result, "inpaint-submit: database: ")
+    assert_refused(result, "inpaint-submit: database: ")
     assert len(result.err.splitlines()) == 1
     assert "hush" not in result.err
 
@@ -264,12 +266,12 @@ def test_a_database_without_tables_names_the_remedy(
     workspace: Workspace, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_DATABASE_URL", postgres_url)
-    refused(workspace.submit(workspace.catalog(1)), "run: inpaint-jobs upgrade")
+    assert_refused(workspace.submit(workspace.catalog(1)), "run: inpaint-jobs upgrade")
     assert workspace.jobs("upgrade").status == 0
     assert workspace.submit(workspace.catalog(1)).status == 0
 
 
-def test_more_rows_than_the_queue_holds_wait_in_the_table(
+def test_rows_beyond_the_queue_bound_stay_pending(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_QUEUE_BOUND", "2")
@@ -277,7 +279,7 @@ def test_more_rows_than_the_queue_holds_wait_in_the_table(
     assert sorted(table.states()) == ["pending"] * 3 + ["queued"] * 2
 
 
-def test_a_submission_of_several_chunks_is_whole(workspace: Workspace, table: JobTable) -> None:
+def test_a_submission_of_several_chunks_is_complete(workspace: Workspace, table: JobTable) -> None:
     count = 2 * CHUNK + 7
     manifest = workspace.manifest([(f"{n}.png", "alpha") for n in range(count)])
     assert workspace.submit(manifest, "--json").json["accepted"] == count
@@ -304,7 +306,7 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
         columns=("image", "mask", "strength", "seed"),
     )
     result = workspace.submit(manifest)
-    refused(result)
+    assert_refused(result)
     lines = result.err.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         *("line 3", "line 3", "line 4", "line 5", "line 6", "line 6"),
@@ -336,9 +338,13 @@ def test_good_rows_can_be_submitted_without_the_bad_ones(
     assert [row.line for row in all_jobs(table)] == [2, 4]
 
 
-def test_a_manifest_without_one_good_row_is_refused_all_the_same(workspace: Workspace) -> None:
+def test_a_manifest_without_a_valid_row_is_refused_even_with_skip_invalid(
+    workspace: Workspace,
+) -> None:
     manifest = workspace.manifest([("../x.png", "alpha")])
-    refused(workspace.submit(manifest, "--skip-invalid"), "1 of 1 rows are not valid; nothing was")
+    assert_refused(
+        workspace.submit(manifest, "--skip-invalid"), "1 of 1 rows are not valid; nothing was"
+    )
 
 
 @pytest.mark.parametrize(
@@ -355,18 +361,18 @@ def test_a_manifest_without_one_good_row_is_refused_all_the_same(workspace: Work
         ("m.csv", b"image,mask,key\na,b,x\x00y\n", "line 2: key: "),
     ],
 )
-def test_a_file_that_is_no_manifest_is_refused_in_a_line(
+def test_a_file_that_is_not_a_manifest_is_one_line(
     workspace: Workspace, name: str, data: bytes, expected: str
 ) -> None:
-    refused(workspace.submit(workspace.write(name, data)), expected)
+    assert_refused(workspace.submit(workspace.write(name, data)), expected)
 
 
-def test_a_manifest_that_is_not_there_is_refused_in_a_line(workspace: Workspace) -> None:
+def test_a_missing_manifest_is_one_line(workspace: Workspace) -> None:
     result = workspace.submit("nowhere.csv")
     assert result.err == f"inpaint-submit: '{workspace.folder}/nowhere.csv' does not exist\n"
-    refused(result)
-    refused(workspace.submit("http://host/m.csv"), "http:// is not supported")
-    refused(workspace.submit(workspace.folder), "is not a regular file")
+    assert_refused(result)
+    assert_refused(workspace.submit("http://host/m.csv"), "http:// is not supported")
+    assert_refused(workspace.submit(workspace.folder), "is not a regular file")
 
 
 def test_outputs_that_collide_name_both_lines(workspace: Workspace, table: JobTable) -> None:
@@ -375,7 +381,7 @@ def test_outputs_that_collide_name_both_lines(workspace: Workspace, table: JobTa
     )
     result = workspace.submit(manifest)
     out = f"'{workspace.folder}/m-out/1.png'"
-    refused(
+    assert_refused(
         result,
         f"line 3: output: {out} is also written by line 2; give the row an output of its own",
         f"line 5: output: {out} is also written by line 2",
@@ -390,7 +396,7 @@ def test_an_output_may_not_be_another_rows_image_or_mask(workspace: Workspace) -
         [("1.png", "m1.png", "2.png"), ("2.png", "m2.png", "m1.png"), ("3.png", "alpha", "4.png")],
         columns=("image", "mask", "output"),
     )
-    refused(
+    assert_refused(
         workspace.submit(manifest),
         f"line 2: output: '{workspace.folder}/2.png' is the image of line 3; give the row an ",
         f"line 3: output: '{workspace.folder}/m1.png' is the mask of line 2",
@@ -400,7 +406,7 @@ def test_an_output_may_not_be_another_rows_image_or_mask(workspace: Workspace) -
 
 def test_an_output_may_not_be_the_mask_for_all_rows(workspace: Workspace) -> None:
     manifest = workspace.manifest([("1.png", "all.png")], columns=("image", "output"))
-    refused(
+    assert_refused(
         workspace.submit(manifest, "--mask", "all.png"),
         f"line 2: output: '{workspace.folder}/all.png' is also an input; choose another output",
     )
@@ -408,13 +414,13 @@ def test_an_output_may_not_be_the_mask_for_all_rows(workspace: Workspace) -> Non
         [("1.png", "alpha", "all.png"), ("2.png", "", "x.png")],
         columns=("image", "mask", "output"),
     )
-    refused(workspace.submit(manifest, "--mask", "all.png"), "is the mask of line 3")
+    assert_refused(workspace.submit(manifest, "--mask", "all.png"), "is the mask of line 3")
 
 
 # --- options ---------------------------------------------------------------------------------
 
 
-def test_options_apply_to_every_row_that_says_nothing_else(
+def test_options_apply_to_every_row_without_a_cell_of_its_own(
     workspace: Workspace, table: JobTable
 ) -> None:
     manifest = workspace.manifest(
@@ -429,12 +435,12 @@ def test_options_apply_to_every_row_that_says_nothing_else(
     )
     assert result.status == 0, result.err
     first, second = all_jobs(table)
-    params = [Params.from_json(row.params, seed=row.seed) for row in (first, second)]
-    assert [one.prompt for one in params] == ["photo of a cup", "photo of a pot"]
-    assert [one.strength for one in params] == [0.9, 0.6]
-    assert {one.guidance_scale for one in params} == {5.0}
-    assert {one.num_inference_steps for one in params} == {20}
-    assert {one.seed for one in params} == {11}
+    all_params = [Params.from_json(row.params, seed=row.seed) for row in (first, second)]
+    assert [params.prompt for params in all_params] == ["photo of a cup", "photo of a pot"]
+    assert [params.strength for params in all_params] == [0.9, 0.6]
+    assert {params.guidance_scale for params in all_params} == {5.0}
+    assert {params.num_inference_steps for params in all_params} == {20}
+    assert {params.seed for params in all_params} == {11}
     assert [row.priority for row in (first, second)] == [3, 7]
     assert {row.mask for row in (first, second)} == {"box:1,2,30,40"}
     assert first.output == f"{workspace.folder}/results/1.png"
@@ -464,14 +470,16 @@ def test_options_apply_to_every_row_that_says_nothing_else(
 def test_a_bad_option_is_refused_with_the_remedy(
     workspace: Workspace, options: tuple[str, ...], expected: str
 ) -> None:
-    refused(workspace.submit(workspace.catalog(1), *options), expected)
+    assert_refused(workspace.submit(workspace.catalog(1), *options), expected)
 
 
 def test_bad_settings_are_one_line(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INPAINT_QUEUE_BOUND", "many")
     monkeypatch.setenv("INPAINT_ENGIN", "opencv")
     result = workspace.submit(workspace.catalog(1))
-    refused(result, "inpaint-submit: settings: INPAINT_ENGIN is not", "INPAINT_QUEUE_BOUND: ")
+    assert_refused(
+        result, "inpaint-submit: settings: INPAINT_ENGIN is not", "INPAINT_QUEUE_BOUND: "
+    )
     assert len(result.err.splitlines()) == 1
 
 
@@ -481,7 +489,7 @@ def test_files_outside_the_manifests_folder_need_a_root(
     other_folder = tmp_path.resolve() / "elsewhere"
     other_folder.mkdir()
     manifest = workspace.manifest([(f"{other_folder}/1.png", "alpha")])
-    refused(
+    assert_refused(
         workspace.submit(manifest), f"image: '{other_folder}/1.png' is outside the allowed folders"
     )
     assert workspace.submit(manifest, "--root", other_folder).status == 0
@@ -501,10 +509,12 @@ def test_a_mask_for_all_rows_and_the_output_may_lie_anywhere(
 # --- again -----------------------------------------------------------------------------------
 
 
-def test_force_runs_every_finished_row_again(workspace: Workspace, either: JobTable) -> None:
+def test_force_runs_every_finished_row_again(
+    workspace: Workspace, both_databases: JobTable
+) -> None:
     manifest = workspace.catalog(3)
     workspace.submit(manifest)
-    finish(either)
+    finish(both_databases)
     assert workspace.submit(manifest, "--json").json["accepted"] == 0
     assert workspace.submit(manifest, "--force", "--json").json == {
         "submission": 1,
@@ -513,21 +523,21 @@ def test_force_runs_every_finished_row_again(workspace: Workspace, either: JobTa
         "duplicates": 0,
         "invalid": 0,
     }
-    assert either.states() == ["queued"] * 3
+    assert both_databases.states() == ["queued"] * 3
 
 
-def test_force_leaves_alone_what_is_not_finished(workspace: Workspace, table: JobTable) -> None:
+def test_force_does_not_change_unfinished_jobs(workspace: Workspace, table: JobTable) -> None:
     manifest = workspace.catalog(2)
     workspace.submit(manifest)
     assert workspace.submit(manifest, "--force", "--json").json["accepted"] == 0
 
 
-def test_changed_runs_only_the_row_whose_picture_was_touched(
-    workspace: Workspace, either: JobTable
+def test_changed_runs_only_rows_whose_files_changed(
+    workspace: Workspace, both_databases: JobTable
 ) -> None:
     manifest = workspace.catalog(3)
     workspace.submit(manifest)
-    finish(either)
+    finish(both_databases)
     assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 0
     workspace.image("in/2.png", colour=200)
     assert workspace.submit(manifest, "--changed", "--json").json == {
@@ -537,33 +547,33 @@ def test_changed_runs_only_the_row_whose_picture_was_touched(
         "duplicates": 2,
         "invalid": 0,
     }
-    assert either.states() == ["succeeded", "queued", "succeeded"]
-    finish(either)
+    assert both_databases.states() == ["succeeded", "queued", "succeeded"]
+    finish(both_databases)
     os.utime(workspace.folder / "masks/3.png", ns=(1, 1))
     workspace.submit(manifest, "--changed")
-    assert either.states() == ["succeeded", "succeeded", "queued"]
+    assert both_databases.states() == ["succeeded", "succeeded", "queued"]
 
 
-def test_changed_leaves_what_failed_and_has_not_changed(
-    workspace: Workspace, either: JobTable
+def test_changed_does_not_run_failed_rows_whose_files_are_the_same(
+    workspace: Workspace, both_databases: JobTable
 ) -> None:
     manifest = workspace.catalog(1)
     workspace.submit(manifest)
-    (row,) = all_jobs(either)
-    leased = either.acquire(row.id, seen=row.attempt)
+    (row,) = all_jobs(both_databases)
+    leased = both_databases.acquire(row.id, seen=row.attempt)
     assert leased is not None
     storage = Storage(roots=[Path("/")], buckets=())
     image, mask = (storage.stat(place) for place in (row.image, row.mask))
     assert image
     assert mask
     record = AttemptRecord(image_version=image.version, mask_version=mask.version)
-    jobs.fail(either.db, leased, record, ImageError("damaged"), NEVER)
+    jobs.fail(both_databases.db, leased, record, ImageError("damaged"), NEVER)
     assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 0
     workspace.image("in/1.png", colour=200)
     assert workspace.submit(manifest, "--changed", "--json").json["accepted"] == 1
 
 
-def test_changed_on_s3_goes_by_the_etag(
+def test_changed_on_s3_compares_etags(
     workspace: Workspace, table: JobTable, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", s3.name)
@@ -594,9 +604,9 @@ def test_a_bucket_that_is_not_allowed_is_refused(
     workspace: Workspace, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("INPAINT_BUCKETS", "others")
-    refused(workspace.submit(s3.uri("m.csv")), f"bucket '{s3.name}' is not allowed")
+    assert_refused(workspace.submit(s3.uri("m.csv")), f"bucket '{s3.name}' is not allowed")
     manifest = workspace.manifest([(s3.uri("1.png"), "alpha")])
-    refused(workspace.submit(manifest), "line 2: image: ", "add it to INPAINT_BUCKETS")
+    assert_refused(workspace.submit(manifest), "line 2: image: ", "add it to INPAINT_BUCKETS")
 
 
 # --- memory ----------------------------------------------------------------------------------
@@ -621,7 +631,7 @@ def _peak_megabytes(manifest: Path) -> float:
     return float(done.stderr) / 1024
 
 
-def test_a_spool_gives_its_rows_again_and_in_order() -> None:
+def test_a_spool_can_be_read_repeatedly_and_in_order() -> None:
     from tests.job_table import new_job
 
     spool = JobSpool()

@@ -74,7 +74,7 @@ class Workspace:
         return self.write(name, "\n".join(lines) + "\n")
 
     def catalog(self, count: int = 3, *, name: str = "m.csv") -> Path:
-        """A manifest of that many rows, whose pictures and masks exist."""
+        """Write a manifest of ``count`` rows, and their images and masks."""
         for n in range(1, count + 1):
             self.image(f"in/{n}.png", colour=n)
             self.mask(f"masks/{n}.png", (10, 10, 20, 20))
@@ -91,7 +91,7 @@ class Workspace:
         return _run(jobs_command, args)
 
     def table(self) -> JobTable:
-        """The tables as the commands see them; the caller closes ``table.db``."""
+        """Open the tables that the commands use; the caller closes ``table.db``."""
         db = Database(settings.load().database)
         schema.ensure(db)
         return JobTable(db)

@@ -1,4 +1,4 @@
-"""inpaint-jobs as a user runs it: status, list, show, retry, cancel, export, upgrade."""
+"""inpaint-jobs as a user runs it: every command but replay, sheet and doctor."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from shared.presets import presets
 from tests.job_table import RETRY_AT_ONCE, JobTable
 from tests.producer.workspace import CommandResult, Workspace
 
-HOPELESS = ImageError("not a picture")
+BAD_IMAGE = ImageError("not an image")
 
 
-def fail(table: JobTable, job: int, error: InpaintError = HOPELESS) -> None:
+def fail(table: JobTable, job: int, error: InpaintError = BAD_IMAGE) -> None:
     jobs.fail(table.db, table.run(job), AttemptRecord(), error, RETRY_AT_ONCE)
 
 
-def refused(result: CommandResult, message: str) -> None:
+def assert_refused(result: CommandResult, message: str) -> None:
     assert (result.status, result.out) == (2, "")
     assert result.err == f"inpaint-jobs: {message}\n"
 
 
 @pytest.fixture
-def six(table: JobTable) -> dict[str, int]:
+def job_per_state(table: JobTable) -> dict[str, int]:
     """A job in each state, by the state's name."""
     names = ("succeeded", "failed", "cancelled", "running", "queued", "pending")
-    found = dict(zip(names, table.add(6), strict=True))
-    table.succeed(found["succeeded"], result_sha256="a" * 64)
-    fail(table, found["failed"])
-    table.cancel(found["cancelled"])
-    table.run(found["running"])
-    table.set(found["pending"], state="pending")
-    assert [table.state(job) for job in found.values()] == list(names)
-    return found
+    jobs_by_state = dict(zip(names, table.add(6), strict=True))
+    table.succeed(jobs_by_state["succeeded"], result_sha256="a" * 64)
+    fail(table, jobs_by_state["failed"])
+    table.cancel(jobs_by_state["cancelled"])
+    table.run(jobs_by_state["running"])
+    table.set(jobs_by_state["pending"], state="pending")
+    assert [table.state(job) for job in jobs_by_state.values()] == list(names)
+    return jobs_by_state
 
 
 # --- status ----------------------------------------------------------------------------------
@@ -57,16 +57,16 @@ def test_status_without_jobs_says_so(workspace: Workspace) -> None:
     assert result.out.endswith("no jobs\n")
 
 
-def test_status_counts_every_state(workspace: Workspace, six: dict[str, int]) -> None:
+def test_status_counts_every_state(workspace: Workspace, job_per_state: dict[str, int]) -> None:
     result = workspace.jobs("status", 1)
     assert result.status == 0
     for state in STATES:
         assert f"{state} 1" in result.out
     assert "jobs/s" in result.out
-    found = workspace.jobs("status", "--json").json
-    assert {state: found[state] for state in STATES} == dict.fromkeys(STATES, 1)
-    assert found["rate"] > 0
-    assert found["seconds_left"] == pytest.approx(3 / found["rate"], rel=0.01)
+    output = workspace.jobs("status", "--json").json
+    assert {state: output[state] for state in STATES} == dict.fromkeys(STATES, 1)
+    assert output["rate"] > 0
+    assert output["seconds_left"] == pytest.approx(3 / output["rate"], rel=0.01)
 
 
 def test_status_lists_the_newest_submissions_first(workspace: Workspace, table: JobTable) -> None:
@@ -87,7 +87,7 @@ def test_status_can_be_of_one_submission(workspace: Workspace, table: JobTable) 
     assert workspace.jobs("status", 2, "--json").json["succeeded"] == 1
 
 
-def test_watch_ends_when_nothing_is_left(
+def test_watch_ends_when_no_job_is_left(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.jobs.WATCH_SECONDS", 0.05)
@@ -108,48 +108,54 @@ def test_watch_ends_when_nothing_is_left(
 # --- list and show ---------------------------------------------------------------------------
 
 
-def listed(result: CommandResult) -> list[int]:
+def listed_jobs(result: CommandResult) -> list[int]:
     assert result.status == 0
     return [json.loads(line)["job"] for line in result.out.splitlines()]
 
 
 def test_list_selects_by_state_error_and_submission(workspace: Workspace, table: JobTable) -> None:
-    one, two, three = table.add(3)
+    first, second, third = table.add(3)
     other = table.add(submission=table.submission("other"))[0]
-    fail(table, one)
-    fail(table, two, OutOfMemory("full"))
+    fail(table, first)
+    fail(table, second, OutOfMemory("full"))
     fail(table, other)
-    assert listed(workspace.jobs("list", "--json")) == [one, two, three, other]
-    assert listed(workspace.jobs("list", "--json", "--state", "failed")) == [one, other]
-    assert listed(workspace.jobs("list", "--json", "--error", "bad_image")) == [one, other]
-    assert listed(workspace.jobs("list", "--json", "--error", "out_of_memory")) == [two]
-    assert listed(workspace.jobs("list", "--json", "--submission", 1)) == [one, two, three]
+    assert listed_jobs(workspace.jobs("list", "--json")) == [first, second, third, other]
+    assert listed_jobs(workspace.jobs("list", "--json", "--state", "failed")) == [first, other]
+    assert listed_jobs(workspace.jobs("list", "--json", "--error", "bad_image")) == [first, other]
+    assert listed_jobs(workspace.jobs("list", "--json", "--error", "out_of_memory")) == [second]
+    assert listed_jobs(workspace.jobs("list", "--json", "--submission", 1)) == [
+        first,
+        second,
+        third,
+    ]
     chosen = ("--submission", 2, "--error", "bad_image", "--state", "failed")
-    assert listed(workspace.jobs("list", "--json", *chosen)) == [other]
+    assert listed_jobs(workspace.jobs("list", "--json", *chosen)) == [other]
 
 
-def test_list_is_a_table_with_a_row_per_job(workspace: Workspace, six: dict[str, int]) -> None:
+def test_list_is_a_table_with_a_row_per_job(
+    workspace: Workspace, job_per_state: dict[str, int]
+) -> None:
     result = workspace.jobs("list")
     rows = [line.split() for line in result.out.splitlines() if "/images/" in line]
-    assert [row[0] for row in rows] == [str(job) for job in six.values()]
-    assert [row[4] for row in rows] == list(six)
+    assert [row[0] for row in rows] == [str(job) for job in job_per_state.values()]
+    assert [row[4] for row in rows] == list(job_per_state)
     assert "bad_image" in result.out
 
 
-def test_list_says_when_there_is_more(workspace: Workspace, table: JobTable) -> None:
+def test_list_says_that_there_are_more_jobs(workspace: Workspace, table: JobTable) -> None:
     table.add(3)
     result = workspace.jobs("list", "--limit", 2, "--json")
-    assert len(listed(result)) == 2
+    assert len(listed_jobs(result)) == 2
     result = workspace.jobs("list", "--limit", 2)
     assert "more jobs: raise --limit" in result.err
     assert workspace.jobs("list", "--limit", 3).err == ""
 
 
-def test_show_tells_every_parameter_and_every_attempt(
+def test_show_prints_every_parameter_and_every_attempt(
     workspace: Workspace, table: JobTable
 ) -> None:
-    asked = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
-    params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **asked)
+    more = {"text": "SALE", "postprocess": "faces", "format": "png", "quality": 90}
+    params = Params(prompt="a [bold]cup[/bold]", seed=123456789012, scheduler="euler", **more)
     job = table.add_one(params=params, priority=5)
     fail(table, job, OutOfMemory("the device is full"))
     table.succeed(
@@ -176,24 +182,26 @@ def test_show_tells_every_parameter_and_every_attempt(
         assert text in result.out, text
 
 
-def test_show_as_json_holds_the_same(workspace: Workspace, table: JobTable) -> None:
+def test_show_as_json_has_the_same_content(workspace: Workspace, table: JobTable) -> None:
     job = table.add_one(params=Params(seed=7))
     table.succeed(job, timings={"fetch": 0.5})
-    found = workspace.jobs("show", job, "--json").json
-    assert found["params"]["num_inference_steps"] == 50
-    assert (found["seed"], found["state"]) == (7, "succeeded")
-    (attempt,) = found["attempts"]
+    output = workspace.jobs("show", job, "--json").json
+    assert output["params"]["num_inference_steps"] == 50
+    assert (output["seed"], output["state"]) == (7, "succeeded")
+    (attempt,) = output["attempts"]
     assert (attempt["outcome"], attempt["timings"]) == ("succeeded", {"fetch": 0.5})
     assert attempt["started_at"].endswith("+00:00")
 
 
-def test_show_tells_what_an_earlier_attempt_ran_with(workspace: Workspace, table: JobTable) -> None:
+def test_show_prints_the_parameters_of_an_earlier_attempt(
+    workspace: Workspace, table: JobTable
+) -> None:
     job = table.add_one()
     fail(table, job)
     assert workspace.jobs("retry", job, "--set", "strength=0.61").status == 0
-    found = workspace.jobs("show", job, "--json").json
-    assert found["params"]["strength"] == 0.61
-    assert found["attempts"][0]["params"]["strength"] == 0.8
+    output = workspace.jobs("show", job, "--json").json
+    assert output["params"]["strength"] == 0.61
+    assert output["attempts"][0]["params"]["strength"] == 0.8
     assert '"strength":0.8' in workspace.jobs("show", job).out
 
 
@@ -224,15 +232,15 @@ def test_retry_changes_parameters(workspace: Workspace, table: JobTable) -> None
     assert leased.params == Params(seed=4, strength=0.6, prompt="a cup")
 
 
-def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
+def test_retry_selects_failed_jobs_by_submission_and_error(
     workspace: Workspace, table: JobTable
 ) -> None:
-    one, two, done = table.add(3)
+    first, second, done = table.add(3)
     other = table.add(submission=table.submission("other"))[0]
     table.succeed(done)
-    fail(table, one)
+    fail(table, first)
     for _ in range(5):
-        fail(table, two, OutOfMemory("full"))
+        fail(table, second, OutOfMemory("full"))
     fail(table, other)
     assert workspace.jobs("retry", "--submission", 1, "--error", "bad_image").out.startswith(
         "1 job "
@@ -244,13 +252,13 @@ def test_retry_takes_a_submissions_failed_jobs_or_those_with_one_error(
     assert workspace.jobs("retry", "--submission", 1).out.startswith("0 jobs")
 
 
-def test_retry_of_a_job_that_still_runs_is_refused(
-    workspace: Workspace, six: dict[str, int]
+def test_retry_of_an_unfinished_job_is_refused(
+    workspace: Workspace, job_per_state: dict[str, int]
 ) -> None:
     for state in ("running", "queued", "pending"):
-        refused(
-            workspace.jobs("retry", six["failed"], six[state]),
-            f"job {six[state]} is {state}; only final jobs run again",
+        assert_refused(
+            workspace.jobs("retry", job_per_state["failed"], job_per_state[state]),
+            f"job {job_per_state[state]} is {state}; only final jobs run again",
         )
 
 
@@ -265,12 +273,14 @@ def test_retry_when_the_broker_is_down_says_so(
     assert "when it is back" in result.err
 
 
-def test_cancel_stops_what_waits_and_asks_what_runs(
-    workspace: Workspace, six: dict[str, int]
+def test_cancel_cancels_waiting_jobs_and_asks_running_ones_to_stop(
+    workspace: Workspace, job_per_state: dict[str, int]
 ) -> None:
     result = workspace.jobs("cancel", "--submission", 1)
     assert (result.status, result.out) == (0, "2 cancelled, 1 running ones asked to stop\n")
-    assert workspace.jobs("cancel", six["succeeded"], six["running"]).out.startswith("0 cancelled")
+    assert workspace.jobs(
+        "cancel", job_per_state["succeeded"], job_per_state["running"]
+    ).out.startswith("0 cancelled")
 
 
 @pytest.mark.parametrize(
@@ -298,13 +308,13 @@ def test_cancel_stops_what_waits_and_asks_what_runs(
         ),
     ],
 )
-def test_what_makes_no_sense_is_one_line_and_changes_nothing(
+def test_a_mistake_is_one_line_and_changes_nothing(
     workspace: Workspace, table: JobTable, command: tuple[object, ...], message: str
 ) -> None:
     job = table.add_one()
     fail(table, job)
     before = table.job(job)
-    refused(workspace.jobs(*command), message)
+    assert_refused(workspace.jobs(*command), message)
     assert table.job(job) == before
 
 
@@ -318,7 +328,7 @@ def test_a_number_that_no_job_can_have_is_refused(
     assert f"{number}" in result.err
 
 
-def test_the_largest_number_is_just_unknown(workspace: Workspace) -> None:
+def test_the_largest_possible_number_is_an_unknown_job(workspace: Workspace) -> None:
     assert "does not exist" in workspace.jobs("show", 2**63 - 1).err
 
 
@@ -326,12 +336,12 @@ def test_the_largest_number_is_just_unknown(workspace: Workspace) -> None:
 
 
 def test_export_holds_one_record_per_job_in_both_formats(
-    workspace: Workspace, six: dict[str, int]
+    workspace: Workspace, job_per_state: dict[str, int]
 ) -> None:
     result = workspace.jobs("export", "--format", "jsonl")
     records = [json.loads(line) for line in result.out.splitlines()]
-    assert [record["job"] for record in records] == list(six.values())
-    assert [record["state"] for record in records] == list(six)
+    assert [record["job"] for record in records] == list(job_per_state.values())
+    assert [record["state"] for record in records] == list(job_per_state)
     assert records[0]["result_sha256"] == "a" * 64
     assert records[1]["error_code"] == "bad_image"
     assert records[0]["params"]["scheduler"] == "ddim"
@@ -348,21 +358,21 @@ def test_export_holds_one_record_per_job_in_both_formats(
 
 
 def test_export_selects_by_submission_and_state(workspace: Workspace, table: JobTable) -> None:
-    one, _ = table.add(2)
+    first, _ = table.add(2)
     other = table.add(submission=table.submission("other"))[0]
-    table.cancel(one, other)
+    table.cancel(first, other)
 
     def exported(*options: object) -> list[Any]:
         result = workspace.jobs("export", "--format", "jsonl", *options)
         return [json.loads(line)["job"] for line in result.out.splitlines()]
 
-    assert exported("--state", "cancelled") == [one, other]
+    assert exported("--state", "cancelled") == [first, other]
     assert exported("--submission", 2) == [other]
     assert exported("--submission", 1, "--state", "failed") == []
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r="])
-def test_a_spreadsheet_runs_nothing_from_a_csv_export(
+def test_a_csv_export_contains_no_spreadsheet_formula(
     workspace: Workspace, table: JobTable, start: str
 ) -> None:
     key = f"{start}1+1"
@@ -374,7 +384,9 @@ def test_a_spreadsheet_runs_nothing_from_a_csv_export(
     assert record["key"] == key
 
 
-def test_odd_text_survives_an_export(workspace: Workspace, table: JobTable) -> None:
+def test_quotes_newlines_and_unicode_survive_an_export(
+    workspace: Workspace, table: JobTable
+) -> None:
     key = 'ä "quoted", two\nlines 画'
     table.add_one(key=key)
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
@@ -382,7 +394,7 @@ def test_odd_text_survives_an_export(workspace: Workspace, table: JobTable) -> N
     assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["key"] == key
 
 
-def test_an_export_of_nothing_is_a_header_or_nothing(workspace: Workspace) -> None:
+def test_an_export_without_jobs_is_a_header_or_empty(workspace: Workspace) -> None:
     assert workspace.jobs("export").out.startswith('"submission","job","line","key","state",')
     assert workspace.jobs("export", "--format", "jsonl").out == ""
 
@@ -390,19 +402,19 @@ def test_an_export_of_nothing_is_a_header_or_nothing(workspace: Workspace) -> No
 # --- presets and upgrade ---------------------------------------------------------------------
 
 
-def test_presets_are_printed_with_their_figures(workspace: Workspace) -> None:
+def test_presets_are_printed_with_their_parameters(workspace: Workspace) -> None:
     result = workspace.jobs("presets")
     rows = {line.split()[0]: line.split() for line in result.out.splitlines() if line.strip()}
     assert set(presets()) <= set(rows)
     assert rows["ecommerce"][1:4] == ["8.5", "70", "0.75"]
     assert rows["film"][1:5] == ["10", "80", "0.9", "1024x576"]
-    found = workspace.jobs("presets", "--json").json
-    assert list(found) == list(presets())
-    assert found["portrait"]["strength"] == 0.55
-    assert "{subject}" in found["portrait"]["prompt"]
+    output = workspace.jobs("presets", "--json").json
+    assert list(output) == list(presets())
+    assert output["portrait"]["strength"] == 0.55
+    assert "{subject}" in output["portrait"]["prompt"]
 
 
-def test_upgrade_says_where_the_tables_are(workspace: Workspace) -> None:
+def test_upgrade_prints_the_database_and_its_revision(workspace: Workspace) -> None:
     for _ in range(2):
         result = workspace.jobs("upgrade")
         assert result.status == 0
@@ -430,42 +442,46 @@ def test_a_database_that_cannot_be_opened_is_one_line(
     workspace.write("file", "")
     monkeypatch.setenv("INPAINT_HOME", "file/home")
     result = workspace.jobs(command)
-    refused(result, f"database: {workspace.folder}/file/home: Not a directory; see INPAINT_HOME")
+    assert_refused(
+        result, f"database: {workspace.folder}/file/home: Not a directory; see INPAINT_HOME"
+    )
     workspace.write("inpaint.db", b"no database at all, but long enough to look like a file" * 20)
     monkeypatch.setenv("INPAINT_DATABASE_URL", "sqlite:///inpaint.db")
-    refused(workspace.jobs(command), "database: file is not a database")
+    assert_refused(workspace.jobs(command), "database: file is not a database")
 
 
 # --- prune ------------------------------------------------------------------------------------
 
 
-def test_prune_says_what_would_go_asks_and_deletes(workspace: Workspace, table: JobTable) -> None:
+def test_prune_shows_what_would_be_deleted_asks_and_deletes(
+    workspace: Workspace, table: JobTable
+) -> None:
     old = table.add_one(submission=table.submission("old", manifest="/old.csv"))
     table.succeed(old)
     table.add_one(submission=table.submission("new"))
     with table.db.write() as connection:
         for statement in ("submissions SET created_at", "jobs SET finished_at"):
             connection.exec_driver_sql(f"UPDATE {statement} = '2020-01-01' WHERE id = 1")
-    said = "submission 1: 1 jobs, /old.csv\n"
-    looked = workspace.jobs("prune", "--older-than", "90d", "--dry-run")
-    assert (looked.status, looked.out) == (0, said)
-    refused = workspace.jobs("prune", "--older-than", "90d")
-    assert (refused.status, table.state(old)) == (2, "succeeded")
-    assert "prune asks before it deletes; give --yes, or --dry-run to look" in refused.err
+    shown = "submission 1: 1 jobs, /old.csv\n"
+    dry_run = workspace.jobs("prune", "--older-than", "90d", "--dry-run")
+    assert (dry_run.status, dry_run.out) == (0, shown)
+    assert_refused = workspace.jobs("prune", "--older-than", "90d")
+    assert (assert_refused.status, table.state(old)) == (2, "succeeded")
+    assert "prune asks before it deletes; give --yes, or --dry-run to look" in assert_refused.err
     pruned = workspace.jobs("prune", "--older-than", "12h", "--yes")
-    assert (pruned.status, pruned.out) == (0, f"{said}1 jobs pruned\n")
+    assert (pruned.status, pruned.out) == (0, f"{shown}1 jobs pruned\n")
     assert [row.digest for row in table.submissions()] == ["new"]
     again = workspace.jobs("prune", "--older-than", "90d", "--yes")
     assert again.out == "no submission finished longer ago than 90d\n"
 
 
 @pytest.mark.parametrize("age", ["90", "0d", "-1d", "1w", "", "1.5d"])
-def test_an_age_that_is_none_is_refused(workspace: Workspace, age: str) -> None:
+def test_an_invalid_age_is_refused(workspace: Workspace, age: str) -> None:
     result = workspace.jobs("prune", f"--older-than={age}", "--yes")
     assert result.status == 2
     assert "is not an age; write 90d or 12h" in result.err
 
 
-def test_pruning_a_submission_that_is_not_there_is_one_line(workspace: Workspace) -> None:
+def test_pruning_an_unknown_submission_is_one_line(workspace: Workspace) -> None:
     result = workspace.jobs("prune", "--older-than", "1d", "--submission", 7, "--yes")
     assert result.err == "inpaint-jobs: submission 7 does not exist; see inpaint-jobs status\n"

@@ -1,4 +1,4 @@
-"""The commands themselves: help, waiting, and what stays light at the start."""
+"""The commands themselves: help, waiting, and what they do not import at the start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 
@@ -39,7 +40,7 @@ def command_of(name: str) -> click.Command:
 # --- help ------------------------------------------------------------------------------------
 
 
-def test_there_are_these_commands() -> None:
+def test_the_commands_are_complete() -> None:
     assert list(COMMANDS) == [
         "inpaint-submit",
         *(
@@ -65,20 +66,20 @@ def test_help_names_every_option_of_a_command(name: str, flag: str) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_that_does_not_speak_for_itself_is_explained(name: str) -> None:
+def test_every_option_is_explained_unless_its_name_suffices(name: str) -> None:
     plain = {"--state", "--submission", "--limit", "--format", "--help"}
     for parameter in command_of(name).params:
         if isinstance(parameter, click.Option) and parameter.opts[0] not in plain:
             assert parameter.help, f"{name} {parameter.opts[0]}"
 
 
-def test_the_groups_help_names_every_command() -> None:
+def test_the_group_s_help_names_every_command() -> None:
     result = _run(jobs_command, ("--help",))
     for name in jobs_command.list_commands(click.Context(jobs_command)):
         assert f"  {name} " in result.out
 
 
-def test_submit_has_every_promised_option() -> None:
+def test_submit_has_every_documented_option() -> None:
     promised = (
         *("--output", "--mask", "--engine", "--preset", "--prompt", "--set", "--priority"),
         *("--dry-run", "--skip-invalid", "--root", "--wait", "--local", "--force", "--changed"),
@@ -95,7 +96,7 @@ def test_a_wrong_call_exits_2_with_the_usage(args: tuple[str, ...]) -> None:
     assert result.err.startswith("Usage: ")
 
 
-def test_sets_are_read_and_checked() -> None:
+def test_set_options_are_parsed_and_checked() -> None:
     assert parse_set_options(("strength=0.5", " seed = 7", "prompt=a=b")) == {
         "strength": 0.5,
         "seed": 7,
@@ -116,7 +117,7 @@ def test_every_parameter_can_be_set(workspace: Workspace) -> None:
     assert workspace.submit(workspace.catalog(1), *sets).status == 0
 
 
-def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_one_line_that_says_how_to_continue(capsys: pytest.CaptureFixture[str]) -> None:
     with (
         pytest.raises(SystemExit) as caught,
         reporting_errors("inpaint-submit", interrupted=INTERRUPTED),
@@ -126,7 +127,7 @@ def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"inpaint-submit: {INTERRUPTED}\n"
 
 
-def test_sigterm_stops_in_order_and_a_second_one_does_not_stop_that(
+def test_a_second_sigterm_does_not_interrupt_the_cleanup_after_the_first(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
@@ -165,8 +166,8 @@ class Worker(Thread):
         while self._left and time.monotonic() < deadline:
             time.sleep(0.05)
             with self._table.db.read() as connection:
-                found = connection.exec_driver_sql("SELECT id FROM jobs WHERE state = 'queued'")
-                queued = list(found.scalars())
+                rows = connection.exec_driver_sql("SELECT id FROM jobs WHERE state = 'queued'")
+                queued = list(rows.scalars())
             for job in queued:
                 self._end(job)
 
@@ -174,7 +175,7 @@ class Worker(Thread):
         leased = self._table.acquire(job, seen=self._table.job(job).attempt)
         assert leased is not None
         if self._table.job(job).line in self._bad:
-            error = ImageError("not [a] picture")
+            error = ImageError("not [an] image")
             jobs.fail(self._table.db, leased, AttemptRecord(), error, RETRY_AT_ONCE)
         else:
             jobs.succeed(self._table.db, leased, AttemptRecord())
@@ -187,7 +188,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_ends_with_the_jobs_and_says_how_they_ended(
+def test_wait_ends_with_the_last_job_and_counts_the_outcomes(
     workspace: Workspace, table: JobTable
 ) -> None:
     worker = Worker(table, count=3)
@@ -211,21 +212,23 @@ def test_wait_exits_1_when_a_job_failed_and_names_the_errors(
     worker.join()
     assert result.status == 1
     assert "2 succeeded, 1 failed in " in result.out
-    assert "  bad_image 1: not [a] picture" in result.out
+    assert "  bad_image 1: not [an] image" in result.out
     assert "again: inpaint-jobs retry --submission 1" in result.out
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_with_json_is_one_object_with_the_ends(workspace: Workspace, table: JobTable) -> None:
+def test_wait_with_json_is_one_object_with_the_outcomes(
+    workspace: Workspace, table: JobTable
+) -> None:
     worker = Worker(table, count=2)
     worker.start()
     result = workspace.submit(workspace.catalog(2), "--wait", "--json")
     worker.join()
     assert result.status == 0
     assert len(result.out.splitlines()) == 1
-    found = result.json
-    assert found.pop("seconds") > 0
-    assert found == {
+    summary = result.json
+    assert summary.pop("seconds") > 0
+    assert summary == {
         "submission": 1,
         "rows": 2,
         "accepted": 2,
@@ -238,7 +241,7 @@ def test_wait_with_json_is_one_object_with_the_ends(workspace: Workspace, table:
 
 
 @pytest.mark.usefixtures("quick")
-def test_wait_says_once_that_no_worker_is_there(
+def test_wait_warns_once_that_no_worker_has_taken_a_job(
     workspace: Workspace, table: JobTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.1)
@@ -260,7 +263,7 @@ def test_wait_says_once_that_no_worker_is_there(
 
 
 @pytest.mark.usefixtures("quick")
-def test_local_says_once_that_its_worker_is_getting_ready(
+def test_local_notes_once_that_its_worker_is_starting(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("producer.cli.submit.NO_WORKER_SECONDS", 0.0)
@@ -303,3 +306,21 @@ def test_an_engine_that_cannot_run_here_is_named_before_anything_is_recorded(
         f"'inpaint-batch[{extra}]', or submit without --local for workers elsewhere\n"
     )
     assert table.submissions() == []
+
+
+# --- version and start-up --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [submit, jobs_command])
+def test_version_is_that_of_the_installed_package(command: click.Command) -> None:
+    result = _run(command, ("--version",))
+    assert (result.status, result.err) == (0, "")
+    assert result.out.endswith(f", version {version('inpaint-batch')}\n")
+
+
+def test_a_command_starts_without_jinja2() -> None:
+    code = "import sys, producer.cli.submit, producer.cli.jobs; print('jinja2' in sys.modules)"
+    started = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert (started.stdout, started.stderr) == ("False\n", "")
