@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from shared import images, masks
-from shared.errors import MaskError
+from shared.errors import MaskError, MaskSizeError
 from shared.masks import Grey
 from shared.params import MaskFit, Params
 
@@ -41,7 +41,7 @@ def in_colour(ink: tuple[int, ...], ground: tuple[int, ...] = (0, 0, 0)) -> Imag
 
 
 def layer(ink: tuple[int, int, int], alpha: NDArray[np.uint8] = MASK) -> NDArray[np.uint8]:
-    """(h, w, 4): drawn in one colour, as opaque as ``alpha``."""
+    """(h, w, 4): a drawing in one colour with that alpha."""
     return np.dstack([np.full((*alpha.shape, 3), ink, np.uint8), alpha])
 
 
@@ -58,34 +58,34 @@ def test_a_mask_is_read_from_any_mode(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L"])
-def test_a_fax_whose_zero_is_white_is_read_as_it_is_shown(mode: str) -> None:
+def test_a_tiff_whose_zero_is_white_is_read_as_displayed(mode: str) -> None:
     stored = save(Image.fromarray(MASK).convert(mode), "TIFF", tiffinfo={262: 0})
     shown = np.asarray(Image.open(io.BytesIO(stored)).convert("L"))
     assert np.array_equal(masks.decode_mask(stored, max_pixels=LIMIT), shown)
     assert shown[30, 40] != shown[0, 0]
 
 
-def test_a_mask_is_turned_upright() -> None:
+def test_the_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert np.array_equal(read(np.ascontiguousarray(np.rot90(MASK)), exif=exif), MASK)
 
 
-def test_noise_round_black_and_white_falls_to_the_threshold() -> None:
-    found = masks.apply_threshold(read(TEXT.convert("RGB"), "JPEG", quality=60), threshold=128)
-    assert np.count_nonzero(found != (WRITTEN >= 128)) < 0.01 * np.count_nonzero(WRITTEN)
-    assert not found[:40].any()
+def test_jpeg_noise_around_black_and_white_does_not_pass_the_threshold() -> None:
+    mask = masks.apply_threshold(read(TEXT.convert("RGB"), "JPEG", quality=60), threshold=128)
+    assert np.count_nonzero(mask != (WRITTEN >= 128)) < 0.01 * np.count_nonzero(WRITTEN)
+    assert not mask[:40].any()
 
 
-def test_the_soft_edge_of_a_mark_lies_in_the_mask_it_is_drawn_with() -> None:
-    """The mask of a faint mark, saved as its opacity, has no white at all."""
+def test_the_default_threshold_includes_the_soft_edge_of_a_faint_mark() -> None:
+    """The opacity of a faint mark, saved as its mask, has no white."""
     faint = (WRITTEN * 0.4).astype(np.uint8)
     missed = faint[~masks.apply_threshold(faint, threshold=Params().mask_threshold)]
     assert missed.sum() < 0.03 * faint.sum()
 
 
 @pytest.mark.parametrize("pixels", [MASK // 255, (MASK // 255).astype(np.uint16)])
-def test_a_mask_of_0_and_1_is_one_of_0_and_255(pixels: NDArray[Any]) -> None:
+def test_a_mask_of_0_and_1_is_read_as_0_and_255(pixels: NDArray[Any]) -> None:
     assert np.array_equal(read(pixels), MASK)
 
 
@@ -109,8 +109,8 @@ INKS = {"red": (255, 0, 0), "maroon": (128, 0, 0), "blue": (0, 0, 255), "pink": 
 def test_one_colour_on_black_counts_as_white(
     ink: str, format: str, options: dict[str, Any]
 ) -> None:
-    found = read(in_colour(INKS[ink]), format, **options) >= 128
-    assert np.count_nonzero(found != (WRITTEN >= 128)) < 0.05 * np.count_nonzero(WRITTEN)
+    mask = read(in_colour(INKS[ink]), format, **options) >= 128
+    assert np.count_nonzero(mask != (WRITTEN >= 128)) < 0.05 * np.count_nonzero(WRITTEN)
 
 
 def test_a_palette_of_one_colour_and_black_is_a_mask() -> None:
@@ -136,7 +136,7 @@ def two_labels() -> Image.Image:
         Image.new("RGB", (20, 10), (255, 0, 0)),
     ],
 )
-def test_several_colours_and_one_without_black_are_refused(image: Image.Image) -> None:
+def test_a_mask_with_several_colours_or_without_black_is_refused(image: Image.Image) -> None:
     with pytest.raises(MaskError, match=r"several colours, or no black; draw .* white"):
         read(image)
 
@@ -158,7 +158,7 @@ def test_a_grey_layer_counts_by_its_brightness_too() -> None:
     assert np.array_equal(read(half), expected)
 
 
-def test_a_layer_that_can_be_read_in_two_ways_is_refused() -> None:
+def test_an_ambiguous_layer_is_refused() -> None:
     with pytest.raises(MaskError, match="black on a transparent layer"):
         read(layer((0, 0, 0)))
     colours = layer((255, 0, 0))
@@ -171,7 +171,7 @@ def test_an_empty_layer_is_an_empty_mask() -> None:
     assert not read(layer((0, 0, 0), np.zeros_like(MASK))).any()
 
 
-def test_the_alpha_mask_is_whiter_where_the_picture_is_more_transparent() -> None:
+def test_the_alpha_mask_is_the_inverse_of_alpha() -> None:
     pixels = np.zeros((1, 4, 4), np.uint8)
     pixels[0, :, 3] = [0, 127, 128, 255]
     grey = masks.alpha_to_mask(images.decode(save(pixels), max_pixels=LIMIT))
@@ -198,7 +198,7 @@ BOXES = {
 
 
 @pytest.mark.parametrize("text", BOXES)
-def test_boxes_are_pixels_or_percent_clipped_to_the_picture(text: str) -> None:
+def test_boxes_are_pixels_or_percent_clipped_to_the_image(text: str) -> None:
     expected = np.zeros((10, 20), np.uint8)
     for left, top, right, bottom in BOXES[text]:
         expected[top:bottom, left:right] = 255
@@ -209,7 +209,7 @@ def test_boxes_are_pixels_or_percent_clipped_to_the_picture(text: str) -> None:
     "text",
     ["box:1,2,3", "box:", "box:1,2,1,4", "box:1,5,3,4", "1,2,3,4.5", "box:50%,0,10%,9", "1,2,3,4;"],
 )
-def test_what_is_no_box_is_refused(text: str) -> None:
+def test_a_malformed_box_is_refused(text: str) -> None:
     with pytest.raises(MaskError):
         masks.parse_boxes(text)
 
@@ -222,21 +222,20 @@ def test_what_is_no_box_is_refused(text: str) -> None:
         ("box:0,0,5,5;box:15,0,50%,5", "is empty in the 20x10"),
     ],
 )
-def test_a_box_with_nothing_in_the_picture_is_refused(text: str, message: str) -> None:
+def test_a_box_outside_the_image_is_refused(text: str, message: str) -> None:
     with pytest.raises(MaskError, match=message):
         boxed(text, (20, 10))
 
 
-def test_an_inverted_box_is_everything_but_the_box() -> None:
+def test_an_inverted_box_masks_everything_outside_the_box() -> None:
     grey = boxed("box:0,0,5,5", (20, 10))
-    found = masks.prepare_mask(grey, (20, 10), threshold=128, invert=True)
-    assert np.array_equal(found, grey == 0)
+    mask = masks.prepare_mask(grey, (20, 10), threshold=128, invert=True)
+    assert np.array_equal(mask, grey == 0)
 
 
 def test_a_mask_of_another_size_is_refused() -> None:
-    with pytest.raises(MaskError, match=r"150x100, the image 100x150.*mask_fit") as caught:
+    with pytest.raises(MaskSizeError, match=r"150x100, the image 100x150.*mask_fit"):
         masks.prepare_mask(MASK, (100, 150), threshold=128)
-    assert caught.value.code == "mask_size"
 
 
 ANCHORED: dict[MaskFit, tuple[int, int]] = {
@@ -254,19 +253,19 @@ ANCHORED: dict[MaskFit, tuple[int, int]] = {
 
 @pytest.mark.parametrize("fit", ANCHORED)
 @pytest.mark.parametrize("invert", [False, True])
-def test_a_template_is_laid_pixel_for_pixel_at_its_anchor(fit: MaskFit, invert: bool) -> None:
+def test_a_smaller_mask_is_placed_unscaled_at_its_anchor(fit: MaskFit, invert: bool) -> None:
     left, top = ANCHORED[fit]
     small = np.full((200, 300), 0, np.uint8)
     small[top : top + 100, left : left + 150] = 255 - MASK if invert else MASK
-    found = masks.prepare_mask(MASK, (300, 200), threshold=128, invert=invert, fit=fit)
-    assert np.array_equal(found, small == 255)
+    mask = masks.prepare_mask(MASK, (300, 200), threshold=128, invert=invert, fit=fit)
+    assert np.array_equal(mask, small == 255)
     back = masks.fit_to_size(small, (150, 100), fit)
     assert np.array_equal(back, small[top : top + 100, left : left + 150])
 
 
 @st.composite
 def scalings(draw: st.DrawFn) -> tuple[Grey, tuple[int, int]]:
-    """A mask with a few pixels, and a picture of its shape."""
+    """A mask with a few pixels, and the size of an image with its aspect ratio."""
     width, height = draw(st.integers(1, 60)), draw(st.integers(1, 60))
     mask = np.zeros((height, width), np.uint8)
     for _ in range(draw(st.integers(1, 4))):
@@ -279,31 +278,30 @@ def scalings(draw: st.DrawFn) -> tuple[Grey, tuple[int, int]]:
 @given(scalings())
 def test_scaling_loses_no_stroke(case: tuple[Grey, tuple[int, int]]) -> None:
     mask, (width, height) = case
-    found = masks.fit_to_size(mask, (width, height), "scale")
+    scaled = masks.fit_to_size(mask, (width, height), "scale")
     expected = np.zeros((height, width), np.bool_)
     for y, x in np.argwhere(mask):
         rows = slice(y * height // len(mask), -(-(y + 1) * height // len(mask)))
         columns = slice(x * width // mask.shape[1], -(-(x + 1) * width // mask.shape[1]))
         expected[rows, columns] = True
-    assert np.array_equal(found == 255, expected)
+    assert np.array_equal(scaled == 255, expected)
 
 
-def test_scaling_refuses_another_shape_but_not_a_rounded_one() -> None:
+def test_scaling_accepts_a_rounded_aspect_ratio_and_refuses_another() -> None:
     assert masks.fit_to_size(np.zeros((133, 200), np.uint8), (6000, 4000), "scale").shape == (
         4000,
         6000,
     )
-    with pytest.raises(MaskError, match=r"200x130 .* 6000x4000 without distortion") as caught:
+    with pytest.raises(MaskSizeError, match=r"200x130 .* 6000x4000 without distortion"):
         masks.fit_to_size(np.zeros((130, 200), np.uint8), (6000, 4000), "scale")
-    assert caught.value.code == "mask_size"
 
 
 def test_thin_black_lines_survive_inversion_and_scaling() -> None:
     white = np.full((400, 600), 255, np.uint8)
     white[200] = 0
-    found = masks.prepare_mask(white, (60, 40), threshold=128, invert=True, fit="scale")
-    assert np.flatnonzero(found.all(axis=1)).tolist() == [20]
-    assert np.count_nonzero(found) == 60
+    mask = masks.prepare_mask(white, (60, 40), threshold=128, invert=True, fit="scale")
+    assert np.flatnonzero(mask.all(axis=1)).tolist() == [20]
+    assert np.count_nonzero(mask) == 60
 
 
 @pytest.mark.parametrize("px", [1, 2, 5, 17, 40])
@@ -314,3 +312,16 @@ def test_dilation_is_the_exact_disc(px: int, monkeypatch: pytest.MonkeyPatch) ->
     rows, columns = np.mgrid[:90, :110]
     near = ((rows[..., None] - y) ** 2 + (columns[..., None] - x) ** 2).min(-1) <= px * px
     assert np.array_equal(masks.dilate(mask, px), near)
+
+
+def test_the_bounding_box_is_the_smallest_that_holds_the_mask() -> None:
+    assert masks.bounding_box(MASK > 0) == (30, 20, 60, 40)
+    assert masks.bounding_box(np.zeros((4, 4), np.bool_)) is None
+
+
+def test_a_mask_is_loaded_from_a_file_from_alpha_and_from_boxes() -> None:
+    image = images.decode(save(layer((9, 9, 9), 255 - MASK)), max_pixels=LIMIT)
+    expected = masks.dilate(MASK > 0, 3)
+    for location in ("mask.png", "alpha", "box:30,20,60,40"):
+        loaded = masks.load(location, image, Params(mask_dilation=3), read_file=lambda _: MASK)
+        assert np.array_equal(loaded, expected), location

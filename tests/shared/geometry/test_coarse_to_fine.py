@@ -1,4 +1,4 @@
-"""What is painted again, how finely, and in which order; plans only."""
+"""Which regions are refined, at which scales and in which order; plans only."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ def marked(*marks: tuple[int, int, int, int], size: tuple[int, int] = PHOTO) -> 
     return mask
 
 
-def steps(
+def refinements(
     mask: NDArray[np.bool_], params: Params, *, any_size: bool = False
 ) -> list[coarse_to_fine.RefinementPass]:
     plan = plan_pass(mask, params, any_size=any_size)
     return list(coarse_to_fine.plan_refinements(mask, plan, params))
 
 
-# marks, params, then for each step: its scale, its windows, the regions it keeps, what it repaints
+# marks, params, then for each refinement: scale, windows, unrefined regions, marks it fills
 CASES = {
-    "a mark that a window holds is sharp already": ([MARK], {}, []),
-    "a hole painted 1.6 times too coarsely: once more, 1:1": (
+    "a mark that fits a window is 1:1 already": ([MARK], {}, []),
+    "a hole at scale 1.6 is refined once": (
         [SMALLER_HOLE],
         {},
         [(1.0, 6, (), [SMALLER_HOLE])],
     ),
-    "a large hole in two strides": (
+    "a large hole is refined twice": (
         [HOLE],
         {},
         [(2.125, 12, (), [HOLE]), (1.0, 35, (), [HOLE])],
     ),
-    "the finer of two joins later, and a mark stays as it is": (
+    "the coarser of two holes is refined first, and a 1:1 mark never": (
         [SMALLER_HOLE, HOLE, MARK],
         {},
         [(2.125, 12, (0, 2), [HOLE]), (1.0, 41, (2,), [SMALLER_HOLE, HOLE])],
     ),
-    "one that a single stride brings to 1:1 waits for the last": (
+    "a hole that one stride brings to 1:1 is refined last": (
         [SQUARE_HOLE, HOLE],
         {},
         [(2.125, 12, (0,), [HOLE]), (1.0, 44, (), [SQUARE_HOLE, HOLE])],
     ),
-    "a scale that was asked for": (
+    "a scale given by the parameters": (
         [MARK],
         {"scale": 2.0},
         [(1.0, 1, (), [MARK])],
     ),
-    "a whole picture scaled to a window": (
+    "a whole image scaled into a window": (
         [MARK],
         {"mode": "full"},
         [
@@ -72,23 +72,27 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_coarse_is_painted_again_in_finer_and_finer_windows(case: str) -> None:
-    marks, asked, expected = CASES[case]
-    found = steps(marked(*marks), Params(refine_strength=0.4, **asked))
+def test_coarse_regions_are_refined_at_finer_and_finer_scales(case: str) -> None:
+    marks, params, expected = CASES[case]
+    passes = refinements(marked(*marks), Params(refine_strength=0.4, **params))
     assert [
-        (one.regions[0].scale, sum(len(region.windows) for region in one.regions), one.unrefined)
-        for one in found
-    ] == [(scale, windows, kept) for scale, windows, kept, _ in expected]
-    for one, (*_, again) in zip(found, expected, strict=True):
-        assert np.array_equal(one.mask, marked(*again))
+        (
+            refinement.regions[0].scale,
+            sum(len(region.windows) for region in refinement.regions),
+            refinement.unrefined,
+        )
+        for refinement in passes
+    ] == [(scale, windows, unrefined) for scale, windows, unrefined, _ in expected]
+    for refinement, (*_, refined_marks) in zip(passes, expected, strict=True):
+        assert np.array_equal(refinement.mask, marked(*refined_marks))
 
 
-def test_nothing_is_painted_again_unless_asked_for_nor_where_no_window_is() -> None:
-    assert steps(marked(HOLE), Params()) == []
-    assert steps(marked(), Params(refine_strength=0.4)) == []
-    assert steps(marked(HOLE), Params(refine_strength=0.4), any_size=True) == []
+def test_nothing_is_refined_unless_asked_for_or_if_the_engine_has_no_windows() -> None:
+    assert refinements(marked(HOLE), Params()) == []
+    assert refinements(marked(), Params(refine_strength=0.4)) == []
+    assert refinements(marked(HOLE), Params(refine_strength=0.4), any_size=True) == []
 
 
-def test_a_picture_smaller_than_a_window_has_nothing_finer() -> None:
+def test_an_image_smaller_than_a_window_is_not_refined() -> None:
     thumbnail = marked((20, 20, 190, 140), size=(200, 150))
-    assert steps(thumbnail, Params(refine_strength=0.4)) == []
+    assert refinements(thumbnail, Params(refine_strength=0.4)) == []
