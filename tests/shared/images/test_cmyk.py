@@ -94,7 +94,7 @@ def decode(file: bytes) -> images.DecodedImage:
 
 
 @pytest.mark.parametrize("format", ["TIFF", "JPEG"])
-def test_an_engine_sees_the_colours_that_the_profile_says(format: str) -> None:
+def test_an_engine_gets_the_colours_that_the_profile_defines(format: str) -> None:
     through = decode(save(format)).rgb().astype(int)
     plain = decode(save(format, b"")).rgb().astype(int)
     assert np.abs(through - COFFEE).mean() < 8
@@ -102,7 +102,7 @@ def test_an_engine_sees_the_colours_that_the_profile_says(format: str) -> None:
 
 
 @pytest.mark.parametrize("icc", [b"", PROFILE], ids=["without a profile", "with a profile"])
-def test_what_is_painted_looks_as_asked_and_has_black_ink(icc: bytes) -> None:
+def test_separated_colours_convert_back_and_have_black_ink(icc: bytes) -> None:
     rgb = np.array([[20, 25, 30], [90, 60, 40], [200, 180, 160], [255, 255, 255]], np.float32)
     inks = cmyk.from_rgb(rgb, icc)
     assert inks.shape == (4, 4)
@@ -113,12 +113,12 @@ def test_what_is_painted_looks_as_asked_and_has_black_ink(icc: bytes) -> None:
     assert np.abs(seen.astype(int) - rgb).max() <= (24 if icc else 2)
 
 
-def test_black_and_nothing_come_back_exactly_without_a_profile() -> None:
+def test_black_and_white_convert_back_exactly_without_a_profile() -> None:
     corners = np.array([[0, 0, 0], [255, 255, 255]], np.float32)
     assert cmyk.from_rgb(corners, b"").tolist() == [[0, 0, 0, 255], [0, 0, 0, 0]]
 
 
-def test_a_profile_that_cannot_be_used_is_none() -> None:
+def test_a_profile_that_cannot_be_used_is_ignored() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     rgb = np.array([[10, 200, 90]], np.float32)
     for useless in (b"no profile", srgb, PROFILE[:400]):

@@ -55,7 +55,7 @@ def painted(image: images.DecodedImage, colour: Any, where: slice) -> images.Dec
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_sixteen_bits_come_in_and_go_out(mode: str) -> None:
+def test_all_sixteen_bits_are_read_and_written(mode: str) -> None:
     image = decode(png(MODES[mode]))
     assert image.mode == mode
     assert np.array_equal(image.pixels, MODES[mode])
@@ -67,7 +67,7 @@ def test_all_sixteen_bits_come_in_and_go_out(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_engines_see_eight_bits_and_masks_the_alpha(mode: str) -> None:
+def test_engines_get_eight_bits_and_masks_the_alpha(mode: str) -> None:
     image = decode(png(MODES[mode]))
     green = 0 if mode == "LA;16" else 1
     assert np.array_equal(image.rgb()[..., 1], MODES[mode][..., green] >> 8)
@@ -183,13 +183,13 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_could_not_be_written_back_is_refused(case: str) -> None:
+def test_a_file_that_could_not_be_written_back_is_refused(case: str) -> None:
     file, reason = REFUSED[case]
     with pytest.raises(ImageError, match=reason):
         decode(file)
 
 
-def test_photoshops_layers_which_hold_the_old_image_go() -> None:
+def test_photoshops_layers_which_hold_the_old_image_are_dropped() -> None:
     layers = b"Adobe Photoshop Document Data Block\0"
     file = tiff(CAT, photometric="rgb", extratags=[(37724, 7, len(layers), layers, True)])
     assert layers not in images.encode(painted(decode(file), [1, 2, 3], slice(5, 9)))
@@ -263,7 +263,7 @@ def test_a_full_palette_without_a_colour_that_is_near_makes_it_rgba() -> None:
     assert after.getpixel((6, 6)) == (0, 255, 0, int(image.pixels[6, 6, 3]))
 
 
-def test_a_transparent_colour_stays_one_and_no_new_pixel_becomes_transparent() -> None:
+def test_a_transparent_colour_is_kept_and_no_new_pixel_becomes_transparent() -> None:
     buffer = io.BytesIO()
     Image.fromarray(CAT).save(buffer, "PNG", transparency=tuple(CAT[0, 0].tolist()))
     image = decode(buffer.getvalue())
@@ -277,7 +277,7 @@ def test_a_transparent_colour_stays_one_and_no_new_pixel_becomes_transparent() -
     assert np.abs(again.pixels[55, 55, :3].astype(int) - CAT[0, 0]).max() == 1
 
 
-def test_a_transparent_colour_gives_way_to_alpha_with_values_between() -> None:
+def test_a_transparent_colour_becomes_alpha_where_alpha_has_values_in_between() -> None:
     buffer = io.BytesIO()
     Image.fromarray(CAT).save(buffer, "PNG", transparency=tuple(CAT[0, 0].tolist()))
     after = opened(images.encode(painted(decode(buffer.getvalue()), [1, 2, 3, 90], slice(5, 9))))

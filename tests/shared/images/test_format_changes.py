@@ -1,4 +1,4 @@
-"""Another format than the source's: what it can hold goes along, the rest is refused."""
+"""Writing another format than the source's: what it can store is kept, the rest is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def changed(file: bytes, *formats: str, **options: Any) -> bytes:
     [("TIFF",), ("PNG",), ("WEBP",), ("TIFF", "JPEG"), ("TIFF", "PNG", "TIFF"), ("WEBP", "TIFF")],
     ids="-".join,
 )
-def test_exif_profile_and_resolution_go_along_and_back(formats: tuple[str, ...]) -> None:
+def test_exif_profile_and_resolution_survive_changes_of_format(formats: tuple[str, ...]) -> None:
     after = opened(changed(photograph(), *formats))
     exif = after.getexif()
     assert exif[MAKER] == "camera"
@@ -79,12 +79,12 @@ def test_a_lower_quality_makes_a_smaller_file(format: str) -> None:
 
 
 @pytest.mark.parametrize("quality", [0, 101, -1])
-def test_a_quality_that_is_none_is_refused(quality: int) -> None:
+def test_a_quality_out_of_range_is_refused(quality: int) -> None:
     with pytest.raises(ImageError, match=f"quality {quality} is not from 1 to 100"):
         changed(save(CAT, "PNG"), "JPEG", quality=quality)
 
 
-def test_a_quality_says_nothing_to_a_format_without_loss() -> None:
+def test_quality_has_no_effect_on_a_lossless_format() -> None:
     file = save(CAT, "PNG")
     assert images.encode(images.decode(file, max_pixels=10**6), quality=50) is file
 

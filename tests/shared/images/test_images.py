@@ -101,7 +101,7 @@ def test_the_mode_is_kept(format: str, mode: str, seen: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
-def test_an_image_that_nothing_touched_leaves_as_its_own_bytes(format: str) -> None:
+def test_an_untouched_image_is_written_as_its_source_bytes(format: str) -> None:
     file = save(CAT, format)
     assert images.encode(decode(file)) is file
 
@@ -269,7 +269,7 @@ def test_orientation_is_applied_once_and_reset_unless_a_jpeg_keeps_its_blocks(
     assert after.getexif()[0x010F] == "camera"
 
 
-def test_the_thumbnail_which_shows_the_old_image_goes() -> None:
+def test_the_thumbnail_which_shows_the_old_image_is_dropped() -> None:
     tiff = struct.pack("<2sHIH", b"II", 42, 8, 0) + struct.pack("<I", 14)
     second = struct.pack("<HHHIIHHIII", 2, 0x201, 4, 1, 44, 0x202, 4, 1, 9, 0)
     block = tiff + second
@@ -312,7 +312,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_read_is_refused_in_one_line(case: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(case: str) -> None:
     file, word = REFUSED[case]
     with pytest.raises(ImageError, match=word) as caught:
         decode(file)
@@ -425,7 +425,7 @@ def test_the_name_decides_the_format() -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "I;16", "CMYK"])
-def test_engines_see_eight_bit_rgb(mode: str) -> None:
+def test_engines_get_eight_bit_rgb(mode: str) -> None:
     source = cat(mode)
     image = decode(save(source, "TIFF"))
     expected = Image.fromarray((GREY16 >> 8).astype(np.uint8)) if mode == "I;16" else source
