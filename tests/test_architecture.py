@@ -1,12 +1,15 @@
-"""Import boundaries: between our packages, and for each heavy library; and the map of modules."""
+"""Import boundaries, the map of modules, and the length and comments of functions."""
 
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
+import statistics
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -41,6 +44,10 @@ HEAVY = (
     *("torch", "diffusers", "transformers", "cv2", "boto3", "celery", "alembic"),
     *("skimage", "imagecodecs", "tifffile", "lxml"),
 )
+
+COMMENT_SHARE = (0.03, 0.06)
+MEDIAN_LINES, P90_LINES = 7, 20
+TOOL_COMMENTS = ("noqa", "type:", "fmt:", "pragma")
 
 
 @cache
@@ -176,3 +183,29 @@ def test_every_module_has_its_line_in_the_architecture_page_and_every_line_its_m
     lines = re.findall(r"^\| `([\w/]+\.py)` \| \S", page, re.MULTILINE)
     expected = {short(path) for path in every_module() if path.name != "__init__.py"}
     assert sorted(lines) == sorted(expected | {ENTRY_POINTS})
+
+
+def test_functions_are_short() -> None:
+    lines = sorted(
+        node.end_lineno - node.lineno + 1
+        for path in every_module()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno
+    )
+    assert statistics.median(lines) <= MEDIAN_LINES
+    assert lines[int(0.9 * len(lines))] <= P90_LINES
+
+
+def test_about_one_line_in_twenty_to_thirty_is_a_comment() -> None:
+    comments = lines = 0
+    for path in every_module():
+        text = path.read_text("utf-8")
+        lines += sum(bool(line.strip()) for line in text.splitlines())
+        tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+        comments += sum(
+            token.type == tokenize.COMMENT
+            and not token.string.lstrip("# ").startswith(TOOL_COMMENTS)
+            for token in tokens
+        )
+    lowest, highest = COMMENT_SHARE
+    assert lowest <= comments / lines <= highest
