@@ -60,6 +60,7 @@ def _check(subject: str, examine: Callable[[], str]) -> Check:
 def _check_database(settings: Settings) -> str:
     db = Database(settings.database)
     try:
+        # Apart from the schema check, whose errors have another remedy.
         _connect(db)
         schema.ensure(db)
         return f"{db}, revision {schema.current_revision(db)}"
@@ -126,6 +127,7 @@ def _check_engine(engine: str, devices: str) -> Check:
     if find_spec("workers") is None:
         text = "no worker is installed here; a producer needs none"
         return Check(subject="engine", verdict="note", text=text)
+    # -P: a "workers" folder in the current directory must not be imported in place of ours.
     command = [
         *(sys.executable, "-P", "-m", "workers.supervisor", "--check"),
         *("--engine", engine, "--devices", devices),

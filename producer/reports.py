@@ -376,6 +376,7 @@ def _worst_jobs(connection: Connection, submission: int, limit: int) -> list[Ran
         Job.review.is_(None), Job.score.is_(None), Job.score, Job.id
     )
     good = connection.execute(succeeded.limit(limit)).mappings().all()
+    # Both queries read up to the limit; what exceeds it is cut after they are joined.
     failed_limit = max(limit - len(good), limit // 4, 1)
     bad = connection.execute(failed.limit(failed_limit)).mappings().all()
     return [RankedJob(**row) for row in [*bad, *good][:limit]]
@@ -391,6 +392,7 @@ _RANKED_COLUMNS = {field.name for field in fields(RankedJob)}
 
 
 def _jobs_with_last_attempt() -> Join:
+    # Outer: a job that never ran has no attempt, and is exported too.
     last = and_(Attempt.job_id == Job.id, Attempt.attempt == Job.attempt)
     return outerjoin(Job.__table__, Attempt.__table__, last)
 

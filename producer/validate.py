@@ -227,6 +227,7 @@ def _check_outputs(
         if job.output in readers:
             role, line = readers[job.output]
             text = f"output: {job.output!r} is the {role} of line {line}"
+        # Only outputs with a repeated hash are kept in full: a handful, not one per row.
         elif _hash(job.output) in repeated:
             first = writers.setdefault(job.output, job)
             if first.content_key != job.content_key:
@@ -261,6 +262,7 @@ def check_output_owners(
     for chunk in manifest.chunks():
         for contested in submissions.find_contested_outputs(db, manifest.digest, chunk):
             line = contested.row.line
+            # A row may contest the outputs of several jobs, and is one invalid row.
             manifest.invalid += line not in manifest.skipped
             manifest.skipped.add(line)
             text = f"{contested}; {_OWN_OUTPUT}, or take that one over with --force"

@@ -63,6 +63,7 @@ def _parse_age(age: str) -> float:
 
 
 def _confirm(yes: bool) -> bool:
+    # In a pipe or from cron nobody can answer: fail at once and do not wait.
     if not yes and not sys.stdin.isatty():
         raise InputError("prune asks before it deletes; give --yes, or --dry-run to look")
     return yes or click.confirm("Delete them?")

@@ -59,6 +59,7 @@ def write(
 def _roots(settings: Settings, ranked: RankedJobs, named: Sequence[Path]) -> list[Path]:
     """Folders to read from: the manifest's, the output's, ``--root`` and the settings'."""
     locations = [parent(ranked.manifest), ranked.options.get("output") or ""]
+    # Storage compares real paths, so that no symlink leads out of a root.
     local = [os.path.realpath(place) for place in locations if place and not is_s3(place)]
     return [*map(Path, local), *(Path(os.path.realpath(root)) for root in named), *settings.roots]
 
@@ -74,6 +75,7 @@ def _collect_first(cards: Iterable[Card], first: list[Card]) -> Iterator[Card]:
 @contextmanager
 def _replace_when_complete(path: Path) -> Iterator[TextIO]:
     """Open a temporary file that replaces ``path`` at the end, unless an error is raised."""
+    # In the same folder: a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _write_errors(path):
         try:

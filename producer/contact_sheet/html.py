@@ -57,6 +57,7 @@ def _environment() -> Environment:
         finalize=_printable,
         loader=FunctionLoader(_read_asset),
         undefined=StrictUndefined,
+        # A line that holds only a block leaves no empty line in the page.
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
