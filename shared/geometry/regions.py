@@ -185,8 +185,8 @@ def _choose_scales(size: tuple[int, int], window: tuple[int, int], scale: float 
         -(-SCALE_UNIT * length // side) for length, side in zip(size, window, strict=True)
     )
     coarsest = max(spanning, MIN_SCALE)
-    asked = SCALE_UNIT if scale is None else max(round(scale * SCALE_UNIT), MIN_SCALE)
-    base = min(asked, coarsest)
+    requested = SCALE_UNIT if scale is None else max(round(scale * SCALE_UNIT), MIN_SCALE)
+    base = min(requested, coarsest)
     coarsest = coarsest if scale is None else base
     return _Scales(size=size, window=window, base=base, coarsest=coarsest)
 
