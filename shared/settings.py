@@ -11,8 +11,14 @@ from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic import model_validator as validates
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -37,7 +43,7 @@ _BROKER_OPTIONS = frozenset(
     {"virtual_host", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 )
 # Host, port, database number and options; or the path of a Unix socket.
-_BROKER = re.compile(
+_BROKER_URL = re.compile(
     r"rediss?://([^/?#]*@)?[^/?#@:]+(:\d{1,5})?(/\d*)?(\?.*)?|redis\+socket:///.+", re.DOTALL
 )
 
@@ -54,16 +60,16 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
-def _absolute(path: Path) -> Path:
+def _resolve(path: Path) -> Path:
     """Resolves symlinks too: Storage compares resolved paths with resolved roots."""
     return Path(os.path.realpath(path.expanduser()))
 
 
-def _absolutes(paths: tuple[Path, ...]) -> tuple[Path, ...]:
-    return tuple(_absolute(path) for path in paths)
+def _resolve_all(paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    return tuple(_resolve(path) for path in paths)
 
 
-def _database(value: SecretStr | None) -> SecretStr | None:
+def _check_database_url(value: SecretStr | None) -> SecretStr | None:
     if value is None:
         return None
     try:
@@ -82,15 +88,15 @@ def _database(value: SecretStr | None) -> SecretStr | None:
     return SecretStr(url.render_as_string(hide_password=False))
 
 
-def _broker(value: SecretStr | None) -> SecretStr | None:
-    if value is not None and not _BROKER.fullmatch(value.get_secret_value()):
+def _check_broker_url(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and not _BROKER_URL.fullmatch(value.get_secret_value()):
         raise ValueError("use redis://host:6379/0, rediss:// or redis+socket:///path")
     if value is not None:
-        _check_broker(value.get_secret_value())
+        _check_broker_parts(value.get_secret_value())
     return value
 
 
-def _check_broker(url: str) -> None:
+def _check_broker_parts(url: str) -> None:
     """Raises ValueError. The message leaves the URL out: it may hold a password."""
     try:
         # kombu would report both mistakes only at the first connection.
@@ -114,7 +120,9 @@ MemoryMode = Literal[
 BatchSize = Annotated[int, Field(ge=1, le=256)] | Literal["auto"]
 MemoryModes = Annotated[tuple[MemoryMode, ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Folders = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split), AfterValidator(_absolutes)]
+Folders = Annotated[
+    tuple[Path, ...], NoDecode, BeforeValidator(_split), AfterValidator(_resolve_all)
+]
 
 
 class Settings(BaseSettings):
@@ -133,16 +141,16 @@ class Settings(BaseSettings):
     )
 
     # The descriptions are the text of docs/settings.md; a test compares them.
-    home: Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_absolute)] = Field(
+    home: Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_resolve)] = Field(
         default=Path(".inpaint"),
         description="Folder of the SQLite database and the embedded Redis.",
     )
-    database_url: Annotated[SecretStr | None, AfterValidator(_database)] = Field(
+    database_url: Annotated[SecretStr | None, AfterValidator(_check_database_url)] = Field(
         default=None,
         description="The job table: `postgresql+psycopg://...` or `sqlite:///...`. "
         "Unset: SQLite in `INPAINT_HOME`.",
     )
-    broker_url: Annotated[SecretStr | None, AfterValidator(_broker)] = Field(
+    broker_url: Annotated[SecretStr | None, AfterValidator(_check_broker_url)] = Field(
         default=None,
         description="Redis for Celery: `redis://...`. Unset: the product starts its own.",
     )
@@ -263,7 +271,7 @@ class Settings(BaseSettings):
         description="`DEBUG`, `INFO`, `WARNING` or `ERROR`.",
     )
 
-    @validates(mode="after")
+    @model_validator(mode="after")
     def _check_two_heartbeats_per_lease(self) -> Self:
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS")

@@ -15,7 +15,7 @@ POLL_SECONDS = 0.5
 # Peak memory of a photograph and its mask from decoding to the encoded result, measured: 20 for
 # JPEG, 17 for PNG of 8 bits, 23 for PNG of 16 bits.
 BYTES_PER_PIXEL = 24
-SHARE = 0.5  # of the machine's memory, for all worker processes together
+MEMORY_SHARE = 0.5  # of the machine's memory, for all worker processes together
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -64,7 +64,7 @@ def default_megapixels(processes: int, *, memory_bytes: int | None = None) -> in
     memory_bytes: None for the machine's memory, or the container's limit if that is lower.
     """
     memory = memory_bytes or _memory_bytes()
-    return max(1, int(SHARE * memory / BYTES_PER_PIXEL / 1e6) // processes)
+    return max(1, int(MEMORY_SHARE * memory / BYTES_PER_PIXEL / 1e6) // processes)
 
 
 def _memory_bytes() -> int:

@@ -37,7 +37,7 @@ MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
 MAX_DEVICE_LOSSES = 5
 # Settings that this command's options or the number of its processes may change.
-PASSED_ON = {"concurrency", "max_batch", "compile", "quantization", "deterministic"}
+OPTION_SETTINGS = {"concurrency", "max_batch", "compile", "quantization", "deterministic"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -91,7 +91,7 @@ def worker(
 
 def settings_variables(configured: Settings, *, processes: int) -> dict[str, str]:
     """Environment variables that give each of so many processes these settings."""
-    values = configured.model_dump(include=PASSED_ON)
+    values = configured.model_dump(include=OPTION_SETTINGS)
     values["megapixel_budget"] = configured.megapixel_budget or default_megapixels(processes)
     return {_variable(name): str(value) for name, value in values.items()}
 
@@ -238,7 +238,7 @@ class Supervisor:
             # Before any worker: they would only log that the broker does not answer.
             self._redis.ensure()
             while not self._stopping:
-                self._restart_what_died()
+                self._restart_dead_children()
                 if all(child.given_up for child in self._children):
                     return EX_UNAVAILABLE
                 time.sleep(POLL_SECONDS)
@@ -247,13 +247,13 @@ class Supervisor:
             self._redis.close()
             self._db.close()
 
-    def _restart_what_died(self) -> None:
+    def _restart_dead_children(self) -> None:
         try:
             self._redis.ensure()
         except UnavailableError as error:
             print_error(PROGRAM, error)
         for child in self._children:
-            child.restart_if_dead(time.monotonic())
+            child.restart_if_exited(time.monotonic())
 
     def _reap(self, worker: str, reason: str) -> None:
         """End the attempts of a process that died; without this they wait for their leases."""
@@ -311,12 +311,12 @@ class _Child:
         self._stable_seconds = stable_seconds
         self.given_up = False
 
-    def restart_if_dead(self, now: float) -> None:
+    def restart_if_exited(self, now: float) -> None:
         """Start the process, and again when it died; the pause doubles while it dies early."""
         if self.given_up:
             return
         if self._process is not None and (status := self._process.poll()) is not None:
-            self._note_death(status, now)
+            self._handle_exit(status, now)
         if self._process is None and now >= self._start_after and not self.given_up:
             # A new name for each process: it must not renew the leases of its predecessor.
             self._worker = f"{self._slot.name}-{secrets.token_hex(4)}"
@@ -325,7 +325,7 @@ class _Child:
             self._process = processes.spawn(command, env=environment)
             self._started = now
 
-    def _note_death(self, status: int, now: float) -> None:
+    def _handle_exit(self, status: int, now: float) -> None:
         self._process = None
         reason = f"signal {-status}" if status < 0 else f"status {status}"
         self._reap(self._worker, f"the worker process ended with {reason}")

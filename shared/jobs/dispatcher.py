@@ -78,7 +78,7 @@ def _messages(engine: str, rows: Iterable[_MessageRow]) -> list[Message]:
             attempt=row.attempt,
             engine=engine,
             priority=row.priority,
-            alone=row.losses > 0,
+            exclusive=row.losses > 0,
         )
         for row in ordered
     ]

@@ -62,14 +62,14 @@ class MessageId(NamedTuple):
 class Message:
     """A hint that a job is due. It is stale once the job's ``attempt`` has grown.
 
-    alone: a worker was lost while it ran this job; the next one runs no other job meanwhile.
+    exclusive: the job lost a worker; the next one runs no other job meanwhile.
     """
 
     job: int
     attempt: int
     engine: str
     priority: int = 0
-    alone: bool = False
+    exclusive: bool = False
 
     @property
     def id(self) -> MessageId:
@@ -185,7 +185,7 @@ def _publish(producer: Any, message: Message) -> None:
     message_id = str(message.id)
     # Protocol 2: the body is (args, kwargs, embed); the headers name the task.
     producer.publish(
-        ([message.job, message.attempt, message.alone], {}, {}),
+        ([message.job, message.attempt, message.exclusive], {}, {}),
         exchange="",
         routing_key=queue_name(message.engine),
         priority=priority,

@@ -34,8 +34,8 @@ def mapped_errors(uri: str) -> Iterator[None]:
         if error.errno == errno.EROFS:
             raise ObjectDenied(f"{uri!r}: {error.strerror}") from error
         is_permanent = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
-        kind = LocationError if is_permanent else StorageUnavailable
-        raise kind(f"{uri!r}: {error.strerror or error}") from error
+        error_class = LocationError if is_permanent else StorageUnavailable
+        raise error_class(f"{uri!r}: {error.strerror or error}") from error
     except Exception as error:
         mapped = _map_botocore(uri, error)
         if mapped is None:

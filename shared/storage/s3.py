@@ -42,42 +42,42 @@ class S3:
 
     def stat(self, uri: str) -> Stat:
         bucket, key = split_s3(uri)
-        answer = self._client.head_object(Bucket=bucket, Key=key)
-        return Stat(version=answer["ETag"], size=answer["ContentLength"])
+        response = self._client.head_object(Bucket=bucket, Key=key)
+        return Stat(version=response["ETag"], size=response["ContentLength"])
 
     def head(self, uri: str, max_bytes: int) -> bytes:
         bucket, key = split_s3(uri)
         try:
-            answer = self._client.get_object(
+            response = self._client.get_object(
                 Bucket=bucket, Key=key, Range=f"bytes=0-{max_bytes - 1}"
             )
         except self._client.exceptions.ClientError as error:
             if http_status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return b""  # an empty object has no first byte to request
             raise
-        with closing(answer["Body"]) as body:
+        with closing(response["Body"]) as body:
             return bytes(body.read())
 
     def get(self, uri: str, max_bytes: int) -> Object:
         bucket, key = split_s3(uri)
-        answer = self._client.get_object(Bucket=bucket, Key=key)
-        # Not `with answer["Body"]`: that enters urllib3's raw response, and the length of a
+        response = self._client.get_object(Bucket=bucket, Key=key)
+        # Not `with response["Body"]`: that enters urllib3's raw response, and the length of a
         # truncated body is not verified.
-        with closing(answer["Body"]) as body:
-            check_size(uri, answer["ContentLength"], max_bytes)
-            return Object(data=body.read(), version=answer["ETag"])
+        with closing(response["Body"]) as body:
+            check_size(uri, response["ContentLength"], max_bytes)
+            return Object(data=body.read(), version=response["ETag"])
 
     def put(self, uri: str, data: bytes, if_version: str | None) -> str:
         bucket, key = split_s3(uri)
         condition = {"IfNoneMatch": "*"} if if_version is None else {"IfMatch": if_version}
         try:
-            answer = self._client.put_object(
+            response = self._client.put_object(
                 Bucket=bucket, Key=key, Body=data, ContentType=content_type(uri), **condition
             )
         except self._client.exceptions.NoSuchKey as error:
             # If-Match on a key that no longer exists.
             raise OutputConflict(f"{uri!r} was deleted by another process meanwhile") from error
-        return str(answer["ETag"])
+        return str(response["ETag"])
 
 
 def _new_client() -> Any:

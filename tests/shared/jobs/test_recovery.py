@@ -37,7 +37,7 @@ def test_a_job_whose_worker_was_lost_runs_alone_next(table: JobTable) -> None:
     suspect, other = table.add_one(), table.add_one()
     table.run(suspect, lease=-1)
     jobs.reap(table.db)
-    alone = {message.job: message.alone for message in table.dispatch()}
+    alone = {message.job: message.exclusive for message in table.dispatch()}
     assert alone == {suspect: True} | ({other: False} if other in alone else {})
 
 

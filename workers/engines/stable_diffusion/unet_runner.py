@@ -103,7 +103,7 @@ class UNetRunner:
         if attention == "auto" and not deterministic:
             self._attentions = ATTENTION_CANDIDATES.get(device, self._attentions)
         self._stopwatch = stopwatch or stopwatch_for(components.device)
-        self._has_graphs = graphs and device == "cuda"
+        self._uses_graphs = graphs and device == "cuda"
         self._kernel_choices: dict[torch.Size, KernelChoice] = {}
         self._captured: dict[torch.Size, CapturedGraph] = {}
         self._pool = pool or GraphPool()
@@ -111,7 +111,7 @@ class UNetRunner:
     @property
     def needs_buckets(self) -> bool:
         """Whether a new batch size costs more than the padding to a known one."""
-        return self._compile != "off" or self._has_graphs
+        return self._compile != "off" or self._uses_graphs
 
     def __call__(
         self,
@@ -137,7 +137,7 @@ class UNetRunner:
             choice = KernelChoice(self._attentions[0])
         else:
             choice = self._kernel_choice(inputs)
-        if self._has_graphs and not is_offloading:
+        if self._uses_graphs and not is_offloading:
             output = self._replay_graph(choice, inputs)
         else:
             output = self._run_model(choice, inputs)
@@ -182,7 +182,7 @@ class UNetRunner:
         return fastest
 
     def _build_candidate(self, inputs: UNetInputs, choice: KernelChoice) -> Callable[[], Tensor]:
-        if self._has_graphs:
+        if self._uses_graphs:
             return self._capture(choice, inputs).replay
         return partial(self._run_model, choice, inputs)
 

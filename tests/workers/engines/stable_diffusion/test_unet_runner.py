@@ -121,7 +121,7 @@ def test_a_graph_is_captured_once_per_shape_and_reads_each_calls_inputs(
 
     monkeypatch.setattr(UNetRunner, "_capture", capture)
     runner = UNetRunner(components, attention="auto", compile="off", graphs=True)
-    monkeypatch.setattr(runner, "_has_graphs", True)
+    monkeypatch.setattr(runner, "_uses_graphs", True)
     with torch.inference_mode():
         first, second = runner(*batch(2, seed=1)), runner(*batch(2, seed=2))
         assert torch.equal(first, plain(components, batch(2, seed=1)))
