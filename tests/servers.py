@@ -100,9 +100,10 @@ class Postgres:
 
     PostgreSQL refuses to run as root. As root it is started as the first existing user of
     ``_POSTGRES_USERS``, who becomes the owner of ``folder`` and must be able to enter its parents.
+    With a ``primary``, which must be running, it is a hot standby of that.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, primary: Postgres | None = None) -> None:
         self.folder = folder
         self.url = f"postgresql+psycopg://postgres@/postgres?host={folder}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -112,7 +113,10 @@ class Postgres:
         if self._user:
             for path in (folder, self._log):
                 shutil.chown(path, self._user)
-        _init_cluster(self._programs, folder / "data", user=self._user)
+        if primary:
+            _copy_cluster(self._programs, primary.folder, folder / "data", user=self._user)
+        else:
+            _init_cluster(self._programs, folder / "data", user=self._user)
 
     def start(self) -> None:
         """Starts or restarts the server with all committed data."""
@@ -127,9 +131,9 @@ class Postgres:
 
 
 @contextmanager
-def postgres_server(folder: Path) -> Iterator[Postgres]:
-    """A running PostgreSQL with its data in ``folder`` (a short path)."""
-    server = Postgres(folder)
+def postgres_server(folder: Path, *, primary: Postgres | None = None) -> Iterator[Postgres]:
+    """A running PostgreSQL with its data in ``folder`` (a short path); a standby of a primary."""
+    server = Postgres(folder, primary=primary)
     try:
         server.start()
         yield server
@@ -246,13 +250,26 @@ def _postgres_user() -> str | None:
 
 
 def _init_cluster(programs: Path, data: Path, *, user: str | None) -> None:
-    command = [str(programs / "initdb"), "-D", str(data), "-U", "postgres"]
-    command += ["-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+    options = "-A trust -E UTF8 --locale=C --no-sync --no-instructions"
+    _run_program(
+        [str(programs / "initdb"), "-D", str(data), "-U", "postgres", *options.split()], user
+    )
+
+
+def _copy_cluster(programs: Path, primary: Path, data: Path, *, user: str | None) -> None:
+    """Copies a running primary's data for a standby that follows it."""
+    source = ["-h", str(primary), "-U", "postgres"]
+    options = "--write-recovery-conf --wal-method=stream --checkpoint=fast --no-sync"
+    command = [str(programs / "pg_basebackup"), *source, "-D", str(data), *options.split()]
+    _run_program(command, user)
+
+
+def _run_program(command: list[str], user: str | None) -> None:
     done = subprocess.run(
         command, user=user, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
     if done.returncode:
-        raise ServerFailed(f"initdb failed:\n{done.stdout.decode(errors='replace')}")
+        raise ServerFailed(f"{command[0]} failed:\n{done.stdout.decode(errors='replace')}")
 
 
 def _postgres_command(programs: Path, folder: Path) -> list[str]:

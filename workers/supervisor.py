@@ -86,6 +86,7 @@ def worker(
         if check:
             sys.exit(_check(slots, name, variables))
         schema.ensure(db := Database(configured.database, pool_size=1))
+        db.close()  # a connection that idles until a process dies may lead to a demoted server
         sys.exit(Supervisor(configured, db, slots, engine=name, variables=variables).run())
 
 
@@ -262,6 +263,8 @@ class Supervisor:
         except UnavailableError as error:
             print_error(PROGRAM, f"{error}; its jobs wait for their leases to end")
             return
+        finally:
+            self._db.close()
         for lost in reaped:
             print_error(PROGRAM, f"job {lost.job}: {reason}; now {lost.state}")
 

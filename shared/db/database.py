@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, create_engine, event
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL, Engine, ExceptionContext
 from sqlalchemy.exc import DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import QueuePool
 from sqlalchemy.sql.functions import FunctionElement
 
+from shared.db import sqlstates
 from shared.db.models import UtcDateTime
 from shared.errors import DatabaseUnavailable
 
 BUSY_TIMEOUT_SECONDS = 30
-_INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE
 
 
 class clock(FunctionElement[datetime]):
@@ -53,7 +54,8 @@ def _sqlite_clock(element: clock, compiler: Any, **kw: Any) -> str:
 class Database:
     """A connection pool; ``read()`` and ``write()`` are context managers for transactions.
 
-    Both raise DatabaseUnavailable if the server does not answer or drops the connection.
+    Both raise DatabaseUnavailable if the server does not answer, drops the connection or is
+    read-only; see ``shared/db/sqlstates.py``.
     """
 
     def __init__(self, url: URL, *, pool_size: int = 8) -> None:
@@ -82,6 +84,7 @@ class Database:
                 yield connection
 
     def close(self) -> None:
+        """Closes the connections; the next transaction opens a new one."""
         self.engine.dispose()
 
     def __str__(self) -> str:
@@ -105,16 +108,25 @@ def _translate_errors() -> Iterator[None]:
         if _is_unavailable(error):
             raise DatabaseUnavailable(f"database: {_first_line(error)}") from error
         raise
+    except PoolTimeout as error:
+        raise DatabaseUnavailable("database: every connection of the pool is in use") from error
 
 
 def _is_unavailable(error: DBAPIError) -> bool:
     """True if the server, the file or its permissions are the cause, not the statement."""
+    # psycopg's classes do not decide: read-only is an InternalError, a missing permission a
+    # ProgrammingError, as are wrong statements.
+    if sqlstate := _sqlstate(error.orig):
+        return sqlstates.is_unavailable(sqlstate)
     is_operational = isinstance(error, OperationalError | InterfaceError)
     # sqlite3 raises its base class, DatabaseError, for a file that is not a database.
     is_damaged = type(error) is DatabaseError
-    # psycopg makes this one a ProgrammingError, as it does a wrong statement.
-    is_denied = getattr(error.orig, "sqlstate", None) == _INSUFFICIENT_PRIVILEGE
-    return is_operational or is_damaged or is_denied or error.connection_invalidated
+    return is_operational or is_damaged or error.connection_invalidated
+
+
+def _sqlstate(error: BaseException | None) -> str | None:
+    """None for SQLite, and for errors that libpq raises itself: it has lost the server."""
+    return getattr(error, "sqlstate", None)
 
 
 def _first_line(error: DBAPIError) -> str:
@@ -122,7 +134,7 @@ def _first_line(error: DBAPIError) -> str:
 
 
 def _postgresql(url: URL, pool_size: int) -> Engine:
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=pool_size,
         pool_pre_ping=True,  # replaces connections that a restart of the server has closed
@@ -137,6 +149,15 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
             "options": "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s",
         },
     )
+
+    @event.listens_for(engine, "handle_error")
+    def _leave_read_only_server(context: ExceptionContext) -> None:
+        # After a failover the demoted server keeps its connections, and the ping succeeds there.
+        # A disconnect empties the pool: only new connections reach the new primary.
+        if _sqlstate(context.original_exception) == sqlstates.READ_ONLY:
+            context.is_disconnect = True
+
+    return engine
 
 
 def _sqlite(url: URL, pool_size: int) -> Engine:

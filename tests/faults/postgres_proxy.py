@@ -30,6 +30,10 @@ class PostgresProxy:
         self._when: Literal["before", "after"] = "before"
         self.cuts = 0
 
+    def redirect(self, server: Path) -> None:
+        """Sends new connections to another server; those that are open stay where they are."""
+        self._server = str(server / NAME)
+
     def cut_at(self, number: int, when: Literal["before", "after"]) -> None:
         with self._lock:
             self._left, self._when, self.cuts = number, when, 0
