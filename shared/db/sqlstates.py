@@ -31,10 +31,11 @@ UNAVAILABLE_CODES = {
 
 # The statement or its values are the cause. Integrity violations (23) are part of the normal
 # course where a constraint decides a race; all others are bugs, and their traceback is kept.
-STATEMENT_CLASSES = frozenset(
-    "00 01 02 03 09 0A 0B 0F 0L 0P 0Z 10 20 21 22 23 24 25 26 27 2B 2D 2F 34 38 39 3B 3F 42 44 54 "
-    "HV P0".split()
-)
+_STATEMENT = """
+    00 01 02 03 09 0A 0B 0F 0L 0P 0Z 10 20 21 22 23 24 25 26 27 2B 2D 2F 34 38 39 3B 3F
+    42 44 54 HV P0
+"""
+STATEMENT_CLASSES = frozenset(_STATEMENT.split())
 
 
 def is_unavailable(sqlstate: str) -> bool:

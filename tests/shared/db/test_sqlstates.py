@@ -54,13 +54,22 @@ def test_a_real_error_of_each_class_is_unavailable_or_the_statement_s(postgres: 
 
 
 def test_a_read_only_server_loses_every_connection_of_the_pool(postgres: Database) -> None:
-    backend = "SELECT pg_backend_pid()"
-    with postgres.read() as first, postgres.read() as second:
-        before = {first.exec_driver_sql(backend).scalar(), second.exec_driver_sql(backend).scalar()}
-    with pytest.raises(DatabaseUnavailable, match="read-only"), postgres.write() as connection:
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        connection.exec_driver_sql("CREATE TABLE refused ()")
-    with postgres.read() as first, postgres.read() as second:
-        after = {first.exec_driver_sql(backend).scalar(), second.exec_driver_sql(backend).scalar()}
+    before = _two_backends(postgres)
+    with pytest.raises(DatabaseUnavailable, match="read-only"):
+        _write_read_only(postgres)
+    after = _two_backends(postgres)
     assert len(before) == len(after) == 2
     assert not before & after
+
+
+def _two_backends(db: Database) -> set[int]:
+    """The server processes of two connections of the pool."""
+    backend = "SELECT pg_backend_pid()"
+    with db.read() as first, db.read() as second:
+        return {connection.exec_driver_sql(backend).scalar_one() for connection in (first, second)}
+
+
+def _write_read_only(db: Database) -> None:
+    with db.write() as connection:
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        connection.exec_driver_sql("CREATE TABLE refused ()")
