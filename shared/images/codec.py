@@ -31,12 +31,14 @@ class Header:
     refusal: why the file cannot be repainted without loss, with the remedy; usually empty.
     bare: the file without its metadata. Pillow reads only this, so that no damaged or
     oversized tag can warn, fail or use memory.
+    warning: what is dropped of the metadata, to be logged when the file is decoded.
     is_deep: Pillow would reduce the pixels to 8 bits or misread them; another decoder is needed.
     """
 
     size: tuple[int, int]
     orientation: int = 1
     refusal: str = ""
+    warning: str = ""
     bare: bytes = b""
     is_deep: bool = False
     encoding: SourceEncoding = field(default_factory=SourceEncoding)
@@ -87,7 +89,8 @@ class Codec:
     1 to 100, or None for as good as the source.
     encode_indexed: writes a Pillow image of mode ``P`` with the metadata of the DecodedImage;
     the alpha of its palette entries is in ``info["transparency"]``. None: no palettes.
-    replace_xmp: ``Metadata.segments`` with another XMP packet. None: the format has no segments.
+    replace_xmp: ``Metadata.segments`` with another XMP packet, or without one for b"". None: the
+    format has no segments.
     splice: rewrites only what is touched, or raises CannotSplice. None: always encodes anew.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from dataclasses import replace
 
@@ -10,12 +11,22 @@ from PIL import Image
 
 from shared.errors import ImageError, ObjectTooLarge
 from shared.image_formats import ImageFormat
-from shared.images import palette, pillow
-from shared.images.codec import DAMAGE, DecodedPixels, Header, load_codec, one_line, truncated
+from shared.images import palette, pillow, xmp
+from shared.images.codec import (
+    DAMAGE,
+    Codec,
+    DecodedPixels,
+    Header,
+    load_codec,
+    one_line,
+    truncated,
+)
 from shared.images.image import DecodedImage, apply_orientation
 from shared.images.palette import Colours, Indices
 from shared.images.signatures import recognise
 from shared.images.tiff_ifd import DirectoryError, read_exif_resolution
+
+log = logging.getLogger(__name__)
 
 
 def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -37,6 +48,8 @@ def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     format = recognise(data)
     header = read_header(format, data)
     _check_size(header, max_pixels)
+    if header.warning:
+        log.warning("%s", header.warning)
     decoded = _decode_pixels(format, header)
     pixels = apply_orientation(decoded.pixels, header.orientation)
     # Compositing compares its result with these pixels; nobody may write into them.
@@ -61,8 +74,9 @@ def decode_indexed(data: bytes) -> tuple[Indices, Colours]:
 
 def read_header(format: ImageFormat, data: bytes) -> Header:
     """Reads as much of the file as there is; raises ImageError where the size is not in it."""
+    codec = load_codec(format)
     try:
-        header = load_codec(format).read_header(data)
+        header = codec.read_header(data)
     except (struct.error, IndexError, DirectoryError) as error:
         raise truncated(format.name) from error
     width, height = header.size
@@ -71,7 +85,18 @@ def read_header(format: ImageFormat, data: bytes) -> Header:
     if header.metadata.dpi is None:
         dpi = read_exif_resolution(header.metadata.exif)
         header = replace(header, metadata=replace(header.metadata, dpi=dpi))
+    if len(header.metadata.xmp) > xmp.MAX_PACKET_BYTES:
+        header = _without_xmp(codec, format, header)
     return header
+
+
+def _without_xmp(codec: Codec, format: ImageFormat, header: Header) -> Header:
+    metadata = replace(header.metadata, xmp=b"")
+    if codec.replace_xmp:
+        metadata = replace(metadata, segments=codec.replace_xmp(metadata.segments, b""))
+    limit = f"{xmp.MAX_PACKET_BYTES / 1e6:g} MB"
+    warning = f"the {format.name} file's XMP packet is dropped: it is larger than {limit}"
+    return replace(header, metadata=metadata, warning=warning)
 
 
 def _check_size(header: Header, max_pixels: int) -> None:

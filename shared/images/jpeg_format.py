@@ -40,6 +40,7 @@ _EXIF, _ICC, _PHOTOSHOP = b"Exif\0\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0"
 _JFIF = b"JFIF\0"
 _PROFILE_PIECE_BYTES = 65519  # what ICC_PROFILE, number and count leave of a segment
 _MOST_BYTES = 65533  # in the body of a segment
+_MAX_SEGMENTS = 10_000  # before the first scan; a file with much metadata has a few hundred
 _MOST_SCANS = 100  # a progressive file has about ten
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others undo themselves
 
@@ -71,9 +72,12 @@ def _collect_segments(data: bytes) -> tuple[_HeaderSegments, int]:
     """The segments before the first scan, and the offset behind them."""
     segments, end = _HeaderSegments(), len(SOI)
     try:
-        for segment in walk_segments(data, until=START_OF_SCAN):
+        for count, segment in enumerate(walk_segments(data, until=START_OF_SCAN)):
             if segment.end > len(data):
                 break
+            if count == _MAX_SEGMENTS:
+                message = f"the JPEG file has over {count:,} segments of metadata; save it again"
+                raise ImageError(message)
             segments.add(segment.marker, data[segment.start : segment.end])
             end = segment.end
     except MarkerError as error:
@@ -207,14 +211,15 @@ def _subsampling(image: JpegImagePlugin.JpegImageFile, *, swap_axes: bool) -> in
 
 
 def replace_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
-    """The segments with that packet instead of any they hold, behind the EXIF block."""
+    """The segments with that packet instead of any they hold, behind EXIF; with none for b""."""
     others = [
         segment for segment in segments if segment[1] != APP1 or not xmp.is_jpeg_body(segment[4:])
     ]
     place = 0
     while place < len(others) and (others[place][1] == APP0 or _is_exif(others[place])):
         place += 1
-    packets = [make_segment(APP1, body) for body in xmp.make_jpeg_bodies(packet)]
+    bodies = xmp.make_jpeg_bodies(packet) if packet else []
+    packets = [make_segment(APP1, body) for body in bodies]
     return (*others[:place], *packets, *others[place:])
 
 

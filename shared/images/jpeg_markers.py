@@ -18,6 +18,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 # A marker that ends entropy-coded data: FF00 is an escaped FF there, FFD0 to FFD7 are restarts.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_FILL = re.compile(rb"\xff*+")  # bytes that may precede any marker
 
 
 class MarkerError(ValueError):
@@ -46,8 +47,12 @@ def walk_segments(data: bytes, *, until: int | None = None) -> Iterator[Segment]
         if data[start] != 0xFF:
             raise MarkerError(f"no marker at offset {start}")
         marker = data[start + 1]
-        if marker == 0xFF:  # a fill byte, which may precede any marker
-            start += 1
+        if marker == 0xFF:
+            # In one step: a file may hold millions of them.
+            fill = _FILL.match(data, start)
+            start = fill.end() - 1 if fill else start
+            if start + 1 == len(data):
+                return
             continue
         if marker == until:
             return

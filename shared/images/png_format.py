@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -22,6 +23,8 @@ LEVEL = 4  # of deflate; level 6 takes 6.5 s for 24 megapixels (measured)
 _KEPT = frozenset({b"cHRM", b"gAMA", b"iCCP", b"sRGB", b"cICP", b"mDCV", b"cLLI"})
 _NEEDED = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _MAX_PROFILE_BYTES = 16 << 20
+_MAX_CHUNKS = 200_000  # 1.6 GB in libpng's chunks of 8 kB
+_MAX_PACKETS = 8  # that are inflated, to find one that is not damaged
 _GREY, _RGB, _PALETTE = 0, 2, 3  # colour types
 _HEAD = 33  # bytes of signature and IHDR
 _METRES_PER_INCH = 0.0254
@@ -33,7 +36,9 @@ def read_header(data: bytes) -> Header:
     width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR":
         raise ImageError("the PNG file does not start with its header; upload it again")
-    chunks = list(_chunks(data))
+    chunks = list(islice(_chunks(data), _MAX_CHUNKS + 1))
+    if len(chunks) > _MAX_CHUNKS:
+        raise ImageError(f"the PNG file has over {_MAX_CHUNKS:,} chunks; save it again")
     bodies: dict[bytes, bytes] = {}
     for name, start, end in chunks:
         bodies.setdefault(name, data[start + 8 : end - 4])
@@ -83,14 +88,24 @@ def _read_metadata(data: bytes, chunks: Sequence[_Chunk], bodies: dict[bytes, by
         elif name in _KEPT or (name[3:4].islower() and name not in _NEEDED):
             segments.append(data[start:end])
         if name == b"iTXt" and data.startswith(xmp.PNG_KEYWORD, start + 8):
-            packets.append(xmp.read_png_text(data[start + 8 : end - 4]))
+            packets.append((start + 8, end - 4))
     return Metadata(
         segments=tuple(segments),
         exif=tiff_ifd.reset_orientation(bodies.get(b"eXIf", b"")),
         icc=_profile(bodies.get(b"iCCP", b"")),
-        xmp=next(filter(None, packets), b""),
+        xmp=_read_packet(data, packets),
         dpi=_dpi(bodies.get(b"pHYs", b"")),
     )
+
+
+def _read_packet(data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
+    """The first packet that is not damaged; b"" where there is none."""
+    # Read one at a time: many packed packets would fill the memory.
+    for start, end in places[:_MAX_PACKETS]:
+        packet = xmp.read_png_text(data[start:end])
+        if packet:
+            return packet
+    return b""
 
 
 def _transparent_colour(body: bytes, depth: int, colour_type: int) -> tuple[int, ...]:
@@ -110,7 +125,8 @@ def _dpi(body: bytes) -> tuple[float, float] | None:
 
 
 def _profile(body: bytes) -> bytes:
-    return xmp.inflate(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
+    profile = xmp.inflate(body.partition(b"\0")[2][1:], _MAX_PROFILE_BYTES)
+    return profile if len(profile) <= _MAX_PROFILE_BYTES else b""
 
 
 def make_chunk(name: bytes, body: bytes) -> bytes:
@@ -198,10 +214,10 @@ def _insert_chunks(written: bytes, chunks: Sequence[bytes]) -> bytes:
 
 
 def replace_xmp(segments: Sequence[bytes], packet: bytes) -> tuple[bytes, ...]:
-    """The chunks with that packet instead of any they hold."""
+    """The chunks with that packet instead of any they hold; with none for b""."""
     start = b"iTXt" + xmp.PNG_KEYWORD
     others = (chunk for chunk in segments if not chunk[4:].startswith(start))
-    return (*others, make_chunk(b"iTXt", xmp.make_png_text(packet)))
+    return (*others, *([make_chunk(b"iTXt", xmp.make_png_text(packet))] if packet else []))
 
 
 def _make_chunks(metadata: Metadata) -> list[bytes]:

@@ -34,6 +34,14 @@ _SPACES = {
 _SOURCE_TYPE = "Iptc4xmpExt:DigitalSourceType"
 # Characters that XML 1.0 does not allow.
 _UNWRITABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff\ud800-\udfff]")
+# Linear: an attempt ends at the next "<", where the next one may start.
+_DECLARATION = re.compile(r"<\?xml\s[^<>]*+>")
+# Stray bytes, as "surrogateescape" decodes them, to the characters of Windows-1252.
+_WINDOWS_1252 = {
+    0xDC00 + byte: bytes([byte]).decode("cp1252", "replace") for byte in range(128, 256)
+}
+# libxml2 takes time quadratic in an element's attributes to remove them; Lightroom writes 300.
+_MAX_ATTRIBUTES = 2_000
 # IPTC's terms for media with parts from a trained model: they stay true after any later edit.
 _GENERATED = (
     *("trainedAlgorithmicMedia", "compositeSynthetic"),
@@ -80,8 +88,12 @@ def _parse(xmp: bytes) -> etree._Element:
         return _new_packet(str(error))
     if root.getroottree().docinfo.doctype:
         return _new_packet("it has a DOCTYPE")
-    if next(root.iter(_name("rdf:RDF")), None) is None:
+    rdf = next(root.iter(_name("rdf:RDF")), None)
+    if rdf is None:
         return _new_packet("it has no rdf:RDF")
+    most = max((len(description.attrib) for description in _descriptions(rdf)), default=0)
+    if most > _MAX_ATTRIBUTES:
+        return _new_packet(f"an element has {most} attributes")
     return root
 
 
@@ -98,13 +110,8 @@ def _repair(xmp: bytes) -> str:
     """
     encoding = detect_encoding(xmp)
     text = xmp.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "replace")
-    text = re.sub("[\udc80-\udcff]+", _decode_windows_1252, text)
-    text = re.sub(r"<\?xml\s[^>]*>", "", _UNWRITABLE.sub(" ", text))
+    text = _DECLARATION.sub("", _UNWRITABLE.sub(" ", text.translate(_WINDOWS_1252)))
     return text[text.find("<") : text.rfind(">") + 1] if "<" in text else text.strip()
-
-
-def _decode_windows_1252(match: re.Match[str]) -> str:
-    return match[0].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def _merge(root: etree._Element, note: Provenance) -> bytes:
@@ -115,7 +122,7 @@ def _merge(root: etree._Element, note: Provenance) -> bytes:
         "compositeWithTrainedAlgorithmicMedia" if note.trained else "algorithmicallyEnhanced"
     )
     for value in _values(rdf, _SOURCE_TYPE):
-        term = re.split("[/:]", value.strip())[-1]
+        term = value.strip().rpartition("/")[2].rpartition(":")[2]
         source_type = term if term in _GENERATED else source_type
     _remove_note(rdf)
     _add_event(rdf, about, note)

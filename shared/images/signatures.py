@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from shared.errors import ImageError
 from shared.image_formats import FORMATS, ImageFormat, join_with_or
 
+_SIGNATURE_BYTES = 1 << 16  # the longest comment before an HTML page that is recognised
+
 _REMEDY = f"use {join_with_or(FORMATS)}"
 
 
@@ -15,11 +17,12 @@ def recognise(data: bytes) -> ImageFormat:
     """The file's format; raises ImageError that names what the file is instead."""
     if not data:
         raise ImageError("the file is empty (0 bytes); upload it again")
+    head = data[:_SIGNATURE_BYTES]
     for name, signature in _SIGNATURES.items():
-        if signature.match(data):
+        if signature.match(head):
             return FORMATS[name]
     for name, signature in _FOREIGN_SIGNATURES.items():
-        if signature.match(data):
+        if signature.match(head):
             raise ImageError(f"the file is {name}; {_REMEDY}")
     raise ImageError(f"the file is in no known image format (starts {data[:8]!r}); {_REMEDY}")
 

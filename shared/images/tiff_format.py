@@ -28,12 +28,13 @@ _NEEDED = frozenset(
     {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324}
     | {325, 338, 339, 347, 512, 513, 514, 515, 519, 520, 521, 529, 530, 531, 532}
 )
-# Not copied to the result: how pixels are stored, the orientation, and what holds other versions
-# of the image, which are further directories and Photoshop's layers.
-_NOT_COPIED = _NEEDED | {tiff_ifd.ORIENTATION, 254, 255, 330, 37724}
+# Not copied to the result: how pixels are stored, the orientation, what holds other versions of
+# the image (further directories, Photoshop's layers), and XMP, which Metadata holds.
+_NOT_COPIED = _NEEDED | {tiff_ifd.ORIENTATION, 254, 255, 330, 37724, _XMP}
 # Pillow warns where one of these has several values.
 _SINGLE = (256, 257, 259, 262, 266, 277, 278, 284, 292, 293, 317, 322, 323, 332, 512, 513)
 _MAX_TILE_PIXELS = 1 << 26
+_MAX_VALUES = 1 << 20  # of a tag that the pixels need: strips, tiles, colours of a palette
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _INKS, _YCBCR = 0, 1, 2, 5, 6
 _CHANNELS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}  # by photometric interpretation
 _UNASSOCIATED = 2  # alpha that colours were not multiplied with
@@ -57,6 +58,9 @@ def read_header(data: bytes) -> Header:
     directory = tiff_ifd.read_directory(data)
     entries = [entry for tag, entry in directory.entries.items() if tag in _SINGLE]
     if any(entry.count != 1 for entry in entries):
+        raise truncated("TIFF")
+    needed = (entry for tag, entry in directory.entries.items() if tag in _NEEDED)
+    if any(entry.count > _MAX_VALUES for entry in needed):
         raise truncated("TIFF")
     orientation = directory.integer(data, tiff_ifd.ORIENTATION, 1)
     refusal = _refusal(data, directory)
@@ -117,6 +121,7 @@ def _channels_refusal(data: bytes, directory: Directory) -> str:
 def _depth_refusal(data: bytes, directory: Directory) -> str:
     samples, kind = directory.integer(data, _SAMPLES, 1), directory.integer(data, _POLARITY, 1)
     depths = directory.integers(data, _DEPTH) or (1,)
+    depths = depths[:8]  # a file may list millions
     if len(set(depths)) > 1 or depths[0] > 16 or (samples > 1 and depths[0] not in (8, 16)):
         return f"has {', '.join(map(str, depths))} bits a channel; save it with 8 or 16"
     if depths[0] > 8 and (depths[0] != 16 or kind not in (_WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB)):
@@ -298,6 +303,7 @@ def _by_tifffile(pixels: Array, mode: str, compression: int, *, predicted: bool)
 def _add_tags(written: bytes, image: DecodedImage) -> bytes:
     """The file with the metadata: the source's tags if it was a TIFF, else its EXIF block."""
     metadata = image.metadata
+    # The source's own packet is not copied: it may be too long, or replaced.
     added = {_XMP: (1, metadata.xmp)} if metadata.xmp else {}
     if image.format == "TIFF" and image.source:
         directory = tiff_ifd.read_directory(image.source)

@@ -31,6 +31,8 @@ _WORDS: Mapping[int, int] = {
     **dict.fromkeys((4, 5, 9, 10, 11, 13), 4),
     12: 8,
 }
+# Tags that share bytes could make a small file hold far more than its size.
+_MAX_ENTRIES, _SHARED_BYTES = 1 << 16, 1 << 16
 _INTEGERS: Mapping[int, str] = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 EMPTY = b"II*\0\x08\0\0\0" + bytes(6)
 
@@ -66,14 +68,19 @@ class Directory:
     def integers(self, data: bytes | bytearray, tag: int) -> tuple[int, ...]:
         """The tag's whole numbers; () where it is absent or of another type."""
         entry = self.entries.get(tag)
-        if entry is None or entry.type not in _INTEGERS:
+        return self._unpack(data, entry, entry.count) if entry else ()
+
+    def _unpack(self, data: bytes | bytearray, entry: Entry, count: int) -> tuple[int, ...]:
+        if entry.type not in _INTEGERS:
             return ()
-        layout = f"{self.order}{entry.count}{_INTEGERS[entry.type]}"
+        layout = f"{self.order}{count}{_INTEGERS[entry.type]}"
         return tuple(struct.unpack_from(layout, data, entry.offset))
 
     def integer(self, data: bytes | bytearray, tag: int, default: int) -> int:
         """The tag's first whole number, or the default."""
-        return next(iter(self.integers(data, tag)), default)
+        entry = self.entries.get(tag)
+        first = self._unpack(data, entry, 1) if entry and entry.count else ()
+        return first[0] if first else default
 
     def value(self, data: bytes | bytearray, tag: int) -> bytes:
         """The tag's bytes as stored; b"" where it is absent."""
@@ -98,7 +105,7 @@ def _read(
 ) -> Directory:
     (count,) = struct.unpack_from(f"{order}{'Q' if big else 'H'}", data, offset)
     first, width, inline = offset + (8 if big else 2), 20 if big else 12, 8 if big else 4
-    if first + count * width > len(data):
+    if count > _MAX_ENTRIES or first + count * width > len(data):
         raise DirectoryError("the directory lies past the end of the data")
     entries = {}
     for place in range(first, first + count * width, width):
@@ -245,8 +252,14 @@ def set_values(file: bytes, values: Mapping[int, int]) -> bytes:
 
 
 def _tags_of(data: bytes, directory: Directory, *, skipped: frozenset[int]) -> tuple[Tag, ...]:
-    """The directory's tags in little-endian order, without BigTIFF's types."""
+    """The directory's tags in little-endian order, without BigTIFF's types.
+
+    Raises DirectoryError where they hold more bytes than the data has.
+    """
     tags: list[Tag] = []
+    copied = (entry.length for tag, entry in directory.entries.items() if tag not in skipped)
+    if sum(copied) > len(data) + _SHARED_BYTES:
+        raise DirectoryError("the tags hold more bytes than the file")
     for number, entry in directory.entries.items():
         if number in skipped:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from itertools import islice
 
 from PIL import WebPImagePlugin
 
@@ -14,13 +15,14 @@ from shared.images.image import DecodedImage, Metadata, SourceEncoding
 
 _EXIF = b"Exif\0\0"
 _LOSSLESS_EFFORT = 90  # of 100
+_MAX_CHUNKS = 10_000  # that are read; a file that is not animated has about five
 _METHOD = 4  # of 0 (fast) to 6 (small)
 _HAS_EXIF, _IS_ANIMATED = 0x08, 0x02  # flags of VP8X
 
 
 def read_header(data: bytes) -> Header:
     """Raises ImageTruncated where the flags announce EXIF, which follows the pixels, in vain."""
-    chunks = {name: data[start:end] for name, start, end in _chunks(data)}
+    chunks = {name: data[start:end] for name, start, end in islice(_chunks(data), _MAX_CHUNKS)}
     flags = data[20] if data[12:16] == b"VP8X" else 0
     exif = chunks.get(b"EXIF", b"").removeprefix(_EXIF)
     if flags & _HAS_EXIF and not exif:

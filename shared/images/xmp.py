@@ -3,6 +3,9 @@
 JPEG's framing is the XMP specification's, part 3, section 1.1.3: the standard packet fits into
 one segment. The rest, the extended packet, follows in more segments; the standard packet names
 the MD5 of the extended one.
+
+Packets come from strangers. A regular expression holds the interpreter lock, so every search
+here takes time linear in the packet, and a packet above ``MAX_PACKET_BYTES`` is dropped.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ PNG_KEYWORD = b"XML:com.adobe.xmp\0"
 
 _MOST_BYTES = 65533  # in the body of a JPEG segment
 _PIECE_BYTES = 65400
-_MAX_BYTES = 64 << 20  # of a packet that PNG compressed
-# The two ways in which RDF may write the property that names the extended packet.
+MAX_PACKET_BYTES = 1_000_000
+# The two ways in which RDF may write the property that names the extended packet. Linear: each
+# attempt starts at a name, and the possessive \s*+ never gives back what it matched.
 _NOTE = re.compile(
-    rb"\s+xmpNote:HasExtendedXMP\s*=\s*[\"']([0-9A-Fa-f]{32})[\"']"
-    rb"|<xmpNote:HasExtendedXMP>\s*([0-9A-Fa-f]{32})\s*</xmpNote:HasExtendedXMP>"
+    rb"\sxmpNote:HasExtendedXMP\s*+=\s*+[\"']([0-9A-Fa-f]{32})[\"']"
+    rb"|<xmpNote:HasExtendedXMP>\s*+([0-9A-Fa-f]{32})\s*+</xmpNote:HasExtendedXMP>"
 )
-_INNER = re.compile(rb"<rdf:RDF[^>]*>(.*)</rdf:RDF>", re.DOTALL)
-_WRAPPER = re.compile(rb"<\?xpacket[^>]*\?>")
-_PADDING = re.compile(rb"\s+(?=<\?xpacket end)")
+_RDF_START, _RDF_END = b"<rdf:RDF", b"</rdf:RDF>"
+_WRAPPER_START, _WRAPPER_END = b"<?xpacket", b"?>"
+_LAST_WRAPPER = b"<?xpacket end"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
 _POINTER = (
     b'<rdf:Description xmlns:rdf="%b" rdf:about="" '
@@ -46,7 +50,10 @@ def is_jpeg_body(body: bytes) -> bool:
 
 
 def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
-    """The packet of a JPEG file, merged with its extended packet; b"" where there is none."""
+    """The packet of a JPEG file, merged with its extended packet; b"" where there is none.
+
+    An extended packet above ``MAX_PACKET_BYTES`` is returned as it is, for the caller to drop.
+    """
     packets = [body[len(STANDARD) :] for body in bodies if body.startswith(STANDARD)]
     if not packets:
         return b""
@@ -54,6 +61,8 @@ def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
     if note is None:
         return packets[0]
     extended = _join_pieces(bodies, (note[1] or note[2]).upper())
+    if len(extended) > MAX_PACKET_BYTES:
+        return extended
     return _merge(packets[0], extended) if extended else packets[0]
 
 
@@ -71,30 +80,68 @@ def _join_pieces(bodies: Sequence[bytes], guid: bytes) -> bytes:
 
 def _merge(packet: bytes, extended: bytes) -> bytes:
     """Both in one packet; the packet alone where the two do not make well-formed XML."""
-    inner, end = _INNER.search(extended), packet.rfind(b"</rdf:RDF>")
+    inner, end = _inside_rdf(extended), packet.rfind(_RDF_END)
     if inner is None or end < 0:
         return packet
-    merged = _NOTE.sub(b"", packet[:end]) + inner[1] + packet[end:]
+    merged = _NOTE.sub(b"", packet[:end]) + inner + packet[end:]
     try:
-        expat.ParserCreate().Parse(merged.strip(b"\0"), True)
-    except expat.ExpatError:
+        _refuse_doctype(expat.ParserCreate()).Parse(merged.strip(b"\0"), True)
+    except (expat.ExpatError, _DoctypeError):
         return packet
     return merged
+
+
+def _inside_rdf(packet: bytes) -> bytes | None:
+    """What the packet's rdf:RDF element holds; None where it has no such element."""
+    start = packet.find(_RDF_START)
+    start = packet.find(b">", start) + 1 if start >= 0 else 0
+    end = packet.rfind(_RDF_END)
+    return packet[start:end] if 0 < start <= end else None
+
+
+class _DoctypeError(ValueError):
+    """The XML has a DOCTYPE, whose entities could expand to far more than the packet."""
+
+
+def _refuse_doctype(parser: expat.XMLParserType) -> expat.XMLParserType:
+    def refuse(*_: object) -> None:
+        raise _DoctypeError
+
+    parser.StartDoctypeDeclHandler = refuse
+    return parser
 
 
 def make_jpeg_bodies(packet: bytes) -> list[bytes]:
     """The bodies of the APP1 segments that hold the packet."""
     # Kilobytes of padding, for editing in place, would force a packet into the extended form.
-    packet = _PADDING.sub(b"\n", packet)
+    packet = _without_padding(packet)
     if len(STANDARD) + len(packet) <= _MOST_BYTES:
         return [STANDARD + packet]
-    template, extended = _split(_WRAPPER.sub(b"", packet).strip())
+    template, extended = _split(_without_wrapper(packet).strip())
     guid = hashlib.md5(extended, usedforsecurity=False).hexdigest().upper().encode()
     bodies = [STANDARD + template % guid]
     for offset in range(0, len(extended), _PIECE_BYTES):
         place = struct.pack(">II", len(extended), offset)
         bodies.append(EXTENSION + guid + place + extended[offset : offset + _PIECE_BYTES])
     return bodies
+
+
+def _without_padding(packet: bytes) -> bytes:
+    body, wrapper, rest = packet.rpartition(_LAST_WRAPPER)
+    short = body.rstrip()
+    return short + b"\n" + wrapper + rest if len(short) < len(body) else packet
+
+
+def _without_wrapper(packet: bytes) -> bytes:
+    """The packet without the processing instructions that begin and end it."""
+    kept, place = [], 0
+    while (start := packet.find(_WRAPPER_START, place)) >= 0:
+        end = packet.find(_WRAPPER_END, start)
+        if end < 0:
+            break
+        kept.append(packet[place:start])
+        place = end + len(_WRAPPER_END)
+    return b"".join([*kept, packet[place:]])
 
 
 def _split(packet: bytes) -> tuple[bytes, bytes]:
@@ -124,7 +171,7 @@ def _split(packet: bytes) -> tuple[bytes, bytes]:
 
 def _descriptions(packet: bytes) -> list[tuple[int, int]]:
     """(start, end) of each child of rdf:RDF; empty where the XML is not well-formed."""
-    parser = expat.ParserCreate(namespace_separator=" ")
+    parser = _refuse_doctype(expat.ParserCreate(namespace_separator=" "))
     open_tags: list[str] = []
     starts: list[int] = []
     spans: list[tuple[int, int]] = []
@@ -144,17 +191,20 @@ def _descriptions(packet: bytes) -> list[tuple[int, int]]:
     parser.StartElementHandler, parser.EndElementHandler = open_tag, close_tag
     try:
         parser.Parse(packet, True)
-    except expat.ExpatError:
+    except (expat.ExpatError, _DoctypeError):
         return []
     return spans
 
 
 def read_png_text(body: bytes) -> bytes:
-    """The packet in an iTXt chunk with XMP's keyword; b"" where it is damaged."""
+    """The packet in an iTXt chunk with XMP's keyword; b"" where it is damaged.
+
+    Of a compressed packet above ``MAX_PACKET_BYTES`` no more than the first byte beyond is read.
+    """
     start = len(PNG_KEYWORD)
     # Compression flag and method, language and translated keyword, then the text.
     text = body[start + 2 :].split(b"\0", 2)[-1]
-    return inflate(text, _MAX_BYTES) if body[start : start + 1] == b"\1" else text
+    return inflate(text, MAX_PACKET_BYTES) if body[start : start + 1] == b"\1" else text
 
 
 def make_png_text(packet: bytes) -> bytes:
@@ -163,10 +213,10 @@ def make_png_text(packet: bytes) -> bytes:
 
 
 def inflate(data: bytes, most_bytes: int) -> bytes:
-    """Decompresses zlib data; b"" where it is damaged or decompresses to more than most_bytes."""
+    """Decompresses zlib data; of more than most_bytes, the first most_bytes + 1; b"" for damage."""
     try:
         inflater = zlib.decompressobj()
-        inflated = inflater.decompress(data, most_bytes)
+        inflated = inflater.decompress(data, most_bytes + 1)
     except zlib.error:
         return b""
-    return inflated if inflater.eof else b""
+    return inflated if inflater.eof or len(inflated) > most_bytes else b""

@@ -13,6 +13,7 @@ from shared.geometry.box import Box
 from shared.masks.morphology import Grey, slices
 
 # At most nine digits: int() raises ValueError past 4,300.
+_MAX_BOXES = 1_000  # drawing a box costs as much as its area
 _EDGE = re.compile(r"\s*(?:([+-]?\d{1,9})|(\d{1,3}(?:\.\d{1,6})?)%)\s*")
 
 
@@ -38,7 +39,12 @@ def parse_boxes(text: str) -> tuple[Edges, ...]:
     Each number is whole pixels, or a percentage of the image's width or height. Pixels past
     the image's edge are allowed here, because its size is not known yet. Raises MaskError.
     """
-    return tuple(_parse_edges(box) for box in text.split(";"))
+    boxes = text.split(";")
+    if len(boxes) > _MAX_BOXES:
+        raise MaskError(
+            f"{len(boxes):,} boxes are too many; use at most {_MAX_BOXES:,}, or a mask file"
+        )
+    return tuple(_parse_edges(box) for box in boxes)
 
 
 def _parse_edges(text: str) -> Edges:
