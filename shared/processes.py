@@ -31,6 +31,7 @@ def spawn(
     env: Mapping[str, str] | None = None,
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Starts a command that gets SIGTERM when this process dies, even by SIGKILL (Linux only).
 
@@ -44,6 +45,7 @@ def spawn(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
+        pass_fds=pass_fds,
         process_group=0,
         preexec_fn=_die_with_parent(),  # noqa: PLW1509 - one prctl call, prepared beforehand
     )

@@ -187,6 +187,13 @@ class Settings(BaseSettings):
         gt=0,
         description="A worker process is restarted if its engine makes no progress for this long.",
     )
+    freeze_seconds: float = Field(
+        default=30,
+        gt=0,
+        description="A worker process is killed and restarted if it does not run for this long: "
+        "native code holds the interpreter lock, or the process is stopped. At most half of "
+        "`INPAINT_LEASE_SECONDS`; a larger value counts as that.",
+    )
     write_retry_seconds: float = Field(
         default=600,
         ge=0,
@@ -276,6 +283,11 @@ class Settings(BaseSettings):
         if self.heartbeat_seconds * 2 > self.lease_seconds:
             raise ValueError("INPAINT_HEARTBEAT_SECONDS must be at most half INPAINT_LEASE_SECONDS")
         return self
+
+    @property
+    def freeze_limit_seconds(self) -> float:
+        """A frozen process is killed after this time: its leases must not have expired."""
+        return min(self.freeze_seconds, self.lease_seconds / 2)
 
     @property
     def database(self) -> URL:

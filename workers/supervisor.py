@@ -30,11 +30,14 @@ from shared.processes import (
 )
 from shared.settings import Compile, Quantization, Settings
 from workers.pixel_budget import default_megapixels
+from workers.watchdog import Watchdog
 
 PROGRAM = "inpaint-worker"
 POLL_SECONDS = 0.2
 MIN_PAUSE_SECONDS = 0.5
 GRACE_SECONDS = 10.0
+# A frozen process that is aborted needs a moment to write where its threads are.
+ABORT_SECONDS = 1.0
 MAX_DEVICE_LOSSES = 5
 # Settings that this command's options or the number of its processes may change.
 OPTION_SETTINGS = {"concurrency", "max_batch", "compile", "quantization", "deterministic"}
@@ -225,6 +228,7 @@ class Supervisor:
                 variables=variables,
                 reap=self._reap,
                 stable_seconds=configured.lease_seconds,
+                freeze_seconds=configured.freeze_limit_seconds,
             )
             for slot in slots
         ]
@@ -296,10 +300,12 @@ class _Child:
         variables: Mapping[str, str],
         reap: Callable[[str, str], None],
         stable_seconds: float,
+        freeze_seconds: float,
     ) -> None:
         """reap: called with a dead process's worker name and the reason.
 
         stable_seconds: a process that lived longer is restarted after the shortest pause.
+        freeze_seconds: a process that does not run for this long is killed.
         """
         self._slot = slot
         self._engine = engine
@@ -308,6 +314,9 @@ class _Child:
         self._worker = ""
         self._device_losses = 0
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: Watchdog | None = None
+        self._freeze_seconds = freeze_seconds
+        self._aborted_at: float | None = None
         self._started = 0.0
         self._start_after = 0.0
         self._pause = MIN_PAUSE_SECONDS
@@ -318,20 +327,44 @@ class _Child:
         """Start the process, and again when it died; the pause doubles while it dies early."""
         if self.given_up:
             return
+        self._kill_if_frozen(now)
         if self._process is not None and (status := self._process.poll()) is not None:
             self._handle_exit(status, now)
         if self._process is None and now >= self._start_after and not self.given_up:
-            # A new name for each process: it must not renew the leases of its predecessor.
-            self._worker = f"{self._slot.name}-{secrets.token_hex(4)}"
-            command = self._slot.command(self._engine, worker=self._worker)
-            environment = self._slot.environment(self._variables)
-            self._process = processes.spawn(command, env=environment)
-            self._started = now
+            self._start(now)
+
+    def _start(self, now: float) -> None:
+        # A new name for each process: it must not renew the leases of its predecessor.
+        self._worker = f"{self._slot.name}-{secrets.token_hex(4)}"
+        self._watchdog = watchdog = Watchdog(self._freeze_seconds)
+        command = self._slot.command(self._engine, worker=self._worker)
+        self._process = processes.spawn(
+            [*command, "--watchdog", str(watchdog.writer)],
+            env=self._slot.environment(self._variables),
+            pass_fds=[watchdog.writer],
+        )
+        watchdog.close_writer()
+        self._started, self._aborted_at = now, None
+
+    def _kill_if_frozen(self, now: float) -> None:
+        if self._process is None or self._watchdog is None:
+            return
+        if self._aborted_at is not None:
+            # A process that is stopped, or busy with its core dump, does not end by an abort.
+            if now - self._aborted_at > ABORT_SECONDS:
+                self._process.kill()
+        elif self._watchdog.is_expired(now):
+            # faulthandler writes where every thread is; it needs no interpreter lock.
+            self._process.send_signal(signal.SIGABRT)
+            self._aborted_at = now
 
     def _handle_exit(self, status: int, now: float) -> None:
+        reason = self._reason(status)
         self._process = None
-        reason = f"signal {-status}" if status < 0 else f"status {status}"
-        self._reap(self._worker, f"the worker process ended with {reason}")
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
+        self._reap(self._worker, f"the worker process {reason}")
         self._count_device_losses(status)
         if status == EX_UNAVAILABLE or self.given_up:
             self.given_up = True
@@ -342,8 +375,13 @@ class _Child:
         self._start_after = now + self._pause
         print_error(
             PROGRAM,
-            f"{self._slot.name} ended with {reason}; starting it again in {self._pause:g} s",
+            f"{self._slot.name} {reason}; starting it again in {self._pause:g} s",
         )
+
+    def _reason(self, status: int) -> str:
+        if self._aborted_at is not None:
+            return f"did not run for {self._freeze_seconds:g} s and was killed"
+        return "ended with " + (f"signal {-status}" if status < 0 else f"status {status}")
 
     def _count_device_losses(self, status: int) -> None:
         if status != EX_DEVICE_LOST:

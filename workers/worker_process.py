@@ -5,6 +5,7 @@ Started by ``inpaint-worker``, one per device. Exits 69 if the engine cannot be 
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -46,6 +47,7 @@ from workers.job_runner import release_all, run_job
 from workers.maintenance import Maintenance
 from workers.pending_writes import PendingWrites
 from workers.pixel_budget import PixelBudget
+from workers.watchdog import start_pings
 from workers.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
@@ -61,9 +63,14 @@ SWITCH_SECONDS = 0.0005
 @click.option("--device", required=True)
 @click.option("--name", required=True, help="Host and device; stable over restarts.")
 @click.option("--worker", required=True, help="The name, plus what is unique to this process.")
+@click.option("--watchdog", type=int, help="Descriptor of the pipe that is written to while alive.")
 @click.option("--check", is_flag=True, help="Load the engine, print one line, exit.")
-def main(engine: str, device: str, name: str, worker: str, check: bool) -> None:
+def main(
+    engine: str, device: str, name: str, worker: str, watchdog: int | None, check: bool
+) -> None:
     """Consume jobs until a signal. Settings come from the environment."""
+    # Native code that crashes, or that the supervisor aborts, leaves where each thread was.
+    faulthandler.enable()
     with exit_on_error("inpaint-worker", status=1, engine_unavailable=EX_UNAVAILABLE):
         configured = settings.load()
         _configure_logging(configured.log_level, name)
@@ -73,6 +80,8 @@ def main(engine: str, device: str, name: str, worker: str, check: bool) -> None:
             loaded.close()
             return
         context = _worker_context(configured, loaded, worker)
+    if watchdog is not None:
+        start_pings(watchdog, limit_seconds=configured.freeze_limit_seconds)
     sys.exit(_consume(context, name))
 
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 import redis
@@ -49,10 +50,17 @@ class FaultInjector:
         children = self.scenario.fleet.children()
         if children:
             chosen = self.rng.choice(children)
-            with suppress(ProcessLookupError):
-                os.kill(chosen, signal.SIGSTOP)
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                # Its supervisor would kill it, unless that is frozen too: then leases expire.
+                frozen = [chosen, psutil.Process(chosen).ppid()][: self.rng.choice((1, 2))]
+                self._signal(frozen, signal.SIGSTOP)
                 pause(self.rng.uniform(0, 3))
-                os.kill(chosen, signal.SIGCONT)
+                self._signal(frozen, signal.SIGCONT)
+
+    def _signal(self, processes: list[int], number: signal.Signals) -> None:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.kill(process, number)
 
     def stop_a_supervisor(self) -> None:
         supervisor = self.rng.choice(self.supervisors())

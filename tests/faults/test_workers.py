@@ -69,13 +69,16 @@ def test_a_process_that_was_frozen_past_its_lease_publishes_no_result(
 ) -> None:
     frozen_jobs = scenario.add(2, prompt="steps 100")
     scenario.add(20)
-    scenario.fleet.start("--concurrency", "2")
+    supervisor = scenario.fleet.start("--concurrency", "2")
     wait_for(lambda: scenario.count("running") == 2)
-    (frozen,) = scenario.fleet.children()
-    os.kill(frozen, signal.SIGSTOP)
+    # Both, as on a machine that sleeps: the supervisor must not blame its worker for the time.
+    frozen = [supervisor.pid, *scenario.fleet.children()]
+    for process in frozen:
+        os.kill(process, signal.SIGSTOP)
     scenario.fleet.start("--concurrency", "2")
     scenario.finish()
-    os.kill(frozen, signal.SIGCONT)
+    for process in frozen:
+        os.kill(process, signal.SIGCONT)
     wait_for(lambda: scenario.fleet.log().count("lost its lease") >= 1)
     for job in frozen_jobs:
         lost, won = scenario.fleet.harness.attempts(job)
@@ -108,6 +111,38 @@ def test_a_process_whose_engine_hangs_exits_and_is_restarted(scenario: Scenario)
     assert f"job {hanging}: no step for 1 s" in scenario.fleet.log()
     assert "in _misbehave" in scenario.fleet.log()
     scenario.assert_invariants(failed={hanging: "worker_lost"})
+
+
+def test_a_process_frozen_in_native_code_is_killed_and_the_others_go_on(
+    scenario: Scenario,
+) -> None:
+    """Only the supervisor can end it: no lease of this test expires in time."""
+    scenario.fleet.environment |= {"INPAINT_LEASE_SECONDS": "600", "INPAINT_FREEZE_SECONDS": "1"}
+    scenario.add(8)
+    (freezing,) = scenario.add(1, prompt="freeze")
+    scenario.add(8)
+    scenario.fleet.start("--concurrency", "4")
+    scenario.finish()
+    losses = scenario.fleet.harness.attempts(freezing)
+    assert {attempt.error_message for attempt in losses} == {
+        "the worker process did not run for 1 s and was killed"
+    }
+    assert [attempt.outcome for attempt in losses] == ["lost"] * jobs.LOSSES_BEFORE_QUARANTINE
+    assert "in _misbehave" in scenario.fleet.log()  # where it was frozen
+    scenario.assert_invariants(failed={freezing: "worker_lost"})
+
+
+def test_a_stopped_process_is_killed_and_its_jobs_run_again(scenario: Scenario) -> None:
+    scenario.fleet.environment |= {"INPAINT_LEASE_SECONDS": "600", "INPAINT_FREEZE_SECONDS": "1"}
+    scenario.add(6, prompt="steps 20")
+    scenario.fleet.start("--concurrency", "2")
+    wait_for(lambda: scenario.count("running") == 2)
+    (stopped,) = scenario.fleet.children()
+    os.kill(stopped, signal.SIGSTOP)
+    scenario.finish()
+    assert not psutil.pid_exists(stopped)
+    assert outcomes(scenario).count("lost") == 2
+    scenario.assert_invariants()
 
 
 def test_a_device_that_fails_five_jobs_in_a_row_takes_no_more_jobs(scenario: Scenario) -> None:

@@ -6,6 +6,7 @@ and short S3 timeouts.
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import errno
 import os
@@ -24,6 +25,9 @@ def _misbehave(work: RegionWork) -> Pixels:
     fault, _, number = work.params.prompt.partition(" ")
     if fault == "crash":
         os.abort()
+    elif fault == "freeze":
+        # A PyDLL function keeps the interpreter lock: no thread of this process runs any more.
+        ctypes.PyDLL(None).pause()
     elif fault == "hang":
         time.sleep(3600)
     elif fault == "broken":
