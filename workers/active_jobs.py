@@ -19,8 +19,8 @@ class ActiveJobs:
         # A list: a repeated message may have two threads handle the same job for a moment.
         self._claimed: list[int] = []
         self._stopping = False
-        # True after the database failed to answer: it may have leased a job to this process
-        # without the process knowing.
+        # True after a connection to the database failed: it may have committed a lease that this
+        # process does not know of.
         self.may_have_orphans = False
 
     @property

@@ -25,7 +25,7 @@ class ExclusiveLock:
     def shared(self, *, stop: Callable[[], bool]) -> Iterator[bool]:
         """Hold the lock together with other ordinary jobs; False if ``stop`` became true first.
 
-        Waits for exclusive jobs that wait already: otherwise they might wait for ever.
+        Exclusive jobs that wait already go first: a stream of ordinary jobs would starve them.
         """
         with self._changed:
             acquired = self._wait(
@@ -49,7 +49,7 @@ class ExclusiveLock:
             self._waiting_exclusive -= 1
             if acquired:
                 self._is_exclusive = True
-            # One job fewer waits exclusively: those that share may proceed if this one gave up.
+            # If this job gave up, jobs that waited for it may share the lock now.
             self._changed.notify_all()
         try:
             yield acquired

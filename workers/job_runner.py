@@ -60,7 +60,7 @@ def run_job(
 
 
 def _acquire(worker: WorkerContext, job: int, seen_attempt: int) -> LeasedJob | None:
-    """Lease the job; wait while the database is unavailable, as any other message would too."""
+    """Lease the job, retrying while the database is unavailable: other messages would fail too."""
     pause = MIN_PAUSE_SECONDS
     while True:
         try:
@@ -83,7 +83,10 @@ def _acquire(worker: WorkerContext, job: int, seen_attempt: int) -> LeasedJob | 
 def _run_attempt(
     worker: WorkerContext, job: JobContext, stack: ExitStack, *, exclusive: bool
 ) -> InpaintError | None:
-    """stack: what the job holds until its attempt is recorded; a pending write takes it over."""
+    """Render, put, finish; return the attempt's error.
+
+    stack: what the job holds until its attempt is recorded; a pending write takes it over.
+    """
     rendered = _catch(job, lambda: render(worker, job))
     if isinstance(rendered, InpaintError):
         return _finish(worker, job, rendered)
@@ -91,8 +94,8 @@ def _run_attempt(
     if isinstance(outcome, OutputRefused):
         write = _failed_write(worker, job, rendered, outcome)
         finish = partial(_publish_and_finish, worker, job, stack.pop_all())
-        # An exclusive job keeps its thread, and with it the lock: a crash while its write is
-        # retried beside other jobs could not be attributed.
+        # An exclusive job keeps its thread, and with it the lock: if other jobs ran while its
+        # write is retried, nobody could tell which job caused a crash.
         return worker.pending_writes.retry(write, finish, block=exclusive)
     if not isinstance(outcome, InpaintError):
         worker.pending_writes.note_success()
@@ -227,10 +230,10 @@ def _retry_within_lease(worker: WorkerContext, write: Callable[[], None]) -> Non
 
 
 def release_all(worker: WorkerContext, *, keep: Collection[int] = ()) -> None:
-    """Release the leases of jobs that do not reach their next step, so that they run elsewhere.
+    """Release the jobs that do not reach their next step, so that they run elsewhere.
 
-    That ends their attempts: whatever the engine still returns can no longer be published.
-    keep: ids of jobs whose leases stay until they are reaped, which counts them as lost.
+    This ends their attempts: whatever the engine still returns can no longer be published.
+    keep: ids of jobs that are not released; they are reaped later, which counts them as lost.
     """
     for job in worker.active_jobs.leased():
         if job.id in keep:

@@ -15,6 +15,7 @@ from shared.errors import Cancelled, DatabaseUnavailable, LeaseLost, Unavailable
 from shared.jobs.queue import Queue
 from shared.processes import EX_STALLED
 from shared.settings import Settings
+from workers.job_context import JobContext
 from workers.job_runner import release_all
 from workers.worker_context import WorkerContext
 
@@ -69,7 +70,7 @@ class Maintenance:
 
 
 class _PeriodicTask:
-    """An action every so many seconds; logs once that it fails, and once that it works again."""
+    """Runs an action every ``seconds``; logs once when it fails, and once when it works again."""
 
     def __init__(self, name: str, seconds: float, action: Callable[[], None]) -> None:
         self.name = name
@@ -116,6 +117,12 @@ def renew_leases(worker: WorkerContext) -> None:
     except DatabaseUnavailable:
         active_jobs.may_have_orphans = True
         raise
+    _interrupt_lost_and_cancelled(leased, renewed)
+
+
+def _interrupt_lost_and_cancelled(
+    leased: Sequence[JobContext], renewed: Sequence[jobs.RenewedLease]
+) -> None:
     by_attempt = {(lease.job, lease.attempt): lease for lease in renewed}
     for job in leased:
         attempt = job.leased.attempt
@@ -131,7 +138,7 @@ def _release_orphans(worker: WorkerContext, renewed: Sequence[jobs.RenewedLease]
 
     Otherwise heartbeats would renew such a lease for as long as the worker lives.
     """
-    # Read after the heartbeat: by now every job that it found leased is claimed, or done with.
+    # Read after the heartbeat: every job that it renewed is claimed by now, or has just ended.
     claimed = worker.active_jobs.claimed_ids()
     for lease in renewed:
         if lease.job not in claimed:
@@ -144,9 +151,9 @@ def _release_orphans(worker: WorkerContext, renewed: Sequence[jobs.RenewedLease]
 
 
 def exit_if_stalled(worker: WorkerContext) -> None:
-    """End the process if a job made no step for ``stall_seconds``; the supervisor restarts it.
+    """End the process if a job makes no step for ``stall_seconds``; the supervisor restarts it.
 
-    A thread that hangs in a driver or a C library cannot be stopped in any other way.
+    Nothing else stops a thread that hangs in a driver or a C library.
     """
     limit = worker.settings.stall_seconds
     stalled = [
@@ -154,9 +161,7 @@ def exit_if_stalled(worker: WorkerContext) -> None:
     ]
     if not stalled:
         return
-    log.error(
-        "job %s: no step for %g s; this process ends, its threads were at:", stalled[0], limit
-    )
+    log.error("job %s: no step for %g s; this process ends, its threads are at:", stalled[0], limit)
     faulthandler.dump_traceback(sys.stderr, all_threads=True)
     # The stalled jobs keep their leases: the supervisor's reaping counts them as lost.
     release_all(worker, keep=stalled)

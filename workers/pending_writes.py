@@ -69,7 +69,7 @@ class PendingWrites:
     ) -> Finished | None:
         """Retry a write in the background, so that this thread can take other jobs.
 
-        If the buffer is full, retry on this thread (back-pressure); block: always do so.
+        If the buffer is full, retry on this thread (back-pressure); block: do so in any case.
         finish: called on the thread that retries, with a function that returns the output's
         version, or raises OutputRefused after ``retry_seconds``. Returns its result if it ran
         on this thread, None otherwise.
@@ -112,7 +112,10 @@ class PendingWrites:
                 self._changed.notify_all()
 
     def _put_until_written(self, write: FailedWrite, *, background: bool) -> str:
-        """Retry with doubling pauses. Raises OutputRefused once retrying should end."""
+        """Retry with doubling pauses; return the output's version.
+
+        Raises OutputRefused after ``retry_seconds``, or once ``_may_wait`` is False.
+        """
         deadline = time.monotonic() + self._retry_seconds
         pause, error, is_reported = MIN_PAUSE_SECONDS, write.error, False
         while time.monotonic() + pause <= deadline and self._may_wait(background=background):
@@ -133,7 +136,7 @@ class PendingWrites:
         raise error
 
     def _may_wait(self, *, background: bool) -> bool:
-        """A job thread waits only while no destination works: others could use it otherwise."""
+        """A job thread waits only while no destination works: other jobs need it otherwise."""
         return background or not self.other_writes_succeed()
 
     def note_success(self) -> None:
@@ -143,8 +146,8 @@ class PendingWrites:
     def other_writes_succeed(self) -> bool:
         """True if a write succeeded after the median pending write began.
 
-        Then only some destinations fail. The median, because hardly any write has succeeded
-        since the newest entry began, and almost always one since the oldest did.
+        Then only some destinations fail. Not the newest: it began too recently for any success.
+        Not the oldest: after a long time one success proves little.
         """
         with self._changed:
             began = list(self._began.values())

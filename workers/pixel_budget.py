@@ -59,7 +59,7 @@ class PixelBudget:
 
 
 def default_megapixels(processes: int, *, memory_bytes: int | None = None) -> int:
-    """Pixel budget of each of so many worker processes on this machine, at least 1.
+    """Return the budget of each of ``processes`` worker processes on this machine, at least 1.
 
     memory_bytes: None for the machine's memory, or the container's limit if that is lower.
     """

@@ -67,30 +67,33 @@ def replay(configured: Settings, job: int, *, device: str) -> dict[str, object]:
     InputError if the job has no result, and whatever rendering raises.
     """
     recorded = _load_recorded(configured, job)
-    engine = _load_engine(configured, recorded, device)
-    # Nothing of a lease or a database: the pipeline cannot publish or record.
+    # A PipelineContext has neither a lease nor a database: it cannot publish or record.
     pipeline = PipelineContext(
         settings=configured,
         storage=Storage(roots=configured.roots, buckets=configured.buckets),
-        engine=engine,
+        engine=_load_engine(configured, recorded, device),
     )
-    rerun = JobContext(leased=recorded.leased, apply_gates=False)
-    try:
-        rendered = render(pipeline, rerun)
-    finally:
-        engine.close()
-    record = rerun.record
+    record, data = _render(pipeline, recorded)
     # Whole files: an encoder of another version may differ where the pixels do not.
     same = record.result_sha256 == recorded.result_sha256
-    difference = 0 if same else _largest_difference(pipeline, recorded, rendered.data)
+    difference = 0 if same else _largest_difference(pipeline, recorded, data)
     return {
         "job": job,
         "same": same,
         "largest_difference": difference,
         "result_sha256": record.result_sha256,
         "recorded_sha256": recorded.result_sha256,
-        "differs": _changed_inputs(recorded, record, engine.revision),
+        "differs": _changed_inputs(recorded, record, pipeline.engine.revision),
     }
+
+
+def _render(pipeline: PipelineContext, recorded: RecordedAttempt) -> tuple[AttemptRecord, bytes]:
+    rerun = JobContext(leased=recorded.leased, apply_gates=False)
+    try:
+        rendered = render(pipeline, rerun)
+    finally:
+        pipeline.engine.close()
+    return rerun.record, rendered.data
 
 
 def _load_recorded(configured: Settings, job: int) -> RecordedAttempt:

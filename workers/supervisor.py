@@ -39,7 +39,7 @@ GRACE_SECONDS = 10.0
 # A frozen process that is aborted needs a moment to write where its threads are.
 ABORT_SECONDS = 1.0
 MAX_DEVICE_LOSSES = 5
-# Settings that this command's options or the number of its processes may change.
+# Settings that options of this command override; worker processes read the environment instead.
 OPTION_SETTINGS = {"concurrency", "max_batch", "compile", "quantization", "deterministic"}
 
 
@@ -94,14 +94,17 @@ def worker(
 
 
 def settings_variables(configured: Settings, *, processes: int) -> dict[str, str]:
-    """Environment variables that give each of so many processes these settings."""
+    """Return the environment variables that pass these settings to each worker process.
+
+    processes: how many share the memory of this machine.
+    """
     values = configured.model_dump(include=OPTION_SETTINGS)
     values["megapixel_budget"] = configured.megapixel_budget or default_megapixels(processes)
     return {_variable(name): str(value) for name, value in values.items()}
 
 
 def _old_names(variables: Mapping[str, str]) -> list[str]:
-    """Old names of these settings: with both names set, every process would log a warning."""
+    """Return the old names of these settings: a process that gets both names logs a warning."""
     renamed = settings.RENAMED.items()
     return [_variable(old) for old, new in renamed if _variable(new) in variables]
 
@@ -121,7 +124,7 @@ class DeviceSlot:
     cuda_index: str | None
 
     def command(self, engine: str, *, worker: str) -> list[str]:
-        """worker: the slot's name plus what is unique to this process."""
+        """Return the command line of a worker process; worker: its unique name."""
         device = "cpu" if self.cuda_index is None else "cuda"
         return [
             # -P: the current folder is the user's; a workers/ in it must not be imported.
@@ -130,7 +133,7 @@ class DeviceSlot:
         ]
 
     def environment(self, variables: Mapping[str, str]) -> dict[str, str]:
-        """This process's environment with the variables set and the slot's device visible."""
+        """Return this process's environment with ``variables`` set and only this device visible."""
         # A variable in lower case sets a setting too, and could take precedence.
         replaced = {*variables, *_old_names(variables)}
         inherited = {k: v for k, v in os.environ.items() if k.upper() not in replaced}
@@ -169,7 +172,7 @@ def _choose_cuda_indexes(devices: str, available: Sequence[str], *, engine: str)
 
 
 def _cuda_indexes() -> list[str]:
-    """CUDA devices that torch finds, asked in a child: this process must not initialise CUDA."""
+    """List the CUDA devices in a child process: this process must not initialise CUDA."""
     child = subprocess.run(
         [sys.executable, "-P", "-m", "workers.engines.stable_diffusion.devices"],
         capture_output=True,
@@ -192,7 +195,7 @@ def _last_line(text: bytes) -> str:
 
 
 def _check(slots: Sequence[DeviceSlot], engine: str, variables: Mapping[str, str]) -> int:
-    """Load the engine on each device in turn; returns the highest exit status."""
+    """Load the engine on each device in turn; return the highest exit status."""
     children = [
         subprocess.run(
             [*slot.command(engine, worker=slot.name), "--check"],
@@ -236,11 +239,11 @@ class Supervisor:
         self._first_signal_at = 0.0
 
     def run(self) -> int:
-        """Returns the exit status: 0 after a signal, 69 once no process is started any more."""
+        """Return the exit status: 0 after a signal, 69 once every slot is given up."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
-            # Before any worker: they would only log that the broker does not answer.
+            # Before any worker starts: it would only log that the broker does not answer.
             self._redis.ensure()
             while not self._stopping:
                 self._restart_dead_children()
@@ -261,11 +264,11 @@ class Supervisor:
             child.restart_if_exited(time.monotonic())
 
     def _reap(self, worker: str, reason: str) -> None:
-        """End the attempts of a process that died; without this they wait for their leases."""
+        """End the attempts of a process that died at once, before their leases expire."""
         try:
             reaped = jobs.reap_worker(self._db, worker=worker, reason=reason)
         except UnavailableError as error:
-            print_error(PROGRAM, f"{error}; its jobs wait for their leases to end")
+            print_error(PROGRAM, f"{error}; the jobs of {worker} wait for their leases to expire")
             return
         finally:
             self._db.close()
@@ -290,7 +293,7 @@ class Supervisor:
 
 
 class _Child:
-    """The process of one slot, and its successors."""
+    """The worker process of one slot, started again when it exits."""
 
     def __init__(
         self,
@@ -324,7 +327,7 @@ class _Child:
         self.given_up = False
 
     def restart_if_exited(self, now: float) -> None:
-        """Start the process, and again when it died; the pause doubles while it dies early."""
+        """Start the process unless it runs; the pause before a restart doubles after an early exit."""
         if self.given_up:
             return
         self._kill_if_frozen(now)
@@ -385,7 +388,7 @@ class _Child:
 
     def _count_device_losses(self, status: int) -> None:
         if status != EX_DEVICE_LOST:
-            # The process that lost its device after a success begins a new series.
+            # A process that lost its device after a success is the first of a new series.
             self._device_losses = int(status == EX_DEVICE_LOST_LATER)
             return
         self._device_losses += 1
@@ -407,10 +410,10 @@ class _Child:
             self._process.kill()
 
     def wait(self, seconds: float) -> None:
-        """Wait for the end of a process that was asked to end; kill it after ``seconds``."""
+        """Wait for a terminated process to exit; kill it after ``seconds``."""
         if self._process is not None:
             status = processes.wait_or_kill(self._process, grace_seconds=seconds)
-            # With status 0 it has released its jobs itself.
+            # A process that exits with status 0 has released its jobs itself.
             if status:
                 self._reap(self._worker, f"the worker was killed (status {status})")
 

@@ -106,7 +106,7 @@ def _worker_context(configured: Settings, engine: Engine, worker: str) -> Worker
 
 
 def _consume(worker: WorkerContext, name: str) -> int:
-    """Run Celery until a signal; returns the process's exit status."""
+    """Run Celery until a signal; return the process's exit status."""
     # Job threads wait for small I/O many times a job. With the default of 5 ms each of them would
     # wait that long for the interpreter lock whenever another thread decodes or composites.
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -121,14 +121,18 @@ def _consume(worker: WorkerContext, name: str) -> int:
     try:
         celery_worker.start()
     finally:
-        worker.active_jobs.request_stop()
-        if not worker.pending_writes.join(GRACE_SECONDS):
-            release_all(worker)
-        # Maintenance ends last: leases need their heartbeats until the engine has let go.
-        worker.engine.close()
-        maintenance.stop()
-        worker.db.close()
+        _shut_down(worker, maintenance)
     return health.status or int(celery_worker.exitcode or 0)
+
+
+def _shut_down(worker: WorkerContext, maintenance: Maintenance) -> None:
+    worker.active_jobs.request_stop()
+    if not worker.pending_writes.join(GRACE_SECONDS):
+        release_all(worker)
+    # Maintenance ends last: leases need their heartbeats until the engine has stopped.
+    worker.engine.close()
+    maintenance.stop()
+    worker.db.close()
 
 
 def _celery_worker(app: Celery, worker: WorkerContext, name: str) -> Any:
@@ -183,7 +187,7 @@ class DeviceHealth:
             print_error(
                 "inpaint-worker",
                 f"{len(self._failed_jobs)} jobs in a row failed on {self._device}, "
-                f"which takes no more of them: {error.code}: {error}",
+                f"and this process takes no more: {error.code}: {error}",
             )
         return bool(self.status)
 
@@ -256,7 +260,7 @@ def _install_signal_handlers(worker: WorkerContext, health: DeviceHealth) -> Non
 
 
 def _exit_after_grace(worker: WorkerContext, health: DeviceHealth) -> None:
-    """End the process if a job does not reach its next step in time; release the jobs first."""
+    """Release the jobs that do not reach their next step in time, and end the process."""
     deadline = time.monotonic() + GRACE_SECONDS
     while time.monotonic() < deadline and worker.active_jobs.leased():
         time.sleep(0.05)
