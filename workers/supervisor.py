@@ -327,7 +327,7 @@ class _Child:
         self.given_up = False
 
     def restart_if_exited(self, now: float) -> None:
-        """Start the process unless it runs; the pause before a restart doubles after an early exit."""
+        """Start the process unless it runs; each early exit doubles the pause before the next."""
         if self.given_up:
             return
         self._kill_if_frozen(now)

@@ -82,13 +82,7 @@ class CacheWriteUNet(nn.Module):
         for block in unet.up_blocks[:-1]:
             count = len(block.resnets)
             skips, block_skips = skips[:-count], skips[-count:]
-            hidden = block(
-                hidden_states=hidden,
-                temb=time,
-                res_hidden_states_tuple=tuple(block_skips),
-                upsample_size=skips[-1].shape[2:],  # for sides that do not halve exactly
-                **_prompt_kwargs(block, prompt),
-            )
+            hidden = _run_up_block(block, hidden, block_skips, skips[-1], time, prompt)
         last = unet.up_blocks[-1]
         for layer in range(len(last.resnets) - 1):
             hidden = _run_up_layer(last, layer, hidden, skips.pop(), time, prompt)
@@ -122,6 +116,25 @@ def _prompt_kwargs(block: Any, prompt: Tensor) -> dict[str, Tensor]:
     """The prompt embeddings, for a block with cross-attention."""
     has_attention = getattr(block, "has_cross_attention", False)
     return {"encoder_hidden_states": prompt} if has_attention else {}
+
+
+def _run_up_block(
+    block: Any,
+    hidden: Tensor,
+    skips: list[Tensor],
+    next_skip: Tensor,
+    time: Tensor,
+    prompt: Tensor,
+) -> Tensor:
+    """Run a whole up block. next_skip: the first one of the next block, which has its size."""
+    output: Tensor = block(
+        hidden_states=hidden,
+        temb=time,
+        res_hidden_states_tuple=tuple(skips),
+        upsample_size=next_skip.shape[2:],  # for sides that do not halve exactly
+        **_prompt_kwargs(block, prompt),
+    )
+    return output
 
 
 def _run_output_layers(

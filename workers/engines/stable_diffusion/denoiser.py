@@ -58,7 +58,7 @@ class Denoiser:
         )
         self._unet_runners = _build_unet_runners(components, options)
         is_on_cuda = components.device.type == "cuda"
-        # Batches of several images are no faster on the CPU, and round with the batch's size.
+        # On the CPU a batch of images is no faster, and its rounding depends on the batch's size.
         is_single = options.deterministic or not is_on_cuda
         self._vae_batch = options.vae_batch or (1 if is_single else VAE_BATCH)
         self._limits: dict[tuple[Stage, LatentSize], RowLimit] = {}
@@ -113,11 +113,11 @@ class Denoiser:
         """Run one UNet forward pass: noise (C, h, w) float32 for each row, all of one kind.
 
         A cache_write pass stores the features of its rows' regions. Returns an empty list if
-        memory ran out; the next call then needs less. Raises OutOfMemory if nothing is left to
-        reduce.
+        memory ran out; the next call then needs less. Raises OutOfMemory if nothing more can be
+        reduced.
         """
         if self._modes.disable_fallback():
-            # Captured with other attention processors, or when the weights lay elsewhere.
+            # The graphs were captured with other attention processors or addresses of weights.
             self._drop_graphs()
         self.copy_streams.limit_run_ahead()
         predictions = try_run(self._predict, rows)
@@ -178,7 +178,7 @@ class Denoiser:
         return side, side
 
     def _find_max_batch(self) -> None:
-        """Try the bucket sizes, the largest first, until UNet and VAE fit beside each other."""
+        """Try the bucket sizes, the largest first, until UNet and VAE fit at the same time."""
         size = self._native_size
         fitting = (
             rows
@@ -196,7 +196,7 @@ class Denoiser:
         self._decode_fits(size)
 
     def _forward_fits(self, rows: int, size: LatentSize) -> bool:
-        """Whether a forward pass with so many rows fits; its graph is kept."""
+        """Whether a forward pass of ``rows`` rows fits; its graph is kept."""
         device = self._components.device
         channels = 2 * self._components.latent_channels + 1
         generator = torch.Generator().manual_seed(0)
@@ -205,7 +205,7 @@ class Denoiser:
         self._modes.bring_to_device("unet")
 
         def run(sample: Tensor) -> Tensor:
-            # Any timestep will do: the time of a pass does not depend on it.
+            # Any timestep: the time of a pass does not depend on it.
             timesteps = torch.full((rows,), 500.0, device=device)
             return self._run_unet("full", sample, timesteps, embeddings)
 
@@ -257,9 +257,9 @@ class Denoiser:
     def _reduce_memory(self, stage: Stage, size: LatentSize, tried: int) -> None:
         """After running out of memory: halve the batch, or turn on a memory mode at one row.
 
-        Raises OutOfMemory if nothing is left to reduce.
+        Raises OutOfMemory if nothing more can be reduced.
         """
-        # Graphs hold memory for their whole batch; offloading would also move what they refer to.
+        # Graphs hold memory for their whole batch; offloading also moves the weights they refer to.
         self._drop_graphs()
         release_memory()
         if self._is_deterministic:

@@ -40,7 +40,8 @@ from workers.engines.stable_diffusion.utilization import Utilization
 
 log = logging.getLogger(__name__)
 
-MAX_FORWARDS_BEFORE_DECODE = 4  # a finished region waits so long for others to fill its VAE batch
+# A finished region waits for at most so many forward passes for others to fill its VAE batch.
+MAX_FORWARDS_BEFORE_DECODE = 4
 
 
 class DiffusionEngine:
@@ -217,14 +218,17 @@ class DiffusionEngine:
             for row, prediction in zip(rows, predictions, strict=False)
             if row.region.add_prediction(row, prediction)
         ]
-        for group in group_by_formula(complete):
-            prepared = (region.prepared for region in group)
-            with fail_futures_on_error(prepared), self._utilization.measure():
-                self._denoiser.step(group)
+        self._step(complete)
         # Regions that failed in this pass must not get rows in the next one.
         self._active = rotate_served(self._active, rows)
         self._drop_failed()
         self._forwards_since_decode += 1
+
+    def _step(self, regions: list[DenoisingRegion]) -> None:
+        for group in group_by_formula(regions):
+            prepared = (region.prepared for region in group)
+            with fail_futures_on_error(prepared), self._utilization.measure():
+                self._denoiser.step(group)
 
     def _decode_finished(self) -> None:
         """Decode the finished regions, by window size, once their batch is worth a VAE batch."""

@@ -94,14 +94,7 @@ def dpmpp_2m(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
     shrink = alphas[1:] * (torch.exp(-h) - 1.0)
     previous_h = torch.cat([h[:1], h[:-1]])
     correction_scale = 1.0 / (previous_h / h)
-    # No previous x0 at the first step; diffusers lowers the order at the last one.
-    is_first_order = torch.zeros(len(h), dtype=torch.bool)
-    is_first_order[skipped] = True
-    is_first_order[-1] |= (
-        config.euler_at_final
-        or (config.lower_order_final and len(h) < 15)
-        or config.final_sigmas_type == "zero"
-    )
+    is_first_order = _first_order_steps(config, len(h), skipped)
     columns = {
         "alpha": alphas[:-1],
         "sigma": sigmas[:-1],
@@ -111,3 +104,15 @@ def dpmpp_2m(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
         "correction_scale": torch.where(is_first_order, 0.0, correction_scale),
     }
     return {name: column[skipped:] for name, column in columns.items()}
+
+
+def _first_order_steps(config: Any, steps: int, skipped: int) -> Tensor:
+    """Return (steps,) bool: the first step, which has no previous x0, and diffusers' last ones."""
+    is_first_order = torch.zeros(steps, dtype=torch.bool)
+    is_first_order[skipped] = True
+    is_first_order[-1] |= (
+        config.euler_at_final
+        or (config.lower_order_final and steps < 15)
+        or config.final_sigmas_type == "zero"
+    )
+    return is_first_order

@@ -180,14 +180,7 @@ def _check_shapes(folder: Path) -> None:
     unet, vae, text = (
         read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")
     )
-    # diffusers leaves defaults out of config.json, so the same defaults stand here.
-    latent_channels = vae.get("latent_channels", 4)
-    expected = 2 * latent_channels + 1  # noisy latents, mask, masked image's latents
-    if unet.get("in_channels", 4) != expected:
-        raise EngineUnavailable(
-            f"{folder}: the UNet has {unet.get('in_channels', 4)} input channels, not {expected}; "
-            "use an inpainting model"
-        )
+    _check_input_channels(folder, unet, vae)
     if unet.get("cross_attention_dim") != text.get("hidden_size"):
         raise EngineUnavailable(
             f"{folder}: the text encoder's embeddings have {text.get('hidden_size')} values and "
@@ -200,6 +193,17 @@ def _check_shapes(folder: Path) -> None:
     if unsupported:
         raise EngineUnavailable(
             f"{folder}: the UNet needs {unsupported[0]}; use an SD2 inpainting model"
+        )
+
+
+def _check_input_channels(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> None:
+    # diffusers leaves defaults out of config.json, so the same defaults are given here.
+    channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    expected = 2 * latent_channels + 1  # noisy latents, mask, masked image's latents
+    if channels != expected:
+        raise EngineUnavailable(
+            f"{folder}: the UNet has {channels} input channels, not {expected}; "
+            "use an inpainting model"
         )
 
 

@@ -55,6 +55,13 @@ def plan_canvas(work: RegionWork, vae_factor: int) -> Canvas:
     grid.
     """
     height, width = work.image.shape[:2]
+    _check_windows(work, height, width, vae_factor)
+    windows = tuple(Box(*(edge // vae_factor for edge in box)) for box in work.windows)
+    size = height // vae_factor, width // vae_factor
+    return Canvas(vae_factor=vae_factor, size=size, windows=windows)
+
+
+def _check_windows(work: RegionWork, height: int, width: int, vae_factor: int) -> None:
     if work.image.shape != (height, width, 3) or work.mask.shape != (height, width):
         raise ValueError(f"image {work.image.shape} and mask {work.mask.shape} do not match")
     if not work.windows:
@@ -67,9 +74,6 @@ def plan_canvas(work: RegionWork, vae_factor: int) -> Canvas:
             raise ValueError(f"window {left, top, right, bottom} is not in {width}x{height}")
     if len({(right - left, bottom - top) for left, top, right, bottom in work.windows}) > 1:
         raise ValueError("the region's windows differ in size")
-    windows = tuple(Box(*(edge // vae_factor for edge in box)) for box in work.windows)
-    size = height // vae_factor, width // vae_factor
-    return Canvas(vae_factor=vae_factor, size=size, windows=windows)
 
 
 def crop(canvas: Tensor, window: Box) -> Tensor:
@@ -127,7 +131,7 @@ def blend_windows(tensors: Iterable[Tensor], size: Size, windows: Sequence[Box])
 
 
 def _tent(height: int, width: int) -> Tensor:
-    """Return (height, width) float32: distance to the nearest edge along y, times along x."""
+    """Return (height, width) float32: distance to the nearer edge along y times that along x."""
     rows, columns = (
         torch.minimum(centres := torch.arange(side) + 0.5, side - centres)
         for side in (height, width)

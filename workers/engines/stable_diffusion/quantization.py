@@ -112,7 +112,7 @@ def _config(options: EngineOptions, device: torch.device) -> Any:
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.utils import should_reduce_range
 
-    # Whether torchao sets torch's compiler to search longer, process-wide.
+    # True: torchao sets process-wide flags of torch's compiler, which then searches longer.
     sets_compiler = options.compile == "max-autotune"
     if options.quantization == "int8_weights":
         return torchao.Int8WeightOnlyConfig(set_inductor_config=sets_compiler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -89,9 +90,8 @@ def prepare_region(
     canvas = plan_canvas(work, components.vae_factor)
     generator = torch.Generator().manual_seed(work.seed)
     sampler = Sampler(components.scheduler_config, work.params, generator)
-    image, mask = image_to_tensor(work.image), mask_to_tensor(work.mask)
-    masked_image = image * (mask < 0.5)
-    sources = [masked_image, *([image] if sampler.needs_image_latents else [])]
+    mask = mask_to_tensor(work.mask)
+    vae_inputs = _vae_inputs(work, mask, canvas, with_image=sampler.needs_image_latents)
     shape = (1, components.latent_channels, *canvas.size)
     # Pinning copies each tensor; here that costs time of the caller's thread, not the device's.
     pinned = partial(pin, device=components.device)
@@ -100,11 +100,7 @@ def prepare_region(
         future=future,
         canvas=canvas,
         sampler=sampler,
-        vae_inputs=tuple(
-            pinned(crop(source[0], window).contiguous())
-            for source in sources
-            for window in canvas.pixel_windows
-        ),
+        vae_inputs=tuple(pinned(image) for image in vae_inputs),
         # Max-pooling: nearest-neighbour sampling, as diffusers has it, loses thin strokes.
         mask=pinned(torch.nn.functional.max_pool2d(mask, canvas.vae_factor)),
         # The three draws are in diffusers' order, so that the same seed gives the same noise.
@@ -112,6 +108,17 @@ def prepare_region(
         initial_noise=pinned(sampler.draw_noise(shape)),
         masked_image_noise=pinned(sampler.draw_noise(shape)),
     )
+
+
+def _vae_inputs(
+    work: RegionWork, mask: Tensor, canvas: Canvas, *, with_image: bool
+) -> Iterator[Tensor]:
+    """Yield the masked image's windows, then, if asked for, the image's: see PreparedRegion."""
+    image = image_to_tensor(work.image)
+    masked_image = image * (mask < 0.5)
+    for source in (masked_image, image) if with_image else (masked_image,):
+        for window in canvas.pixel_windows:
+            yield crop(source[0], window).contiguous()
 
 
 def image_to_tensor(pixels: Pixels) -> Tensor:
@@ -285,8 +292,7 @@ def start_denoising(
     ``vae_inputs``.
     """
     canvas = prepared.canvas
-    masked_moments = moments[: len(canvas.windows)]
-    image_moments = moments[len(canvas.windows) :]
+    masked_moments, image_moments = moments.tensor_split([len(canvas.windows)])
     table, mask, initial_noise, masked_image_noise, *image_noise = copy_streams.upload(
         prepared.start_tensors
     )
@@ -295,15 +301,16 @@ def start_denoising(
         samples = _sample_posterior(image_moments, image_noise[0], canvas)
         image_latents = scaling_factor * average_windows(samples, canvas.size, canvas.windows)
     masked_samples = _sample_posterior(masked_moments, masked_image_noise, canvas)
+    conditioning = [
+        torch.cat([crop(mask[0], window), scaling_factor * sample])
+        for window, sample in zip(canvas.windows, masked_samples, strict=True)
+    ]
     return DenoisingRegion(
         prepared,
         latents=prepared.sampler.initial_latents(initial_noise, image_latents),
         table=table,
         embeddings=embeddings,
-        conditioning=[
-            torch.cat([crop(mask[0], window), scaling_factor * sample])
-            for window, sample in zip(canvas.windows, masked_samples, strict=True)
-        ],
+        conditioning=conditioning,
     )
 
 

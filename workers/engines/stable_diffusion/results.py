@@ -35,7 +35,7 @@ class FutureResolver:
     def __init__(self) -> None:
         self._finished: SimpleQueue[FinishedRegion | None] = SimpleQueue()
         # daemon: a worker that exits without closing the engine must not hang on this thread.
-        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="future resolver", daemon=True)
         self._thread.start()
 
     def resolve(self, prepared: PreparedRegion, image: Tensor, copy_streams: CopyStreams) -> None:

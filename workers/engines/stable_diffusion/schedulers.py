@@ -112,6 +112,19 @@ def _set_timesteps(scheduler: Any, params: Params) -> int:
     """
     steps = params.num_inference_steps
     steps_to_run = min(int(steps * params.strength), steps)
+    _check_steps(scheduler, params, steps_to_run)
+    scheduler.set_timesteps(steps, device="cpu")
+    skipped = (steps - steps_to_run) * int(scheduler.order)
+    # Otherwise a multistep scheduler searches for its first timestep, and may find a duplicate.
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    # The schedule table scales the UNet's input; this keeps the scheduler from warning of that.
+    scheduler.is_scale_input_called = True
+    return skipped
+
+
+def _check_steps(scheduler: Any, params: Params, steps_to_run: int) -> None:
+    steps = params.num_inference_steps
     if steps_to_run < 1:
         raise ParameterError(
             f"num_inference_steps: {steps} at strength {params.strength:g} leaves no step; "
@@ -123,11 +136,3 @@ def _set_timesteps(scheduler: Any, params: Params) -> int:
             f"num_inference_steps: {steps} is more than scheduler {params.scheduler!r} supports; "
             f"use up to {max_steps}"
         )
-    scheduler.set_timesteps(steps, device="cpu")
-    skipped = (steps - steps_to_run) * int(scheduler.order)
-    # Without it a multistep scheduler looks its first timestep up, and may find a duplicate.
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(skipped)
-    # The schedule table scales the UNet's input; the scheduler warns unless it believes it did.
-    scheduler.is_scale_input_called = True
-    return skipped

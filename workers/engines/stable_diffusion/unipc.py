@@ -64,32 +64,36 @@ def unipc(scheduler: Any, skipped: int) -> Mapping[str, Tensor] | None:
     is_second_order = steps > skipped
     if scheduler.config.lower_order_final:
         is_second_order &= steps < len(h) - 1
-    x0_weight = alphas[1:] * torch.expm1(-h)
     previous_h = lambdas[:-1].roll(1) - lambdas[:-1]  # negative: towards the step before
-    ratio = torch.where(is_second_order, previous_h / h, 1.0)
-    corrector_rho, new_rho = _corrector_weights(h, ratio, is_second_order)
     predictor = {
         "latents_weight": sigmas[1:] / sigmas[:-1],
-        "x0_weight": x0_weight,
+        "x0_weight": alphas[1:] * torch.expm1(-h),
         "rho": torch.where(is_second_order, 0.5, 0.0),
-        "ratio": ratio,
-    }
-    corrector = {
-        "corrector_latents_weight": predictor["latents_weight"],
-        "corrector_x0_weight": x0_weight,
-        "corrector_rho": corrector_rho,
-        "corrector_ratio": ratio,
-        "corrector_new_rho": new_rho,
+        "ratio": torch.where(is_second_order, previous_h / h, 1.0),
     }
     columns = {
         "alpha": alphas[:-1],
         "sigma": sigmas[:-1],
         "is_corrected": (steps > skipped).float(),
         **predictor,
-        # The corrector repeats the previous step, knowing x0 at its end: hence its coefficients.
-        **{name: column.roll(1) for name, column in corrector.items()},
+        **_corrector_columns(predictor, h, is_second_order),
     }
     return {name: column[skipped:] for name, column in columns.items()}
+
+
+def _corrector_columns(
+    predictor: Mapping[str, Tensor], h: Tensor, is_second_order: Tensor
+) -> dict[str, Tensor]:
+    rho, new_rho = _corrector_weights(h, predictor["ratio"], is_second_order)
+    corrector = {
+        "corrector_latents_weight": predictor["latents_weight"],
+        "corrector_x0_weight": predictor["x0_weight"],
+        "corrector_rho": rho,
+        "corrector_ratio": predictor["ratio"],
+        "corrector_new_rho": new_rho,
+    }
+    # The corrector repeats the previous step, knowing x0 at its end: hence that step's values.
+    return {name: column.roll(1) for name, column in corrector.items()}
 
 
 def _is_supported(config: Any) -> bool:
