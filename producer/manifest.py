@@ -272,10 +272,10 @@ def _json_row(
     line: int, values: Mapping[str, object], known: frozenset[str]
 ) -> ManifestRow | Problem:
     cells: dict[str, str] = {}
-    for given_name, value in values.items():
-        column = RENAMED_COLUMNS.get(given_name, given_name)
-        if column != given_name and column in values:
-            return Problem(line=line, text=_both_names(given_name, column))
+    for field, value in values.items():
+        column = RENAMED_COLUMNS.get(field, field)
+        if column != field and column in values:
+            return Problem(line=line, text=_both_names(field, column))
         if column not in known:
             return Problem(
                 line=line,

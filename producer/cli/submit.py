@@ -148,7 +148,9 @@ def _submit(options: SubmitOptions, stack: ExitStack) -> int:
         return 0
     workers = _start_workers(stack, settings, manifest, roots, options) if options.local else None
     progress = _wait(db, result, workers, manifest)
-    _print_end(db, result, progress, manifest, time.monotonic() - started, as_json=options.as_json)
+    _print_summary(
+        db, result, progress, manifest, time.monotonic() - started, as_json=options.as_json
+    )
     return 1 if progress.counts["failed"] else 0
 
 
@@ -370,7 +372,7 @@ def _describe(result: SubmitResult) -> str:
     return line
 
 
-def _print_end(
+def _print_summary(
     db: Database,
     result: SubmitResult,
     progress: Progress,

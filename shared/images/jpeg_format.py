@@ -39,9 +39,9 @@ QUALITY = 95
 _EXIF, _ICC, _PHOTOSHOP = b"Exif\0\0", b"ICC_PROFILE\0", b"Photoshop 3.0\0"
 _JFIF = b"JFIF\0"
 _PROFILE_PIECE_BYTES = 65519  # what ICC_PROFILE, number and count leave of a segment
-_MOST_BYTES = 65533  # in the body of a segment
+_MAX_SEGMENT_BYTES = 65533  # in the body of a segment
 _MAX_SEGMENTS = 10_000  # before the first scan; a file with much metadata has a few hundred
-_MOST_SCANS = 100  # a progressive file has about ten
+_MAX_SCANS = 100  # a progressive file has about ten
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others undo themselves
 
 
@@ -150,12 +150,12 @@ def _refusal(marker: int, depth: int) -> str:
 def _scan_refusal(data: bytes, start: int) -> str:
     """Each scan makes a decoder walk over the whole image, however few bytes it has."""
     # Counting by markers is slow; most files have too few bytes that look like a scan.
-    if data.count(b"\xff\xda", start) <= _MOST_SCANS:
+    if data.count(b"\xff\xda", start) <= _MAX_SCANS:
         return ""
     scans = count_scans(data, start)
-    if scans <= _MOST_SCANS:
+    if scans <= _MAX_SCANS:
         return ""
-    return f"has {scans} scans, {_MOST_SCANS} at most are read; save it again as baseline JPEG"
+    return f"has {scans} scans, {_MAX_SCANS} at most are read; save it again as baseline JPEG"
 
 
 def decode(header: Header) -> DecodedPixels:
@@ -284,7 +284,7 @@ def _insert_segments(written: bytes, segments: Sequence[bytes], *, replace_jfif:
 
 def _make_segments(metadata: Metadata) -> list[bytes]:
     """EXIF, XMP and the colour profile as segments; raises ImageError for EXIF that is too long."""
-    if len(_EXIF) + len(metadata.exif) > _MOST_BYTES:
+    if len(_EXIF) + len(metadata.exif) > _MAX_SEGMENT_BYTES:
         raise ImageError(
             f"JPEG holds at most 64 kB of EXIF, not {len(metadata.exif)} bytes; "
             "write PNG, WebP or TIFF"

@@ -46,7 +46,7 @@ Blocks = NDArray[np.int16]  # (rows, columns, 8, 8) quantised coefficients, row 
 Floats = NDArray[np.float64]
 
 _HUFFMAN_FRAMES = frozenset({0xC0, 0xC1, PROGRESSIVE})
-_MOST_BLOCKS = 10  # in one MCU of an interleaved scan: ITU-T T.81, B.2.3
+_MAX_BLOCKS = 10  # in one MCU of an interleaved scan: ITU-T T.81, B.2.3
 _CHUNK_BLOCKS = 1024  # transformed at once, to bound memory
 
 # jpeglib keeps the markers it reads, and its choice of libjpeg, in globals.
@@ -173,7 +173,7 @@ def _check_frame(frame: bytes) -> None:
         raise CannotSplice("its pixels are arithmetic-coded or lossless")
     factors = frame[11::3]
     blocks = sum((factor >> 4) * (factor & 15) for factor in factors)
-    if len(factors) > 1 and blocks > _MOST_BLOCKS:
+    if len(factors) > 1 and blocks > _MAX_BLOCKS:
         raise CannotSplice("its colours are sampled too finely to be written together")
 
 

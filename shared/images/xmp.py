@@ -21,7 +21,7 @@ STANDARD = b"http://ns.adobe.com/xap/1.0/\0"
 EXTENSION = b"http://ns.adobe.com/xmp/extension/\0"
 PNG_KEYWORD = b"XML:com.adobe.xmp\0"
 
-_MOST_BYTES = 65533  # in the body of a JPEG segment
+_MAX_SEGMENT_BYTES = 65533  # in the body of a JPEG segment
 _PIECE_BYTES = 65400
 MAX_PACKET_BYTES = 1_000_000
 # The two ways in which RDF may write the property that names the extended packet. Linear: each
@@ -115,7 +115,7 @@ def make_jpeg_bodies(packet: bytes) -> list[bytes]:
     """The bodies of the APP1 segments that hold the packet."""
     # Kilobytes of padding, for editing in place, would force a packet into the extended form.
     packet = _without_padding(packet)
-    if len(STANDARD) + len(packet) <= _MOST_BYTES:
+    if len(STANDARD) + len(packet) <= _MAX_SEGMENT_BYTES:
         return [STANDARD + packet]
     template, extended = _split(_without_wrapper(packet).strip())
     guid = hashlib.md5(extended, usedforsecurity=False).hexdigest().upper().encode()
@@ -154,7 +154,7 @@ def _split(packet: bytes) -> tuple[bytes, bytes]:
     if not spans:
         return _EMPTY[0] + _POINTER + _EMPTY[1], packet
     head, tail = packet[: min(spans)[0]], packet[max(spans)[1] :]
-    room = _MOST_BYTES - len(STANDARD) - len(head) - len(_POINTER) - 32 - len(tail)
+    room = _MAX_SEGMENT_BYTES - len(STANDARD) - len(head) - len(_POINTER) - 32 - len(tail)
     kept: list[tuple[int, int]] = []
     moved: list[tuple[int, int]] = []
     for start, end in spans:
@@ -212,11 +212,11 @@ def make_png_text(packet: bytes) -> bytes:
     return PNG_KEYWORD + b"\0\0\0\0" + packet
 
 
-def inflate(data: bytes, most_bytes: int) -> bytes:
-    """Decompresses zlib data; of more than most_bytes, the first most_bytes + 1; b"" for damage."""
+def inflate(data: bytes, max_bytes: int) -> bytes:
+    """Decompresses zlib data; of more than max_bytes, the first max_bytes + 1; b"" for damage."""
     try:
         inflater = zlib.decompressobj()
-        inflated = inflater.decompress(data, most_bytes + 1)
+        inflated = inflater.decompress(data, max_bytes + 1)
     except zlib.error:
         return b""
-    return inflated if inflater.eof or len(inflated) > most_bytes else b""
+    return inflated if inflater.eof or len(inflated) > max_bytes else b""
