@@ -239,3 +239,8 @@ class Cancelled(Interrupted):
 
 class Released(Interrupted):
     code = "released"
+
+
+def one_line(error: BaseException, *, max_chars: int = 200) -> str:
+    """Return an error's message on one line and cut off; its class's name if it has no message."""
+    return " ".join(str(error).split())[:max_chars] or type(error).__name__

@@ -112,7 +112,3 @@ def load_codec(format: ImageFormat) -> Codec:
 
 def truncated(format: str) -> ImageTruncated:
     return ImageTruncated(f"the {format} file ends too early or is damaged; upload it again")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,18 +9,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from shared.errors import ImageError, ObjectTooLarge
+from shared.errors import ImageError, ObjectTooLarge, one_line
 from shared.image_formats import ImageFormat
 from shared.images import palette, pillow, xmp
-from shared.images.codec import (
-    DAMAGE,
-    Codec,
-    DecodedPixels,
-    Header,
-    load_codec,
-    one_line,
-    truncated,
-)
+from shared.images.codec import DAMAGE, Codec, DecodedPixels, Header, load_codec, truncated
 from shared.images.image import DecodedImage, apply_orientation
 from shared.images.palette import Colours, Indices
 from shared.images.signatures import recognise

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from shared.errors import FidelityError, ImageError
+from shared.errors import FidelityError, ImageError, one_line
 from shared.image_formats import FORMATS, ImageFormat
 from shared.images import palette
-from shared.images.codec import DAMAGE, CannotSplice, Codec, Spliced, load_codec, one_line
+from shared.images.codec import DAMAGE, CannotSplice, Codec, Spliced, load_codec
 from shared.images.decoding import decode, decode_indexed
 from shared.images.image import MODE_DESCRIPTIONS, Array, DecodedImage
 

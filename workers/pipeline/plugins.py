@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shared.errors import InpaintError, PluginMissing, PostprocessError
+from shared.errors import InpaintError, PluginMissing, PostprocessError, one_line
 from shared.geometry.box import Box
 from shared.geometry.regions import Region
 from shared.images import Array, DecodedImage, from_rgb
@@ -78,7 +78,7 @@ def _call(plugin: Plugin, name: str, image: DecodedImage, mask: Mask) -> Pixels:
 
 
 def _failure(name: str, problem: str, error: Exception) -> PostprocessError:
-    text = " ".join(str(error).split())
+    text = one_line(error, max_chars=1000)
     return PostprocessError(f"postprocess: {name} {problem}: {type(error).__name__}: {text}")
 
 

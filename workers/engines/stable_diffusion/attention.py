@@ -8,9 +8,9 @@ from importlib.util import find_spec
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shared.errors import EngineUnavailable
+from shared.errors import EngineUnavailable, one_line
 from shared.settings import Attention, Compile
-from workers.engines.stable_diffusion.components import Components, one_line
+from workers.engines.stable_diffusion.components import Components
 
 # UNet2DConditionModel ignores diffusers' set_attention_backend, so torch's own switch is used.
 KERNELS: Mapping[Attention, SDPBackend] = {

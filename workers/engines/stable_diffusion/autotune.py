@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from workers.engines.stable_diffusion.components import one_line
+from shared.errors import one_line
 
 log = logging.getLogger(__name__)
 Candidate = TypeVar("Candidate")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from shared.errors import EngineUnavailable, ParameterError
+from shared.errors import EngineUnavailable, ParameterError, one_line
 from shared.params import Params
 from shared.settings import Quantization
 from workers.engines.options import Dtype, EngineOptions, quantized_revision
@@ -133,10 +133,6 @@ def configure_kernels(device: torch.device, *, is_deterministic: bool) -> None:
     if is_deterministic:
         # cuBLAS reads it once, when it starts; without it split-K sums vary in their order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
 
 
 def _load(

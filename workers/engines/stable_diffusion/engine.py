@@ -14,7 +14,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released
+from shared.errors import EngineUnavailable, InpaintError, OutOfMemory, Released, one_line
 from workers.engines.options import EngineOptions
 from workers.engines.protocol import Pixels, RegionWork
 from workers.engines.stable_diffusion.batching import (
@@ -23,7 +23,7 @@ from workers.engines.stable_diffusion.batching import (
     group_by_formula,
     rotate_served,
 )
-from workers.engines.stable_diffusion.components import Components, configure_kernels, one_line
+from workers.engines.stable_diffusion.components import Components, configure_kernels
 from workers.engines.stable_diffusion.denoiser import Denoiser
 from workers.engines.stable_diffusion.oom import is_out_of_memory
 from workers.engines.stable_diffusion.region_state import (

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import DeviceLost, EngineError, GateNotFinite, InpaintError, OutOfMemory
+from shared.errors import (
+    DeviceLost,
+    EngineError,
+    GateNotFinite,
+    InpaintError,
+    OutOfMemory,
+    one_line,
+)
 from workers.engines.protocol import Pixels
 from workers.engines.stable_diffusion.host_device_copy import CopyStreams, PendingDownload
 from workers.engines.stable_diffusion.multidiffusion import count_windows
@@ -99,7 +106,6 @@ def to_inpaint_error(error: Exception) -> InpaintError:
     if is_out_of_memory(error):
         return OutOfMemory("the device is out of memory; use a smaller window or max_batch")
     error_class = DeviceLost if isinstance(error, torch.AcceleratorError) else EngineError
-    message = " ".join(str(error).split())[:300]
-    converted = error_class(f"{type(error).__name__}: {message}")
+    converted = error_class(f"{type(error).__name__}: {one_line(error, max_chars=300)}")
     converted.__cause__ = error
     return converted

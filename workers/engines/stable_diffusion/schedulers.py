@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from shared.errors import ParameterError
+from shared.errors import ParameterError, one_line
 from shared.params import Params, Scheduler
 from workers.engines.stable_diffusion.schedule_table import build_table
 
@@ -92,7 +92,7 @@ def build_scheduler(config: Mapping[str, Any], name: Scheduler) -> Any:
     except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
         raise ParameterError(
             f"scheduler {name!r} cannot be built from the model's scheduler_config.json: "
-            f"{' '.join(str(error).split())[:160]}; correct that file, or use another scheduler"
+            f"{one_line(error)}; correct that file, or use another scheduler"
         ) from error
 
 
