@@ -149,24 +149,21 @@ def _rate(connection: Connection, where: tuple[ColumnElement[bool], ...]) -> flo
 def _blocked_jobs(
     connection: Connection, where: tuple[ColumnElement[bool], ...]
 ) -> tuple[BlockedJobs, ...]:
-    query = (
-        select(
-            Job.error_code,
-            Job.state,
-            func.min(Job.error_message).label("message"),
-            func.count().label("jobs"),
-            func.min(Job.run_after).label("next"),
-            clock().label("now"),
-        )
-        .where(
-            *where,
-            Job.error_code.is_not(None),
-            Job.finished_at.is_(None),
-            Job.state.in_(("pending", "running")),
-        )
-        .group_by(Job.error_code, Job.state)
-        .order_by(Job.error_code, Job.state)
+    columns = (
+        Job.error_code,
+        Job.state,
+        func.min(Job.error_message).label("message"),
+        func.count().label("jobs"),
+        func.min(Job.run_after).label("next"),
+        clock().label("now"),
     )
+    is_blocked = (
+        Job.error_code.is_not(None),
+        Job.finished_at.is_(None),
+        Job.state.in_(("pending", "running")),
+    )
+    by_error = (Job.error_code, Job.state)
+    query = select(*columns).where(*where, *is_blocked).group_by(*by_error).order_by(*by_error)
     return tuple(
         BlockedJobs(
             code=row.error_code,
@@ -375,11 +372,11 @@ def _worst_jobs(connection: Connection, submission: int, limit: int) -> list[Ran
     succeeded = jobs.where(Job.state == "succeeded").order_by(
         Job.review.is_(None), Job.score.is_(None), Job.score, Job.id
     )
-    good = connection.execute(succeeded.limit(limit)).mappings().all()
+    succeeded_rows = connection.execute(succeeded.limit(limit)).mappings().all()
     # Both queries read up to the limit; what exceeds it is cut after they are joined.
-    failed_limit = max(limit - len(good), limit // 4, 1)
-    bad = connection.execute(failed.limit(failed_limit)).mappings().all()
-    return [RankedJob(**row) for row in [*bad, *good][:limit]]
+    failed_limit = max(limit - len(succeeded_rows), limit // 4, 1)
+    failed_rows = connection.execute(failed.limit(failed_limit)).mappings().all()
+    return [RankedJob(**row) for row in [*failed_rows, *succeeded_rows][:limit]]
 
 
 def _select_ranked() -> Select[*tuple[Any, ...]]:

@@ -32,8 +32,8 @@ class SubmitResult:
     """What a submission did.
 
     accepted: rows that will run because of it. duplicates: rows whose job exists and is not
-    run again. resumed: the same rows had been submitted before; was_interrupted: but not all
-    had been recorded. is_rerun: ``--force`` or ``--changed`` was given. left: its jobs that
+    run again. resumed: the same rows had been submitted before; was_interrupted: not all of
+    them had been recorded. is_rerun: ``--force`` or ``--changed`` was given. left: its jobs that
     are not final. earlier_jobs: numbers of jobs that belong to earlier submissions, are rows of
     this one too, and are not final.
     """

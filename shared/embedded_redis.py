@@ -71,7 +71,7 @@ class EmbeddedRedis:
 
 
 def _socket_path(home: Path) -> Path:
-    # A Unix socket's path is limited to about 100 bytes, too short for a deep INPAINT_HOME.
+    # A Unix socket's path has at most about 100 bytes; INPAINT_HOME itself may be longer.
     digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"inpaint-{os.getuid()}-{digest}" / "redis.sock"
 

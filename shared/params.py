@@ -135,20 +135,9 @@ class Params:
 _OPTIONAL: Mapping[str, Any] = {
     name: Params.__dataclass_fields__[name].default
     for name in (
-        *(
-            "scale",
-            "guidance_end",
-            "cache_interval",
-            "refine_strength",
-            "mask_invert",
-            "mask_fit",
-            "text",
-            "text_box",
-            "text_font",
-            "text_size",
-            "text_color",
-        ),
-        *("text_align", "postprocess", "format", "quality", "passes"),
+        *("scale", "guidance_end", "cache_interval", "refine_strength", "mask_invert", "mask_fit"),
+        *("text", "text_box", "text_font", "text_size", "text_color", "text_align"),
+        *("postprocess", "format", "quality", "passes"),
     )
 }
 
@@ -194,7 +183,7 @@ def _integer(name: str, low: int, high: int, *, multiple: int = 1) -> Parameter:
 
 
 def _parse_integer(text: str) -> int:
-    """``50.0`` is accepted: spreadsheets write integers so."""
+    """Accepts ``50.0`` too: spreadsheets write integers like that."""
     number = float(text)
     if not number.is_integer():
         raise ValueError(text)
@@ -319,20 +308,10 @@ BOOLEANS = frozenset(name for name, spec in PARAMETERS.items() if spec.parse is 
 
 # The parameters that may differ between the passes of a job.
 PASS_PARAMETERS = (
-    *(
-        "mode",
-        "scale",
-        "prompt",
-        "negative_prompt",
-        "num_inference_steps",
-        "guidance_scale",
-        "guidance_end",
-        "cache_interval",
-        "strength",
-        "refine_strength",
-    ),
-    *("eta", "scheduler", "width", "height", "mask_threshold", "mask_dilation", "mask_feather"),
-    *("mask_invert", "mask_fit", "colour_fit", "opencv_method", "opencv_radius"),
+    *("mode", "scale", "prompt", "negative_prompt", "num_inference_steps", "guidance_scale"),
+    *("guidance_end", "cache_interval", "strength", "refine_strength", "eta", "scheduler"),
+    *("width", "height", "mask_threshold", "mask_dilation", "mask_feather", "mask_invert"),
+    *("mask_fit", "colour_fit", "opencv_method", "opencv_radius"),
 )
 
 PRIORITY = _integer("priority", -1000, 1000)

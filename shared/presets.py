@@ -149,17 +149,23 @@ def resolve(
     merged["prompt"] = prompts.build(merged.get("prompt"), template)
     for first_pass in passes.passes[:1]:
         merged.update(prompts.add_style(_read_pass(first_pass)))
-    further = tuple(
-        PassSpec(
-            mask=str(further_pass.get("mask") or ""),
-            values=tuple(sorted(prompts.add_style(_read_pass(further_pass)).items())),
-        )
-        for further_pass in passes.passes[1:]
-    )
+    later = _later_passes(passes.passes[1:], prompts)
     detail = _detail_pass(chosen, passes, prompts, row_values=_read(values))
-    params = with_values(Params(), merged | {"passes": further + detail})
+    params = with_values(Params(), merged | {"passes": later + detail})
     params.all_passes()  # raises for a later pass whose parameters contradict each other
     return params
+
+
+def _later_passes(
+    passes: Sequence[Mapping[str, object]], prompts: _PromptBuilder
+) -> tuple[PassSpec, ...]:
+    return tuple(
+        PassSpec(
+            mask=str(values.get("mask") or ""),
+            values=tuple(sorted(prompts.add_style(_read_pass(values)).items())),
+        )
+        for values in passes
+    )
 
 
 def _detail_pass(

@@ -61,7 +61,7 @@ def _not_empty(value: Any) -> Any:
 
 
 def _resolve(path: Path) -> Path:
-    """Resolves symlinks too: Storage compares resolved paths with resolved roots."""
+    """Makes a path absolute without symlinks: Storage compares resolved paths with roots."""
     return Path(os.path.realpath(path.expanduser()))
 
 
@@ -357,6 +357,6 @@ def _describe(error: ValidationError) -> list[str]:
 
 
 def _join_alternatives(messages: list[str]) -> str:
-    """Pydantic reports a field of several types once per type."""
+    """Joins the messages about one field: Pydantic reports a field of several types once a type."""
     first, *others = messages
     return " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])

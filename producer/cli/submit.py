@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 
 from producer.cli import console
 from producer.cli.command import (
@@ -113,7 +114,7 @@ class SubmitOptions:
 @click.option("--changed", is_flag=True, help="Run rows again whose image or mask has changed.")
 @click.option("--json", "as_json", is_flag=True, help="One summary object on stdout.")
 def submit(**values: Any) -> None:
-    """Record every row of MANIFEST as a job and enqueue it.
+    """Record every row of MANIFEST as a job and dispatch it to the workers.
 
     MANIFEST is a path or s3://bucket/key: CSV, TSV or JSONL, optionally gzipped.
     """
@@ -122,7 +123,7 @@ def submit(**values: Any) -> None:
 
 
 def _submit(options: SubmitOptions, stack: ExitStack) -> int:
-    """Validate, record, enqueue and wait, as the options say; return the exit status."""
+    """Validate, record, dispatch and wait, as the options say; return the exit status."""
     settings = load_settings()
     defaults = _row_defaults(options, settings)
     roots = _roots(options, settings, defaults)
@@ -225,7 +226,7 @@ def _exit_if_invalid(manifest: ValidatedManifest, *, skip_invalid: bool) -> None
     or_skip = "" if skip_invalid else ", or submit the others with --skip-invalid"
     exit_with_error(
         "inpaint-submit",
-        f"{manifest.invalid:,} of {manifest.rows:,} rows are not valid; nothing was enqueued. "
+        f"{manifest.invalid:,} of {manifest.rows:,} rows are not valid; nothing was recorded. "
         f"Fix them{or_skip}.",
     )
 
@@ -311,11 +312,7 @@ def _wait(
             done = progress.total - progress.left
             note = console.progress_note(progress)
             bar.update(task, total=progress.total, completed=done, note=note)
-            for blocked in progress.blocked:
-                kind = (blocked.code, blocked.is_write_blocked)
-                if kind not in explained:
-                    terminal.print(f"{blocked.summary}: {console.escape(blocked.message)}")
-                explained.add(kind)
+            _explain_blocked(terminal, progress, explained)
             if not progress.left:
                 return progress
             if workers is not None:
@@ -325,6 +322,17 @@ def _wait(
                 terminal.print(console.escape(_explain_no_worker(manifest, workers)))
                 warned = True
             time.sleep(pause)
+
+
+def _explain_blocked(
+    terminal: Console, progress: Progress, explained: set[tuple[str, bool]]
+) -> None:
+    """Print each kind of blocked jobs that is not in ``explained`` yet, and add it there."""
+    for blocked in progress.blocked:
+        kind = (blocked.code, blocked.is_write_blocked)
+        if kind not in explained:
+            terminal.print(f"{blocked.summary}: {console.escape(blocked.message)}")
+        explained.add(kind)
 
 
 def _explain_no_worker(manifest: ValidatedManifest, workers: LocalWorkers | None) -> str:

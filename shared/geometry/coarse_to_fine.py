@@ -1,7 +1,7 @@
 """Refinement: what a pass fills at a coarse scale is filled again at finer ones, up to 1:1.
 
-A coarse result is blurred when it is enlarged. It shows every finer window what the whole is to
-become, so that their details fit together; windows without it would each invent other content.
+A coarse result is blurred when it is enlarged. It fixes the layout for all finer windows, so that
+their details fit together; without it each window would invent other content.
 """
 
 from __future__ import annotations

@@ -31,7 +31,10 @@ def find(mask: NDArray[np.bool_], context_px: int) -> Boxes:
 
 
 def merge(boxes: Boxes, *, reach: Callable[[Boxes], Boxes]) -> Boxes:
-    """Join boxes until none overlaps what another reaches; sorted by top, then left."""
+    """Join boxes until none overlaps what another reaches; sorted by top, then left.
+
+    reach(boxes): the area around each box in which no other box may lie.
+    """
     while True:
         boxes = boxes[np.lexsort((boxes[:, 0], boxes[:, 1]))]
         reached = reach(boxes)

@@ -59,7 +59,7 @@ def _separated(rgb: NDArray[np.float32]) -> NDArray[np.float32]:
 def _transforms(
     profile: bytes,
 ) -> tuple[ImageCms.ImageCmsTransform, ImageCms.ImageCmsTransform] | None:
-    """To sRGB and back; None where the profile is absent, damaged, or has one direction only."""
+    """To sRGB and back; None if the profile is absent, damaged, or has one direction only."""
     if not profile:
         return None
     try:

@@ -83,7 +83,7 @@ class Codec:
     plugin: Pillow's decoder. It is called directly: ``Image.open`` would try formats that are
     not allowed, and only warn about decompression bombs.
     read_header: reads as much as there is of a file that may be cut short. May raise
-    struct.error, IndexError or DirectoryError where data is missing, which means truncated.
+    struct.error, IndexError or DirectoryError if data is missing, which means truncated.
     decode: by the plugin if None. May raise any of DAMAGE.
     encode: writes every pixel anew. The image's mode is one of the format's modes; quality is
     1 to 100, or None for as good as the source.

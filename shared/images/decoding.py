@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
     """(width, height) once upright, from the header; the data may be the first part of a file.
 
-    Raises ImageError, ImageTruncated where more of the file is needed, and ObjectTooLarge.
+    Raises ImageError, ImageTruncated if more of the file is needed, and ObjectTooLarge.
     """
     header = read_header(recognise(data), data)
     _check_size(header, max_pixels)
@@ -34,7 +34,7 @@ def probe(data: bytes, *, max_pixels: int) -> tuple[int, int]:
 def decode(data: bytes, *, max_pixels: int) -> DecodedImage:
     """Decodes a file and applies its orientation.
 
-    Raises ImageError where the file is not an image, is damaged, animated, or cannot be
+    Raises ImageError if the file is not an image, is damaged, animated, or cannot be
     written back without loss; ObjectTooLarge, before anything is decoded, above max_pixels.
     """
     format = recognise(data)
@@ -65,7 +65,7 @@ def decode_indexed(data: bytes) -> tuple[Indices, Colours]:
 
 
 def read_header(format: ImageFormat, data: bytes) -> Header:
-    """Reads as much of the file as there is; raises ImageError where the size is not in it."""
+    """Reads as much of the file as there is; raises ImageError if the size is not in it."""
     codec = load_codec(format)
     try:
         header = codec.read_header(data)

@@ -30,7 +30,7 @@ def encode(
     format: a key of ``FORMATS``; None: the source's. quality: 1 to 100 for JPEG and WebP, no
     effect on lossless formats; None: JPEG keeps the source's tables and copies every untouched
     block (``jpeg_splice.splice``), and WebP is lossless. xmp: a packet that replaces the
-    source's; BMP has no place for one. Raises ImageError where the format cannot store the
+    source's; BMP has no place for one. Raises ImageError if the format cannot store the
     image's depth or alpha, and FidelityError where a JPEG would decode differently outside
     the touched pixels.
     """
@@ -51,7 +51,7 @@ def encode(
 
 
 def check(image: DecodedImage, *, format: str | None = None) -> None:
-    """Raises ImageError where ``encode`` could not store the image in the format."""
+    """Raises ImageError if ``encode`` could not store the image in the format."""
     _convert_mode(image, _find_format(format or image.format))
 
 
@@ -71,7 +71,7 @@ def _replace_xmp(image: DecodedImage, packet: bytes) -> DecodedImage:
 
 
 def _encode_like_source(codec: Codec, image: DecodedImage) -> bytes | None:
-    """The source with its untouched blocks or its palette kept; None where that is impossible."""
+    """The source with its untouched blocks or its palette kept; None if that is impossible."""
     if codec.splice:
         try:
             return _verified(codec.splice(image), image)
@@ -88,7 +88,7 @@ def _encode_like_source(codec: Codec, image: DecodedImage) -> bytes | None:
 
 
 def _verified(spliced: Spliced, image: DecodedImage) -> bytes:
-    """The spliced file; raises FidelityError where a pixel out of reach decodes differently."""
+    """The spliced file; raises FidelityError if a pixel out of reach decodes differently."""
     # The one guarantee users rely on, so it is checked on every file and not only in tests.
     result = decode(spliced.data, max_pixels=spliced.reach.size)
     differs = result.pixels != image.pixels
@@ -100,7 +100,7 @@ def _verified(spliced: Spliced, image: DecodedImage) -> bytes:
 
 
 def _repaint_palette(image: DecodedImage) -> Image.Image | None:
-    """The image with the source's palette; None where it cannot hold the new transparency."""
+    """The image with the source's palette; None if it cannot hold the new transparency."""
     repainted = palette.repaint(image, *decode_indexed(image.source))
     if repainted is None:
         return None

@@ -53,7 +53,7 @@ class Metadata:
 
     segments: in the source format's own framing, for writing that format again; the other
     fields are for writing another format.
-    dpi: (x, y) dots per inch, None where the file does not say.
+    dpi: (x, y) dots per inch, None if the file does not say.
     """
 
     segments: tuple[bytes, ...] = ()
@@ -95,11 +95,11 @@ class DecodedImage:
         return has_alpha(self.mode)
 
     def rgb(self) -> Pixels:
-        """(H, W, 3) uint8, the engines' input; a view where the mode allows one."""
+        """(H, W, 3) uint8, the engines' input; a view if the mode allows one."""
         return as_rgb(self.pixels, self.mode, profile=self.metadata.icc)
 
     def alpha(self) -> Pixels | None:
-        """(H, W) uint8, 255 = opaque; None where the mode has no alpha."""
+        """(H, W) uint8, 255 = opaque; None if the mode has no alpha."""
         return _eight_bits(self.pixels[..., -1]) if self.has_alpha else None
 
     def replace(self, pixels: Array, *, touched: NDArray[np.bool_]) -> DecodedImage:

@@ -46,7 +46,7 @@ _INVERSE_ORIENTATION = {6: 8, 8: 6}  # the others undo themselves
 
 
 def read_header(data: bytes) -> Header:
-    """Raises ImageError where the frame's size is not in the data."""
+    """Raises ImageError if the frame's size is not in the data."""
     segments, pixels_start = _collect_segments(data)
     if segments.frame is None:
         raise truncated("JPEG")
@@ -174,7 +174,7 @@ def decode(header: Header) -> DecodedPixels:
 
 
 def _load(header: Header) -> Any:
-    """A JpegImageFile. Raises ImageError where pixels are missing, not only the EOI marker."""
+    """A JpegImageFile. Raises ImageError if pixels are missing, not only the EOI marker."""
     plugin = JpegImagePlugin.JpegImageFile
     if not jpeg_splice.lacks_end(header.bare):
         return pillow.load(plugin, header, header.bare)

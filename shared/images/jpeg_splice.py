@@ -76,9 +76,9 @@ def splice(source: bytes, pixels: NDArray[Any], touched: Mask, *, metadata: byte
     """The source with the touched pixels replaced; all arrays in the orientation of the file.
 
     pixels: (H, W) or (H, W, C) uint8 in Pillow's L, RGB or CMYK; untouched ones are ignored
-    where no touched one shares their sample. touched: (H, W). metadata: the result's segments,
-    without APP14, which comes from the source. Raises CannotSplice; EngineUnavailable where
-    jpeglib is missing; StorageUnavailable where the disk of temporary files is full.
+    if no touched one shares their sample. touched: (H, W). metadata: the result's segments,
+    without APP14, which comes from the source. Raises CannotSplice; EngineUnavailable if
+    jpeglib is missing; StorageUnavailable if the disk of temporary files is full.
     """
     stream = _read_stream(source)
     library = jpeglib()
@@ -178,7 +178,7 @@ def _check_frame(frame: bytes) -> None:
 
 
 def _check_complete(frame: bytes, scans: list[bytes]) -> None:
-    """Raises CannotSplice where scans are missing: decoders then smooth from block to block."""
+    """Raises CannotSplice if scans are missing: decoders then smooth from block to block."""
     missing = np.full((256, 64), 1)  # bits still to come, by component and coefficient
     for scan in scans:
         count = scan[4]
@@ -203,7 +203,7 @@ def complete(data: bytes) -> tuple[bytes, bytes]:
     """The file that lacks EOI, with two endings that decode alike only if no pixel is missing.
 
     A decoder that needs more bits reads zeros in the first and other bits in the second.
-    Raises CannotSplice where whole scans are missing.
+    Raises CannotSplice if whole scans are missing.
     """
     _read_stream(data)
     cut = data.rstrip(b"\xff")

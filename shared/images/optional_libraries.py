@@ -9,17 +9,17 @@ from shared.errors import EngineUnavailable
 
 
 def imagecodecs() -> Any:
-    """Raises EngineUnavailable where it is not installed."""
+    """Raises EngineUnavailable if it is not installed."""
     return _library("imagecodecs", "images with 16 bits a colour channel need")
 
 
 def tifffile() -> Any:
-    """Raises EngineUnavailable where it is not installed."""
+    """Raises EngineUnavailable if it is not installed."""
     return _library("tifffile", "images with 16 bits a colour channel need")
 
 
 def jpeglib() -> Any:
-    """Raises EngineUnavailable where it is not installed."""
+    """Raises EngineUnavailable if it is not installed."""
     return _library("jpeglib", "writing JPEG needs")
 
 

@@ -34,7 +34,7 @@ def repaint(
     An entry is free if no untouched pixel uses it; in a palette with transparency, if no pixel
     at all uses it, so that every transparency keeps an entry. Where there are more new colours
     than free entries, the free ones get the most frequent or, without transparency, a median
-    cut. Returns None where a new pixel's transparency has no entry, or more than
+    cut. Returns None if a new pixel's transparency has no entry, or more than
     _MAX_DISTANT_SHARE of the new pixels of a transparent palette are far from their entry.
     """
     touched = image.touched

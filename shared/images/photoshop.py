@@ -6,7 +6,7 @@ _THUMBNAILS = (1033, 1036)  # resource numbers of Photoshop 4 and of later versi
 
 
 def without_thumbnail(resources: bytes) -> bytes:
-    """The resources without the thumbnail of the old image; unchanged where they are damaged."""
+    """The resources without the thumbnail of the old image; unchanged if they are damaged."""
     kept, start = [], 0
     while start < len(resources):
         if resources[start : start + 4] != b"8BIM" or start + 12 > len(resources):

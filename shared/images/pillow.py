@@ -24,7 +24,7 @@ def decode(plugin: Plugin, header: Header) -> DecodedPixels:
 
 
 def load(plugin: Plugin, header: Header, data: bytes) -> ImageFile.ImageFile:
-    """The loaded image; raises ImageError where its size is not the header's."""
+    """The loaded image; raises ImageError if its size is not the header's."""
     image = plugin(io.BytesIO(data))
     if image.size != header.size:
         raise ImageError(f"the {image.format} file contradicts itself about its size")

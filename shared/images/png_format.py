@@ -32,7 +32,7 @@ _Chunk = tuple[bytes, int, int]  # name, start and end of the whole chunk
 
 
 def read_header(data: bytes) -> Header:
-    """Raises ImageError where the first chunk is not IHDR."""
+    """Raises ImageError if the first chunk is not IHDR."""
     width, height, depth, colour_type = struct.unpack_from(">IIBB", data, 16)
     if data[12:16] != b"IHDR":
         raise ImageError("the PNG file does not start with its header; upload it again")
@@ -99,7 +99,7 @@ def _read_metadata(data: bytes, chunks: Sequence[_Chunk], bodies: dict[bytes, by
 
 
 def _read_packet(data: bytes, places: Sequence[tuple[int, int]]) -> bytes:
-    """The first packet that is not damaged; b"" where there is none."""
+    """The first packet that is not damaged; b"" if there is none."""
     # Read one at a time: many packed packets would fill the memory.
     for start, end in places[:_MAX_PACKETS]:
         packet = xmp.read_png_text(data[start:end])
@@ -166,7 +166,7 @@ def add_alpha(pixels: Array, mode: str, colour: tuple[int, ...]) -> tuple[Array,
 
 
 def remove_alpha(pixels: Array, mode: str, colour: tuple[int, ...]) -> tuple[Array, str] | None:
-    """The inverse of ``add_alpha``; None where alpha has values in between.
+    """The inverse of ``add_alpha``; None if alpha has values in between.
 
     An opaque pixel of the transparent colour changes by one level in its last channel.
     """

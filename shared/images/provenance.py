@@ -70,7 +70,7 @@ def add_provenance(xmp: bytes, note: Provenance) -> bytes:
     """Adds the note to the source's XMP packet, which may be empty; returns a packet in UTF-8.
 
     Everything else in it stays. An earlier note is replaced; ``xmp:CreatorTool`` is only set
-    where there is none; a source type that declares generative AI stays, whatever the engine;
+    if there is none; a source type that declares generative AI stays, whatever the engine;
     the history gains one event per job, so that adding a note twice changes nothing. A packet
     that is damaged, or has a DOCTYPE, is replaced by a new one, with a warning in the log.
     """
@@ -103,7 +103,7 @@ def _new_packet(reason: str) -> etree._Element:
 
 
 def _repair(xmp: bytes) -> str:
-    """The packet's text without padding; empty where there is none.
+    """The packet's text without padding; empty if there is none.
 
     Bytes that are not UTF-8 are read as Windows-1252 and control characters as spaces, as
     Adobe's toolkit does.

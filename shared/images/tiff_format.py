@@ -31,7 +31,7 @@ _NEEDED = frozenset(
 # Not copied to the result: how pixels are stored, the orientation, what holds other versions of
 # the image (further directories, Photoshop's layers), and XMP, which Metadata holds.
 _NOT_COPIED = _NEEDED | {tiff_ifd.ORIENTATION, 254, 255, 330, 37724, _XMP}
-# Pillow warns where one of these has several values.
+# Pillow warns if one of these has several values.
 _SINGLE = (256, 257, 259, 262, 266, 277, 278, 284, 292, 293, 317, 322, 323, 332, 512, 513)
 _MAX_TILE_PIXELS = 1 << 26
 _MAX_VALUES = 1 << 20  # of a tag that the pixels need: strips, tiles, colours of a palette
@@ -199,7 +199,7 @@ def _mode_of(pixels: Array, *, is_cmyk: bool) -> str:
 
 
 def _check_pieces(header: Header, directory: Directory) -> None:
-    """Raises ValueError where strips or tiles are missing: tifffile would leave them black."""
+    """Raises ValueError if strips or tiles are missing: tifffile would leave them black."""
     data, (width, height) = header.bare, header.size
     planes = directory.integer(data, _SAMPLES, 1) if _has_planes(data, directory) else 1
     if _TILE_WIDTH in directory.entries:

@@ -25,7 +25,7 @@ TYPE_SIZES: Mapping[int, int] = {
     **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8},
     **{11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8},
 }
-# Bytes of one number, where values are made of numbers; a rational is two of 4.
+# Bytes of one number, if values are made of numbers; a rational is two of 4.
 _WORDS: Mapping[int, int] = {
     **dict.fromkeys((3, 8), 2),
     **dict.fromkeys((4, 5, 9, 10, 11, 13), 4),
@@ -66,7 +66,7 @@ class Directory:
     next_pointer: int
 
     def integers(self, data: bytes | bytearray, tag: int) -> tuple[int, ...]:
-        """The tag's whole numbers; () where it is absent or of another type."""
+        """The tag's whole numbers; () if it is absent or of another type."""
         entry = self.entries.get(tag)
         return self._unpack(data, entry, entry.count) if entry else ()
 
@@ -83,7 +83,7 @@ class Directory:
         return first[0] if first else default
 
     def value(self, data: bytes | bytearray, tag: int) -> bytes:
-        """The tag's bytes as stored; b"" where it is absent."""
+        """The tag's bytes as stored; b"" if it is absent."""
         entry = self.entries.get(tag)
         return bytes(data[entry.offset : entry.offset + entry.length]) if entry else b""
 
@@ -123,7 +123,7 @@ def _read(
 
 
 def read_orientation(exif: bytes) -> int:
-    """1 to 8, as EXIF numbers them; 1 where the block has no valid one."""
+    """1 to 8, as EXIF numbers them; 1 if the block has no valid one."""
     try:
         directory = read_directory(exif)
     except DirectoryError:
@@ -133,7 +133,7 @@ def read_orientation(exif: bytes) -> int:
 
 
 def read_exif_resolution(exif: bytes) -> tuple[float, float] | None:
-    """(x, y) dots per inch; None where the block does not say."""
+    """(x, y) dots per inch; None if the block does not say."""
     try:
         return read_resolution(exif, read_directory(exif))
     except DirectoryError:
@@ -141,7 +141,7 @@ def read_exif_resolution(exif: bytes) -> tuple[float, float] | None:
 
 
 def read_resolution(data: bytes, directory: Directory) -> tuple[float, float] | None:
-    """(x, y) dots per inch; None where the directory does not say."""
+    """(x, y) dots per inch; None if the directory does not say."""
     sides = [directory.value(data, tag) for tag in (X_RESOLUTION, Y_RESOLUTION)]
     # 2: per inch, which is the default; 3: per centimetre.
     unit = {2: 1.0, 3: 2.54}.get(directory.integer(data, RESOLUTION_UNIT, 2))
@@ -216,7 +216,7 @@ def copy_tags(
 
     skipped: tags of the source that are not copied. added: further tags, the type and the bytes
     of each. dropped: tags of the file that are removed. The new directory goes to the end and
-    nothing else moves. Raises DirectoryError where one of the two is not a TIFF.
+    nothing else moves. Raises DirectoryError if one of the two is not a TIFF.
     """
     own = _tags_of(file, read_directory(file), skipped=dropped)
     copied = _tags_of(source, read_directory(source), skipped=skipped)
@@ -235,7 +235,7 @@ def append_directory(file: bytes, tags: Sequence[Tag], *, order: Literal["<", ">
 
 
 def make_exif(source: bytes) -> bytes:
-    """An EXIF block of the tags that EXIF shares with a TIFF file; b"" where it has none."""
+    """An EXIF block of the tags that EXIF shares with a TIFF file; b"" if it has none."""
     directory = read_directory(source)
     tags = _tags_of(source, directory, skipped=frozenset(directory.entries) - _SHARED)
     return struct.pack("<2sHI", b"II", 42, 8) + _pack_directory(tags, 8, "<") if tags else b""
@@ -254,7 +254,7 @@ def set_values(file: bytes, values: Mapping[int, int]) -> bytes:
 def _tags_of(data: bytes, directory: Directory, *, skipped: frozenset[int]) -> tuple[Tag, ...]:
     """The directory's tags in little-endian order, without BigTIFF's types.
 
-    Raises DirectoryError where they hold more bytes than the data has.
+    Raises DirectoryError if they hold more bytes than the data has.
     """
     tags: list[Tag] = []
     copied = (entry.length for tag, entry in directory.entries.items() if tag not in skipped)
@@ -274,7 +274,7 @@ def _tags_of(data: bytes, directory: Directory, *, skipped: frozenset[int]) -> t
 
 
 def _subdirectory_tags(data: bytes, directory: Directory, number: int) -> list[Tag]:
-    """The tag with the directory that it points to; empty where that is damaged."""
+    """The tag with the directory that it points to; empty if that is damaged."""
     try:
         offset = directory.integer(data, number, 0)
         subdirectory = _read(data, offset, directory.order, big=directory.big)

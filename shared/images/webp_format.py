@@ -21,7 +21,7 @@ _HAS_EXIF, _IS_ANIMATED = 0x08, 0x02  # flags of VP8X
 
 
 def read_header(data: bytes) -> Header:
-    """Raises ImageTruncated where the flags announce EXIF, which follows the pixels, in vain."""
+    """Raises ImageTruncated if the flags announce EXIF, which follows the pixels, in vain."""
     chunks = {name: data[start:end] for name, start, end in islice(_chunks(data), _MAX_CHUNKS)}
     flags = data[20] if data[12:16] == b"VP8X" else 0
     exif = chunks.get(b"EXIF", b"").removeprefix(_EXIF)

@@ -50,7 +50,7 @@ def is_jpeg_body(body: bytes) -> bool:
 
 
 def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
-    """The packet of a JPEG file, merged with its extended packet; b"" where there is none.
+    """The packet of a JPEG file, merged with its extended packet; b"" if there is none.
 
     An extended packet above ``MAX_PACKET_BYTES`` is returned as it is, for the caller to drop.
     """
@@ -67,7 +67,7 @@ def read_jpeg_bodies(bodies: Sequence[bytes]) -> bytes:
 
 
 def _join_pieces(bodies: Sequence[bytes], guid: bytes) -> bytes:
-    """The extended packet with that MD5; b"" where a piece is missing."""
+    """The extended packet with that MD5; b"" if a piece is missing."""
     start = len(EXTENSION)
     pieces = []
     for body in bodies:
@@ -79,7 +79,7 @@ def _join_pieces(bodies: Sequence[bytes], guid: bytes) -> bytes:
 
 
 def _merge(packet: bytes, extended: bytes) -> bytes:
-    """Both in one packet; the packet alone where the two do not make well-formed XML."""
+    """Both in one packet; the packet alone if the two do not make well-formed XML."""
     inner, end = _inside_rdf(extended), packet.rfind(_RDF_END)
     if inner is None or end < 0:
         return packet
@@ -92,7 +92,7 @@ def _merge(packet: bytes, extended: bytes) -> bytes:
 
 
 def _inside_rdf(packet: bytes) -> bytes | None:
-    """What the packet's rdf:RDF element holds; None where it has no such element."""
+    """What the packet's rdf:RDF element holds; None if it has no such element."""
     start = packet.find(_RDF_START)
     start = packet.find(b">", start) + 1 if start >= 0 else 0
     end = packet.rfind(_RDF_END)
@@ -170,7 +170,7 @@ def _split(packet: bytes) -> tuple[bytes, bytes]:
 
 
 def _descriptions(packet: bytes) -> list[tuple[int, int]]:
-    """(start, end) of each child of rdf:RDF; empty where the XML is not well-formed."""
+    """(start, end) of each child of rdf:RDF; empty if the XML is not well-formed."""
     parser = _refuse_doctype(expat.ParserCreate(namespace_separator=" "))
     open_tags: list[str] = []
     starts: list[int] = []
@@ -197,7 +197,7 @@ def _descriptions(packet: bytes) -> list[tuple[int, int]]:
 
 
 def read_png_text(body: bytes) -> bytes:
-    """The packet in an iTXt chunk with XMP's keyword; b"" where it is damaged.
+    """The packet in an iTXt chunk with XMP's keyword; b"" if it is damaged.
 
     Of a compressed packet above ``MAX_PACKET_BYTES`` no more than the first byte beyond is read.
     """

@@ -51,7 +51,7 @@ def join_versions(versions: Sequence[str | None]) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedSubmission:
-    """resumed: the same rows were submitted before. interrupted: but not all recorded."""
+    """resumed: the same rows were submitted before; interrupted: not all of them were recorded."""
 
     id: int
     resumed: bool = False

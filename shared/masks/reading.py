@@ -12,8 +12,8 @@ from shared.masks.morphology import Grey
 
 _DARK = 64  # a pixel whose strongest channel is below counts as black
 _COLOURFUL = 64  # difference between the strongest and the weakest channel
-_ODD_SHARE = 0.001  # share of the drawn pixels that may be noise of a lossy file
-_HUE_SHARE = 0.02  # the same for hues, which JPEG smears over edges
+_NOISE_SHARE = 0.001  # share of the drawn pixels that may be noise of a lossy file
+_HUE_NOISE_SHARE = 0.02  # the same for hues, which JPEG smears over edges
 _HUE_SAMPLES = 100_000
 
 
@@ -129,7 +129,7 @@ def _is_colourful(drawn: Pixels) -> bool:
     """Whether more of the (n, 3) pixels are coloured than noise explains."""
     weakest = np.minimum(np.minimum(drawn[:, 0], drawn[:, 1]), drawn[:, 2])
     count = np.count_nonzero(_brightness(drawn) - weakest > _COLOURFUL)
-    return bool(count > _ODD_SHARE * len(drawn))
+    return bool(count > _NOISE_SHARE * len(drawn))
 
 
 def _ink_brightness(drawn: Pixels) -> int | None:
@@ -142,5 +142,5 @@ def _ink_brightness(drawn: Pixels) -> int | None:
     if median.max() - median.min() <= _COLOURFUL:
         return None
     projected = (sample @ median / (median @ median))[:, None] * median
-    odd = np.count_nonzero(np.abs(sample - projected).max(axis=1) > _COLOURFUL)
-    return None if odd > _HUE_SHARE * len(sample) else int(median.max())
+    off_line = np.count_nonzero(np.abs(sample - projected).max(axis=1) > _COLOURFUL)
+    return None if off_line > _HUE_NOISE_SHARE * len(sample) else int(median.max())

@@ -46,7 +46,7 @@ class Storage:
     def _check_allowed(self, uri: str, real: Callable[[str], str]) -> None:
         if is_s3(uri):
             bucket = split_s3(uri)[0]
-            # The bucket policy decides where the list is empty.
+            # With an empty list only the credentials' permissions decide.
             if self._buckets and bucket not in self._buckets:
                 raise LocationError(
                     f"{uri!r}: bucket {bucket!r} is not allowed; add it to INPAINT_BUCKETS"

@@ -48,7 +48,7 @@ _NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES
 
 @contextmanager
 def mapped_write_errors() -> Iterator[None]:
-    """Raises OutputRefused for a full disk or a missing permission; nests ``mapped_errors``.
+    """Raises OutputRefused for a full disk or a missing permission; goes around ``mapped_errors``.
 
     A person has to fix those, so the caller keeps the result and retries the write.
     """

@@ -246,7 +246,7 @@ def test_jobs_are_recorded_while_the_broker_is_down(
     result = workspace.submit(workspace.catalog(2))
     assert result.status == 0
     assert "submission 1: 2 rows, 2 accepted" in result.out
-    assert result.err.endswith("; workers enqueue the jobs when it is back\n")
+    assert result.err.endswith("; workers dispatch the jobs when it is back\n")
     assert result.err.startswith("broker redis://")
     assert "hush" not in result.err
     assert len(job_ids(table)) == 2
@@ -318,7 +318,7 @@ def test_a_bad_manifest_lists_every_bad_line_and_records_nothing(
     assert "line 5: image: 'http://h/1.png': http:// is not supported; use s3://" in result.err
     assert "line 6: image: empty; name the image" in result.err
     assert lines[-1] == (
-        "inpaint-submit: 4 of 5 rows are not valid; nothing was enqueued. "
+        "inpaint-submit: 4 of 5 rows are not valid; nothing was recorded. "
         "Fix them, or submit the others with --skip-invalid."
     )
     assert (job_ids(table), table.submissions()) == ([], [])

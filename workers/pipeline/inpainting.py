@@ -124,7 +124,7 @@ def _run_pass(
     image, spec = before.image, engine_spec(worker.engine.name)
     mask, params = masked_pass.mask, masked_pass.params
     with job.stage("plan"):
-        # Refinements are planned here too: a mask that cannot be planned fails before it costs.
+        # Refinements are planned here too: a mask that cannot be planned fails at no cost.
         regions = plan_pass(mask, params, any_size=spec.any_size)
         refinements = list(coarse_to_fine.plan_refinements(mask, regions, params))
     if not regions:
@@ -138,9 +138,9 @@ def _run_pass(
             worker, job, after, finer, refinement.regions, seed=before.seed
         )
         # Not onto the coarse result: a feather over a feather falls off twice as fast.
-        kept_regions = [regions[index] for index in refinement.unrefined]
-        kept_results = [results[index] for index in refinement.unrefined]
-        base = _composite(job, image, masked_pass, kept_regions, kept_results)
+        unrefined_regions = [regions[index] for index in refinement.unrefined]
+        unrefined_results = [results[index] for index in refinement.unrefined]
+        base = _composite(job, image, masked_pass, unrefined_regions, unrefined_results)
         after = _composite(job, base, finer, refinement.regions, finer_results)
     with job.stage("examine"):
         scores = quality_gates.examine(

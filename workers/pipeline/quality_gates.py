@@ -264,7 +264,7 @@ def _fit_plane(colours: Samples, known: Indices, wanted: Indices) -> Samples:
 
 
 def _design_matrix(indices: Indices) -> NDArray[np.float32]:
-    """(n, 3) rows of [1, y, x], in hundreds of pixels for float32's sake."""
+    """(n, 3) rows of [1, y, x], in hundreds of pixels to keep float32 accurate."""
     rows, columns = (index.astype(np.float32) / 100 for index in indices)
     return np.stack([np.ones_like(rows), rows, columns], axis=1)
 

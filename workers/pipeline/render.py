@@ -39,7 +39,7 @@ class Rendered:
 def render(worker: PipelineContext, job: JobContext) -> Rendered:
     """Make the file of a job's result, and fill in the attempt's record. Publishes nothing.
 
-    Raises every InpaintError there is.
+    May raise any InpaintError.
     """
     with job.stage("fetch"):
         inputs = _fetch(worker, job)
@@ -60,7 +60,7 @@ class _Inputs:
 
 def _fetch(worker: PipelineContext, job: JobContext) -> _Inputs:
     leased, record, max_bytes = job.leased, job.record, worker.settings.max_object_bytes
-    # Before the inputs: whatever appears at the output from here on was not seen by this job.
+    # Before the inputs: the put then notices every change of the output from here on.
     output = worker.storage.stat(leased.output)
     image = worker.storage.get(leased.image, max_bytes=max_bytes)
     record.image_sha256, record.image_version = sha256(image.data).hexdigest(), image.version
