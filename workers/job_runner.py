@@ -83,10 +83,7 @@ def _acquire(worker: WorkerContext, job: int, seen_attempt: int) -> LeasedJob | 
 def _run_attempt(
     worker: WorkerContext, job: JobContext, stack: ExitStack, *, exclusive: bool
 ) -> InpaintError | None:
-    """Render, put, finish; return the attempt's error.
-
-    stack: what the job holds until its attempt is recorded; a pending write takes it over.
-    """
+    """Render, put, finish. stack: what to release afterwards; a pending write takes it over."""
     rendered = _catch(job, lambda: render(worker, job))
     if isinstance(rendered, InpaintError):
         return _finish(worker, job, rendered)

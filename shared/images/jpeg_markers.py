@@ -58,19 +58,19 @@ def walk_segments(data: bytes, *, until: int | None = None) -> Iterator[Segment]
             return
         end = start + 2 + int.from_bytes(data[start + 2 : start + 4])
         if marker == START_OF_SCAN:
-            found = _MARKER.search(data, end)
-            end = found.start() if found else len(data)
+            match = _MARKER.search(data, end)
+            end = match.start() if match else len(data)
         yield Segment(marker, start, end)
         start = end
 
 
 def count_scans(data: bytes, start: int) -> int:
     """The scans from that offset on, as a decoder finds them: it skips what is not a marker."""
-    count, found = 0, _MARKER.search(data, start)
-    while found and data[found.start() : found.end()] != EOI:
-        count += data[found.start() + 1] == START_OF_SCAN
-        length = int.from_bytes(data[found.end() : found.end() + 2])
-        found = _MARKER.search(data, found.end() + length)
+    count, match = 0, _MARKER.search(data, start)
+    while match and data[match.start() : match.end()] != EOI:
+        count += data[match.start() + 1] == START_OF_SCAN
+        length = int.from_bytes(data[match.end() : match.end() + 2])
+        match = _MARKER.search(data, match.end() + length)
     return count
 
 

@@ -133,18 +133,10 @@ def _blend_ink(
         weight = ink[slices(local)] * np.float32(opacity / 255)
         if not weight.any():
             continue
-        target = pixels[slices(tile)]
-        painted = np.broadcast_to(colour, (*weight.shape, 3))
+        target, painted = pixels[slices(tile)], np.broadcast_to(colour, (*weight.shape, 3))
         if image.has_alpha:
             weight = _composite_alpha(target[..., -1], weight)
-        blend(
-            target,
-            painted,
-            weight,
-            image.mode,
-            profile=image.metadata.icc,
-            fill_alpha=False,
-        )
+        blend(target, painted, weight, image.mode, profile=image.metadata.icc, fill_alpha=False)
 
 
 def _composite_alpha(alpha: Array, weight: Weight) -> Weight:
