@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from shared.command_errors import last_error
 from shared.db import Database, schema
 from shared.errors import DatabaseUnavailable, InpaintError, UnavailableError
 from shared.jobs.queue import Queue
+from shared.processes import module_command
 from shared.settings import Settings
 
 # A model that is not in the cache yet is downloaded first.
@@ -127,10 +127,9 @@ def _check_engine(engine: str, devices: str) -> Check:
     if find_spec("workers") is None:
         text = "no worker is installed here; a producer needs none"
         return Check(subject="engine", verdict="note", text=text)
-    # -P: a "workers" folder in the current directory must not be imported in place of ours.
     command = [
-        *(sys.executable, "-P", "-m", "workers.supervisor", "--check"),
-        *("--engine", engine, "--devices", devices),
+        *module_command("workers.supervisor"),
+        *("--check", "--engine", engine, "--devices", devices),
     ]
     try:
         process = subprocess.run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -48,7 +47,7 @@ class LocalWorkers:
         self._processes = [
             processes.spawn(
                 [
-                    *(sys.executable, "-P", "-m", "workers.supervisor"),
+                    *processes.module_command("workers.supervisor"),
                     *("--engine", engine, "--devices", devices),
                 ],
                 env={**os.environ, "INPAINT_ROOTS": allowed},

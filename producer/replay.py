@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.command_errors import last_error
 from shared.errors import EngineUnavailable, InpaintError
-from shared.processes import EX_UNAVAILABLE
+from shared.processes import EX_UNAVAILABLE, module_command
 from shared.settings import Settings
 
 
@@ -39,9 +38,8 @@ def replay(settings: Settings, job: int, *, device: str, roots: Sequence[Path]) 
     EngineUnavailable or InpaintError with the message of the process.
     """
     allowed = ",".join(str(root) for root in (*settings.roots, *roots))
-    # -P: a "workers" folder in the current directory must not be imported in place of ours.
     process = subprocess.run(
-        [sys.executable, "-P", "-m", "workers.replay", "--job", str(job), "--device", device],
+        [*module_command("workers.replay"), "--job", str(job), "--device", device],
         env={**os.environ, "INPAINT_ROOTS": allowed},
         capture_output=True,
         text=True,

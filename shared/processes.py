@@ -25,6 +25,12 @@ SAME_SIGNAL_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
+def module_command(module: str) -> list[str]:
+    """Return the command line that runs a module of ours in another Python process."""
+    # -P: the current folder is the user's; a workers/ in it must not be imported.
+    return [sys.executable, "-P", "-m", module]
+
+
 def spawn(
     command: Sequence[str],
     *,

@@ -27,6 +27,7 @@ from shared.processes import (
     EX_DEVICE_LOST_LATER,
     EX_UNAVAILABLE,
     SAME_SIGNAL_SECONDS,
+    module_command,
 )
 from shared.settings import Compile, Quantization, Settings
 from workers.pixel_budget import default_megapixels
@@ -127,8 +128,7 @@ class DeviceSlot:
         """Return the command line of a worker process; worker: its unique name."""
         device = "cpu" if self.cuda_index is None else "cuda"
         return [
-            # -P: the current folder is the user's; a workers/ in it must not be imported.
-            *(sys.executable, "-P", "-m", "workers.worker_process", "--engine", engine),
+            *(*module_command("workers.worker_process"), "--engine", engine),
             *("--device", device, "--name", self.name, "--worker", worker),
         ]
 
@@ -174,7 +174,7 @@ def _choose_cuda_indexes(devices: str, available: Sequence[str], *, engine: str)
 def _cuda_indexes() -> list[str]:
     """List the CUDA devices in a child process: this process must not initialise CUDA."""
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "workers.engines.stable_diffusion.devices"],
+        module_command("workers.engines.stable_diffusion.devices"),
         capture_output=True,
         check=False,
     )
