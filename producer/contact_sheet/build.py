@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,11 +76,12 @@ def _collect_first(cards: Iterable[Card], first: list[Card]) -> Iterator[Card]:
 @contextmanager
 def _replace_when_complete(path: Path) -> Iterator[TextIO]:
     """Open a temporary file that replaces ``path`` at the end, unless an error is raised."""
-    # In the same folder: a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # In the same folder: a rename is atomic only within one file system. "x" and a random name:
+    # nobody can plant a link that is written through.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with _write_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as out:
+            with temporary.open("x", encoding="utf-8", newline="\n") as out:
                 yield out
             temporary.replace(path)
         finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -225,7 +227,7 @@ def test_temporary_files_of_killed_attempts_are_removed(folder: Path) -> None:
     other = folder / "kept.png"
     other.touch()
     for token in ("7-1", "7-2"):
-        files.temporary_path(Path(uri), token).touch()
+        (folder / files.temporary_name(Path(uri).name, token)).touch()
     storage = Storage(roots=[folder], buckets=())
     storage.remove_temporary_files(uri, ["7-1", "7-2", "7-3"])
     storage.remove_temporary_files("s3://bucket/a.png", ["7-1"])
@@ -329,6 +331,80 @@ def test_a_symlink_inside_its_root_is_followed(folder: Path) -> None:
     (folder / "link.png").symlink_to("a.png")
     storage = Storage(roots=[folder], buckets=())
     assert storage.get(f"{folder}/link.png", max_bytes=10).data == b"data"
+
+
+def test_a_symlink_planted_as_the_output_is_not_written_through(folder: Path) -> None:
+    (folder / "precious.png").write_bytes(b"precious")
+    (folder / "out").mkdir()
+    (folder / "out" / "a.png").symlink_to("../precious.png")
+    storage, uri = Storage(roots=[folder], buckets=()), f"{folder}/out/a.png"
+    found = storage.stat(uri)
+    assert found is not None
+    for version in (found.version, None):
+        with pytest.raises(OutputConflict):
+            storage.put(uri, b"late", if_version=version, token="1-1")
+    assert (folder / "precious.png").read_bytes() == b"precious"
+
+
+def test_a_symlink_planted_as_the_temporary_file_is_not_written_through(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can guess the name; one who does gains nothing."""
+    names = [files.temporary_name("a.png", "1-1") for _ in range(2)]
+    assert names[0] != names[1]
+    (folder / names[0]).symlink_to(folder.parent / "secret.png")
+    monkeypatch.setattr(files, "temporary_name", lambda _name, _token: names[0])
+    storage = Storage(roots=[folder], buckets=())
+    with pytest.raises(StorageUnavailable, match="File exists"):
+        storage.put(f"{folder}/a.png", b"data", if_version=None, token="1-1")
+    assert (folder.parent / "secret.png").read_bytes() == b"secret"
+
+
+SWAP_FOR_EVER = """
+import ctypes, sys
+folder, link = (path.encode() for path in sys.argv[1:])
+libc = ctypes.CDLL(None)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+while True:
+    libc.renameat2(AT_FDCWD, folder, AT_FDCWD, link, RENAME_EXCHANGE)
+"""
+SWAPPED_TRIALS = 1500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 exists only on Linux")
+def test_a_folder_that_is_swapped_for_a_symlink_leaks_nothing(folder: Path) -> None:
+    storage, outside = Storage(roots=[folder], buckets=()), folder.parent / "outside"
+    for place, content in ((folder / "a", b"allowed"), (outside, b"secret")):
+        place.mkdir()
+        (place / "read.png").write_bytes(content)
+    (folder / "link").symlink_to(outside)
+    swapping = subprocess.Popen(
+        [sys.executable, "-c", SWAP_FOR_EVER, str(folder / "a"), str(folder / "link")]
+    )
+    read, written, refused = [], 0, 0
+    try:
+        for number in range(SWAPPED_TRIALS):
+            try:
+                read.append(storage.get(f"{folder}/a/read.png", max_bytes=10).data)
+                uri = f"{folder}/a/new/{number}.png"
+                storage.put(uri, b"data", if_version=None, token="1-1")
+                written += 1
+            except InpaintError:
+                refused += 1
+    finally:
+        swapping.kill()
+        swapping.wait()
+    assert set(read) == {b"allowed"}
+    assert [path.name for path in outside.iterdir()] == ["read.png"]
+    assert written > 0
+    assert refused > 0
+
+
+def test_folders_below_a_missing_root_are_created(folder: Path) -> None:
+    root = folder / "later"
+    storage = Storage(roots=[root], buckets=())
+    storage.put(f"{root}/b/c/a.png", b"data", if_version=None, token="1-1")
+    assert (root / "b" / "c" / "a.png").read_bytes() == b"data"
 
 
 def test_a_single_file_may_be_a_root(folder: Path) -> None:
