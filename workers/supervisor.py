@@ -264,7 +264,7 @@ class Supervisor:
             child.restart_if_exited(time.monotonic())
 
     def _reap(self, worker: str, reason: str) -> None:
-        """End the attempts of a process that died at once, before their leases expire."""
+        """End a dead process's attempts at once, instead of when their leases expire."""
         try:
             reaped = jobs.reap_worker(self._db, worker=worker, reason=reason)
         except UnavailableError as error:

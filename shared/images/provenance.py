@@ -91,9 +91,9 @@ def _parse(xmp: bytes) -> etree._Element:
     rdf = next(root.iter(_name("rdf:RDF")), None)
     if rdf is None:
         return _new_packet("it has no rdf:RDF")
-    most = max((len(description.attrib) for description in _descriptions(rdf)), default=0)
-    if most > _MAX_ATTRIBUTES:
-        return _new_packet(f"an element has {most} attributes")
+    count = max((len(description.attrib) for description in _descriptions(rdf)), default=0)
+    if count > _MAX_ATTRIBUTES:
+        return _new_packet(f"an element has {count} attributes")
     return root
 
 

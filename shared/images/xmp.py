@@ -25,7 +25,7 @@ _MAX_SEGMENT_BYTES = 65533  # in the body of a JPEG segment
 _PIECE_BYTES = 65400
 MAX_PACKET_BYTES = 1_000_000
 # The two ways in which RDF may write the property that names the extended packet. Linear: each
-# attempt starts at a name, and the possessive \s*+ never gives back what it matched.
+# attempt starts at a name, and the possessive \s*+ does not backtrack.
 _NOTE = re.compile(
     rb"\sxmpNote:HasExtendedXMP\s*+=\s*+[\"']([0-9A-Fa-f]{32})[\"']"
     rb"|<xmpNote:HasExtendedXMP>\s*+([0-9A-Fa-f]{32})\s*+</xmpNote:HasExtendedXMP>"
