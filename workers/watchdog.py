@@ -40,8 +40,8 @@ class Watchdog:
         if self._read_pings():
             self._has_started, self._silent_seconds = True, 0.0
         elif self._has_started:
-            # Where this process was stopped itself, so may have been the other one: a long gap
-            # between two checks says little, and counts as a short one.
+            # After a long gap between two checks this process was suspended, perhaps with the
+            # whole machine: the gap counts as a short one.
             self._silent_seconds += min(elapsed, self._limit_seconds / CHECKS_PER_LIMIT)
         return self._silent_seconds >= self._limit_seconds
 
