@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from shared.storage.locations import name
 # Bounds on what one row may hold: without them a file that is no manifest fills the memory.
 FIELD_LIMIT = 64 * 1024
 LINE_LIMIT = 1024 * 1024
+# There are about fifty known columns; the others fill placeholders.
+COLUMN_LIMIT = 500
+# A suggestion compares a name with every known one; further names are only listed.
+_SUGGESTION_LIMIT, _LISTED_LIMIT = 5, 20
 
 LOCATION_COLUMNS = ("image", "mask", "output")
 OTHER_COLUMNS = ("key", "preset", "engine", "priority", "style")
@@ -127,15 +132,19 @@ def _csv_rows(
     manifest: str, text: IO[str], known: frozenset[str], required: Iterable[str], delimiter: str
 ) -> Iterator[ManifestRow | Problem]:
     csv.field_size_limit(FIELD_LIMIT)
-    reader = csv.reader(_lines(manifest, text), delimiter=delimiter, strict=True)
+    lines = _RowLines(manifest, text)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     line = 1
     try:
         header = [cell.strip() for cell in next(reader, [])]
+        if len(header) > COLUMN_LIMIT:
+            raise ManifestError(f"{manifest}: line 1: {_too_many_columns(len(header))}")
         _check_delimiter(manifest, header, delimiter)
         header = _rename_header(manifest, header)
         check_columns(manifest, header, known, required)
         while True:
             line = reader.line_num + 1
+            lines.start_row(line)
             cells = next(reader, None)
             if cells is None:
                 return
@@ -177,11 +186,40 @@ def _both_names(old: str, new: str) -> str:
     return f"columns {old!r} and {new!r} are the same, {old!r} is the old name; remove one of them"
 
 
+def _too_many_columns(count: int) -> str:
+    return f"{count:,} columns; at most {COLUMN_LIMIT} are allowed: is this a manifest?"
+
+
 def _quoting_error(error: csv.Error, first: int, last: int) -> str:
     # The csv module names the line where it gave up; the unclosed quote is where the row begins.
     if first == last:
         return str(error)
     return f"a quote that opens here is not closed properly, up to line {last}: {error}"
+
+
+class _RowLines:
+    """A file's lines; raises ManifestError before a row of many lines fills the memory.
+
+    Quoted cells may hold line ends, so that the csv module joins lines without a limit.
+    """
+
+    def __init__(self, manifest: str, text: IO[str]) -> None:
+        self._manifest = manifest
+        self._lines = _lines(manifest, text)
+        self.start_row(1)
+
+    def start_row(self, line: int) -> None:
+        self._first_line, self._length = line, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for content in self._lines:
+            self._length += len(content)
+            if self._length > LINE_LIMIT:
+                raise ManifestError(
+                    f"{self._manifest}: line {self._first_line}: a row of more than "
+                    f"{LINE_LIMIT:,} characters; is a quote not closed?"
+                )
+            yield content
 
 
 def _lines(manifest: str, text: IO[str]) -> Iterator[str]:
@@ -226,16 +264,40 @@ def check_columns(
     if not any(header):
         raise ManifestError(f"{manifest}: empty; the first line must name the columns")
     problems = [f"column {column!r} is missing" for column in required if column not in header]
-    problems += [
-        f"duplicate column {column!r}" for column in sorted(set(header)) if header.count(column) > 1
-    ]
-    problems += [
-        f"column {column!r} is not known and fills no {{placeholder}}{did_you_mean(column, known)}"
-        for column in dict.fromkeys(header)
-        if column not in known
-    ]
+    counts = Counter(header)
+    problems += _listed(
+        f"duplicate column {column!r}" for column in sorted(counts) if counts[column] > 1
+    )
+    unknown = (column for column in counts if column not in known)
+    suggest = _Suggestions(known)
+    problems += _listed(
+        f"column {column!r} is not known and fills no {{placeholder}}{suggest(column)}"
+        for column in unknown
+    )
     if problems:
         raise ManifestError(f"{manifest}: line 1: " + "; ".join(problems))
+
+
+class _Suggestions:
+    """``did_you_mean`` for the first few unknown names: each is compared with all known ones."""
+
+    def __init__(self, known: frozenset[str]) -> None:
+        self._known = known
+        self._given: dict[str, str] = {}
+
+    def __call__(self, name: str) -> str:
+        if name not in self._given and len(self._given) >= _SUGGESTION_LIMIT:
+            return ""
+        if name not in self._given:
+            self._given[name] = did_you_mean(name, self._known)
+        return self._given[name]
+
+
+def _listed(problems: Iterable[str]) -> list[str]:
+    """The first problems of a kind, and how many more there are."""
+    listed = list(problems)
+    more = len(listed) - _LISTED_LIMIT
+    return listed[:_LISTED_LIMIT] + ([f"and {more:,} more like this"] if more > 0 else [])
 
 
 # --- JSONL -----------------------------------------------------------------------------------
@@ -245,6 +307,7 @@ def _jsonl_rows(
     manifest: str, text: IO[str], known: frozenset[str]
 ) -> Iterator[ManifestRow | Problem]:
     warned: set[str] = set()
+    suggest = _Suggestions(known)
     for line, content in enumerate(_lines(manifest, text), start=1):
         if not content.strip():
             continue
@@ -252,10 +315,13 @@ def _jsonl_rows(
         if isinstance(values, Problem):
             yield values
             continue
+        if len(values) > COLUMN_LIMIT:
+            yield Problem(line=line, text=_too_many_columns(len(values)))
+            continue
         for old in (values.keys() & RENAMED_COLUMNS.keys()) - warned:
             warned.add(old)
             _warn_of_old_name(manifest, old, RENAMED_COLUMNS[old])
-        yield _json_row(line, values, known)
+        yield _json_row(line, values, known, suggest)
 
 
 def _parse_object(line: int, content: str) -> dict[str, object] | Problem:
@@ -269,7 +335,7 @@ def _parse_object(line: int, content: str) -> dict[str, object] | Problem:
 
 
 def _json_row(
-    line: int, values: Mapping[str, object], known: frozenset[str]
+    line: int, values: Mapping[str, object], known: frozenset[str], suggest: _Suggestions
 ) -> ManifestRow | Problem:
     cells: dict[str, str] = {}
     for field, value in values.items():
@@ -279,8 +345,7 @@ def _json_row(
         if column not in known:
             return Problem(
                 line=line,
-                text=f"{column}: not a known column and fills no {{placeholder}}"
-                f"{did_you_mean(column, known)}",
+                text=f"{column}: not a known column and fills no {{placeholder}}{suggest(column)}",
             )
         cell = _cell_text(column, value)
         if cell is None:

@@ -23,7 +23,8 @@ from producer.cli.command import (
     version_option,
 )
 from producer.local_run import LocalWorkers, require_engines, running_redis, running_workers
-from producer.manifest import Problem, stem
+from producer.manifest import stem
+from producer.problem_report import ProblemReport
 from producer.reports import Progress, count_errors, measure_progress
 from producer.resolve import RowDefaults
 from producer.submit import RerunOptions, SubmitResult, submit_manifest
@@ -128,10 +129,12 @@ def _submit(options: SubmitOptions, stack: ExitStack) -> int:
     defaults = _row_defaults(options, settings)
     roots = _roots(options, settings, defaults)
     storage = Storage(roots=roots, buckets=settings.buckets)
-    manifest = validate_manifest(defaults, storage, report=_print_problem)
+    problems = ProblemReport(lambda line: click.echo(line, err=True))
+    manifest = validate_manifest(defaults, storage, report=problems)
     stack.callback(manifest.close)
     if options.dry_run:
-        return _dry_run(manifest, storage, settings, as_json=options.as_json)
+        return _dry_run(manifest, storage, settings, problems, as_json=options.as_json)
+    problems.summarize()
     _exit_if_invalid(manifest, skip_invalid=options.skip_invalid)
     if options.local:
         require_engines(manifest.engines)
@@ -140,7 +143,8 @@ def _submit(options: SubmitOptions, stack: ExitStack) -> int:
     stack.callback(db.close)
     schema.ensure(db)
     if not options.force:
-        check_output_owners(manifest, db, report=_print_problem)
+        check_output_owners(manifest, db, report=problems)
+        problems.summarize()
         _exit_if_invalid(manifest, skip_invalid=options.skip_invalid)
     started = time.monotonic()
     result = _record(manifest, defaults, options, settings, db, storage)
@@ -216,10 +220,6 @@ def _roots(options: SubmitOptions, settings: Settings, defaults: RowDefaults) ->
 # --- the steps -------------------------------------------------------------------------------
 
 
-def _print_problem(problem: Problem) -> None:
-    click.echo(str(problem), err=True)
-
-
 def _exit_if_invalid(manifest: ValidatedManifest, *, skip_invalid: bool) -> None:
     if not manifest.invalid or (skip_invalid and manifest.invalid < manifest.rows):
         return
@@ -232,11 +232,17 @@ def _exit_if_invalid(manifest: ValidatedManifest, *, skip_invalid: bool) -> None
 
 
 def _dry_run(
-    manifest: ValidatedManifest, storage: Storage, settings: Settings, *, as_json: bool
+    manifest: ValidatedManifest,
+    storage: Storage,
+    settings: Settings,
+    problems: ProblemReport,
+    *,
+    as_json: bool,
 ) -> int:
     from producer import dry_run  # only this option reads images
 
-    report = dry_run.simulate(manifest, storage, settings, report=_print_problem)
+    report = dry_run.simulate(manifest, storage, settings, report=problems)
+    problems.summarize()
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:

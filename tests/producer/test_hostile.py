@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from producer import manifest
+from producer.manifest import Problem
+from producer.problem_report import ProblemReport
 from producer.resolve import RowDefaults
 from producer.validate import validate_manifest
 from shared.errors import ManifestError
@@ -133,3 +138,69 @@ def test_no_secret_is_printed_logged_or_recorded(
     assert all(outputs), "every command printed something"
     assert b"in/1.png" in recorded
     assert not [text for text in (*outputs, caplog.text, repr(recorded)) if secret in text]
+
+
+def test_a_header_of_too_many_columns_is_refused_with_its_count(workspace: Workspace) -> None:
+    workspace.write("m.csv", ",".join(f"c{n}" for n in range(100_000)) + "\n")
+    result = workspace.submit("m.csv")
+    assert result.status == 2
+    assert result.err.endswith(
+        "m.csv: line 1: 100,000 columns; at most 500 are allowed: is this a manifest?\n"
+    )
+    workspace.write("m.jsonl", json.dumps({f"c{n}": 1 for n in range(10_000)}) + "\n")
+    result = workspace.submit("m.jsonl")
+    assert "line 1: 10,000 columns; at most 500 are allowed" in result.err
+
+
+def test_wrong_columns_are_compared_with_the_known_ones_a_few_times_only(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[str] = []
+
+    def did_you_mean(name: str, _known: frozenset[str]) -> str:
+        compared.append(name)
+        return "; a suggestion"
+
+    monkeypatch.setattr(manifest, "did_you_mean", did_you_mean)
+    names = [f"c{n}" for n in range(200)]
+    workspace.write("m.csv", ",".join(["image", "mask", *names, *names]) + "\n")
+    error = workspace.submit("m.csv").err
+    assert compared == names[:5]
+    assert error.count("duplicate column") == error.count("is not known") == 20
+    assert error.count("and 180 more like this") == 2
+    compared.clear()
+    rows = [json.dumps({"image": "a.png", "mask": "alpha", name: 1}) for name in names * 2]
+    workspace.write("m.jsonl", "\n".join(rows))
+    workspace.submit("m.jsonl")
+    assert compared == names[:5]
+
+
+def test_of_problems_that_are_alike_the_first_ten_are_printed(workspace: Workspace) -> None:
+    rows = [f"in/{n}.png,alpha" + ("" if n % 2 else f",{5000 + n}") for n in range(10_000)]
+    workspace.write("m.csv", "image,mask,priority\n" + "\n".join(rows) + "\n")
+    result = workspace.submit("m.csv")
+    assert result.status == 2
+    lines = result.err.splitlines()
+    assert len([line for line in lines if line.startswith("line ")]) == 20
+    assert len([line for line in lines if line.startswith("4,990 more like this: ")]) == 2
+    assert "10,000 of 10,000 rows are not valid; nothing was enqueued" in lines[-1]
+
+
+def test_problems_of_countless_kinds_are_counted_together() -> None:
+    printed: list[str] = []
+    report = ProblemReport(printed.append)
+    for number in range(5_000):
+        word = "".join(chr(97 + int(digit)) for digit in str(number))
+        report(Problem(line=number, text=f"unknown {word}"))
+    report.summarize()
+    assert len(printed) == 101
+    assert printed[-1] == "4,900 more of other kinds"
+
+
+def test_a_row_of_countless_lines_is_refused_before_it_fills_the_memory(
+    workspace: Workspace,
+) -> None:
+    workspace.write("m.csv.gz", gzip.compress(b"image,mask\n" + b'"\n",' * 3_000_000))
+    result = workspace.submit("m.csv.gz")
+    assert result.status == 2
+    assert "line 2: a row of more than 1,048,576 characters; is a quote not closed?" in result.err
