@@ -10,7 +10,7 @@ import marshal
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b, sha256
 from itertools import islice
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from producer.manifest import ManifestRow, Problem, read
 from producer.resolve import RowDefaults, RowResolver
 from shared.db import Database
-from shared.errors import ManifestError
+from shared.errors import ManifestError, StorageUnavailable
 from shared.jobs import submissions
 from shared.jobs.submissions import NewJob
 from shared.params import further_inputs, is_file
@@ -39,7 +39,8 @@ class JobSpool:
     """Jobs in a temporary file, in the order they were appended; can be iterated repeatedly."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="inpaint-")  # noqa: SIM115
+        with _spool_errors():
+            self._file: IO[bytes] = tempfile.TemporaryFile(prefix="inpaint-")  # noqa: SIM115
         self._buffer: list[tuple[object, ...]] = []
 
     def append(self, job: NewJob) -> None:
@@ -50,8 +51,10 @@ class JobSpool:
     def _flush(self) -> None:
         # marshal suffices: tuples of str, bytes and int that only this process reads.
         data = marshal.dumps(self._buffer)
-        self._file.write(len(data).to_bytes(8, "big"))
-        self._file.write(data)
+        with _spool_errors():
+            self._file.write(len(data).to_bytes(8, "big"))
+            self._file.write(data)
+            self._file.flush()
         self._buffer = []
 
     def __iter__(self) -> Iterator[NewJob]:
@@ -67,7 +70,20 @@ class JobSpool:
             self._file.seek(end)
 
     def close(self) -> None:
-        self._file.close()
+        # Closing writes what is left; where the disk is full, that has been reported.
+        with suppress(OSError):
+            self._file.close()
+
+
+@contextmanager
+def _spool_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageUnavailable(
+            f"cannot write a temporary file: {reason}; free space, or set TMPDIR to another folder"
+        ) from error
 
 
 _FIELDS = tuple(NewJob.__dataclass_fields__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -45,6 +46,8 @@ ROUNDING_LEVELS = 3
 WATCH_SECONDS = 2.0
 # A spreadsheet runs a cell as a formula if it begins so, some after removing the whitespace.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# All but tab and line feed: a terminal or an editor would act on them.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -254,11 +257,12 @@ def _write_csv(records: Iterable[ExportRecord]) -> None:
 
 def _csv_cell(value: object) -> object:
     if isinstance(value, dict):
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+        value = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    if not isinstance(value, str):
+        return value
     # A leading apostrophe makes a spreadsheet show the cell as text.
-    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
-        return "'" + value
-    return value
+    text = "'" + value if value.startswith(FORMULA_STARTS) else value
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @jobs_command.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from shared.storage.beneath import containing_folder, replaced
 from shared.storage.objects import Object, Stat, check_size
 
 _TEMPORARY_SUFFIX = ".tmp"
+_FSYNC_UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @lru_cache(maxsize=4096)
@@ -106,7 +108,7 @@ def _write_new(folder: int, name: str, data: bytes) -> None:
     with os.fdopen(os.open(name, flags, 0o666, dir_fd=folder), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
 
 
 def _current_version(folder: int, name: str) -> str | None:
@@ -117,9 +119,19 @@ def _current_version(folder: int, name: str) -> str | None:
 
 
 def _sync_folder(folder: int) -> None:
-    """Makes the rename itself durable."""
-    with _readable(folder) as descriptor:
+    """Makes the rename itself durable, where the folder may be opened and synchronized."""
+    # The result is in place: a folder that may be written and not read must not fail its job.
+    with suppress(PermissionError), _readable(folder) as descriptor:
+        _fsync(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    """fsync, where the file system has it: some network file systems refuse it for folders."""
+    try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _FSYNC_UNSUPPORTED:
+            raise
 
 
 @contextmanager

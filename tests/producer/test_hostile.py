@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,7 +186,7 @@ def test_of_problems_that_are_alike_the_first_ten_are_printed(workspace: Workspa
     lines = result.err.splitlines()
     assert len([line for line in lines if line.startswith("line ")]) == 20
     assert len([line for line in lines if line.startswith("4,990 more like this: ")]) == 2
-    assert "10,000 of 10,000 rows are not valid; nothing was enqueued" in lines[-1]
+    assert "10,000 of 10,000 rows are not valid; nothing was recorded" in lines[-1]
 
 
 def test_problems_of_countless_kinds_are_counted_together() -> None:
@@ -204,3 +207,36 @@ def test_a_row_of_countless_lines_is_refused_before_it_fills_the_memory(
     result = workspace.submit("m.csv.gz")
     assert result.status == 2
     assert "line 2: a row of more than 1,048,576 characters; is a quote not closed?" in result.err
+
+
+LIMITED_SUBMIT = """
+import resource
+from producer.cli.submit import submit
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+submit()
+"""
+
+
+@pytest.mark.parametrize("is_missing", [False, True], ids=["full", "missing"])
+def test_a_temporary_folder_that_takes_nothing_is_one_line(
+    workspace: Workspace, is_missing: bool
+) -> None:
+    """A limit on the size of files stands for the full disk: the kernel refuses the write."""
+    rows = [f"in/{n}.png,alpha" for n in range(4_000)]
+    workspace.write("m.csv", "image,mask\n" + "\n".join(rows) + "\n")
+    program = LIMITED_SUBMIT
+    if is_missing:  # every place that Python would try
+        program = "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/proc/none']\n"
+        program += LIMITED_SUBMIT
+    result = subprocess.run(
+        [sys.executable, "-c", program, "m.csv"],
+        cwd=workspace.folder,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("inpaint-submit: cannot write a temporary file: ")
+    assert result.stderr.endswith("; free space, or set TMPDIR to another folder\n")

@@ -548,6 +548,29 @@ def test_a_full_or_read_only_disk_refuses_the_output(
     assert list(target.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_fsync_takes_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(_descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    storage, target = Storage(roots=[tmp_path], buckets=()), tmp_path / "out" / "a.png"
+    storage.put(str(target), b"data", if_version=None, token="1-1")
+    assert target.read_bytes() == b"data"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_folder_that_may_be_written_and_not_read_takes_the_output(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir(mode=0o300)
+    storage = Storage(roots=[tmp_path], buckets=())
+    storage.put(str(folder / "a.png"), b"data", if_version=None, token="1-1")
+    folder.chmod(0o700)
+    assert (folder / "a.png").read_bytes() == b"data"
+
+
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (507, "XMinioStorageFull")])
 def test_a_bucket_that_denies_writes_refuses_the_output(status: int, code: str) -> None:
     from botocore.exceptions import ClientError

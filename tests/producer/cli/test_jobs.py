@@ -378,10 +378,22 @@ def test_a_csv_export_contains_no_spreadsheet_formula(
     key = f"{start}1+1"
     table.add_one(key=key, image=f"{start}a.png")
     (row,) = csv.DictReader(io.StringIO(workspace.jobs("export").out, newline=""))
-    assert row["key"] == f"'{key}"
-    assert row["image"] == f"'{start}a.png"
+    shown = start.replace("\r", "\\r")
+    assert row["key"] == f"'{shown}1+1"
+    assert row["image"] == f"'{shown}a.png"
     record = json.loads(workspace.jobs("export", "--format", "jsonl").out)
     assert record["key"] == key
+
+
+def test_a_csv_export_contains_no_control_character(workspace: Workspace, table: JobTable) -> None:
+    key = "a\x1b[31mred\x07\x7f\x9b\r\tb\n"
+    job = table.add_one(key=key, image=f"{key}.png")
+    out = workspace.jobs("export").out
+    assert {c for c in out if not c.isprintable()} == {"\n", "\t"}
+    (row,) = csv.DictReader(io.StringIO(out, newline=""))
+    assert row["key"] == "a\\x1b[31mred\\x07\\x7f\\x9b\\r\tb\n"
+    assert json.loads(workspace.jobs("export", "--format", "jsonl").out)["key"] == key
+    assert row["job"] == str(job)
 
 
 def test_quotes_newlines_and_unicode_survive_an_export(
