@@ -76,7 +76,10 @@ def _connect(db: Database) -> None:
 
 
 def _check_broker(settings: Settings) -> Check:
-    queue = Queue(embedded_redis.broker_url(settings))
+    try:
+        queue = Queue(embedded_redis.broker_url(settings))
+    except UnavailableError as error:
+        return Check(subject="broker", verdict="bad", text=str(error))
     try:
         return Check(subject="broker", verdict="ok", text=f"{queue}, version {queue.ping()}")
     except UnavailableError as error:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import redis
@@ -50,7 +50,7 @@ class EmbeddedRedis:
         if self._settings.broker_url is not None or _is_running(home):
             return
         try:
-            (home / "redis").mkdir(parents=True, exist_ok=True)
+            (home / "redis").mkdir(mode=0o700, exist_ok=True)
             with _start_lock(home):
                 if not _is_running(home):
                     self._process = _start(home)
@@ -61,6 +61,7 @@ class EmbeddedRedis:
         if self._process is not None:
             processes.stop(self._process, grace_seconds=5)
             self._process = None
+            _remove_runtime_folder(self._settings.home)
 
     def __enter__(self) -> EmbeddedRedis:
         self.ensure()
@@ -72,8 +73,28 @@ class EmbeddedRedis:
 
 def _socket_path(home: Path) -> Path:
     # A Unix socket's path has at most about 100 bytes; INPAINT_HOME itself may be longer.
-    digest = hashlib.sha256(str(home).encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"inpaint-{os.getuid()}-{digest}" / "redis.sock"
+    return _runtime_folder(home) / "redis.sock"
+
+
+def _runtime_folder(home: Path, *, taken: Path | None = None) -> Path:
+    """The folder of the socket. Its name is random and kept in ``home``, which is private.
+
+    Every local user can create folders in /tmp: one of a known name could be taken by another.
+    taken: a folder that is; another one replaces it.
+    """
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (home / "runtime-folder").open("a+") as record:
+            fcntl.flock(record, fcntl.LOCK_EX)
+            record.seek(0)
+            name = record.read()
+            if not name or name == str(taken):
+                name = f"{tempfile.gettempdir()}/inpaint-{secrets.token_hex(8)}"
+                record.truncate(0)
+                record.write(name)
+            return Path(name)
+    except OSError as error:
+        raise BrokerUnavailable(f"embedded Redis: {error}; see INPAINT_HOME") from error
 
 
 def _is_running(home: Path) -> bool:
@@ -99,8 +120,8 @@ def _start_lock(home: Path) -> Iterator[None]:
 
 
 def _start(home: Path) -> subprocess.Popen[bytes]:
-    binary, socket, folder = _server_binary(), _socket_path(home), home / "redis"
-    _make_private_folder(socket.parent)
+    binary, folder = _server_binary(), home / "redis"
+    socket = _make_runtime_folder(home) / "redis.sock"
     process = processes.spawn(
         [
             *(binary, "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)),
@@ -119,13 +140,23 @@ def _start(home: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def _make_private_folder(folder: Path) -> None:
-    """Raises BrokerUnavailable if another user created the folder: /tmp is writable for all."""
+def _make_runtime_folder(home: Path) -> Path:
+    """The folder, private to this user; under another name if someone else took the first."""
+    folder = _runtime_folder(home)
     folder.mkdir(mode=0o700, exist_ok=True)
     # lstat: a symlink planted under our name must not pass as our folder.
     status = folder.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o077 or folder.is_symlink():
-        raise BrokerUnavailable(f"{folder} is not private to this user; remove it")
+    if status.st_uid == os.getuid() and not status.st_mode & 0o077 and not folder.is_symlink():
+        return folder
+    folder = _runtime_folder(home, taken=folder)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _remove_runtime_folder(home: Path) -> None:
+    with suppress(OSError, BrokerUnavailable), _start_lock(home):
+        if not _is_running(home):
+            _runtime_folder(home).rmdir()
 
 
 def _server_binary() -> str:

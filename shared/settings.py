@@ -143,7 +143,8 @@ class Settings(BaseSettings):
     # The descriptions are the text of docs/settings.md; a test compares them.
     home: Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_resolve)] = Field(
         default=Path(".inpaint"),
-        description="Folder of the SQLite database and the embedded Redis.",
+        description="Folder of the SQLite database and the embedded Redis; created for this user "
+        "only (0700).",
     )
     database_url: Annotated[SecretStr | None, AfterValidator(_check_database_url)] = Field(
         default=None,

@@ -84,12 +84,38 @@ def test_it_listens_on_a_private_socket_and_on_no_port(configured: Settings) -> 
         queue.close()
 
 
-def test_a_socket_folder_that_other_users_can_enter_is_refused(configured: Settings) -> None:
-    folder = embedded_redis._socket_path(configured.home).parent
-    folder.mkdir(mode=0o700)
-    folder.chmod(0o755)
-    with pytest.raises(BrokerUnavailable, match="is not private to this user; remove it"):
-        EmbeddedRedis(configured).ensure()
+@pytest.mark.parametrize("squat", ["folder", "symlink"])
+def test_a_runtime_folder_that_another_user_took_is_replaced(
+    configured: Settings, tmp_path: Path, squat: str
+) -> None:
+    with EmbeddedRedis(configured):
+        taken = embedded_redis._socket_path(configured.home).parent
+    assert not taken.exists()  # removed with its server; whoever saw its name can take it now
+    if squat == "folder":
+        taken.mkdir()
+        taken.chmod(0o755)
+    else:
+        (tmp_path / "theirs").mkdir(mode=0o700)
+        taken.symlink_to(tmp_path / "theirs")
+    try:
+        with EmbeddedRedis(configured):
+            folder = embedded_redis._socket_path(configured.home).parent
+            assert folder != taken
+            assert folder.stat().st_mode & 0o777 == 0o700
+            queue = Queue(embedded_redis.broker_url(configured))
+            queue.publish([MESSAGE])
+            queue.close()
+        assert not folder.exists()
+    finally:
+        taken.unlink() if squat == "symlink" else taken.rmdir()
+
+
+def test_the_home_and_the_name_of_the_runtime_folder_are_private(configured: Settings) -> None:
+    with EmbeddedRedis(configured):
+        for folder in (configured.home, configured.home / "redis"):
+            assert folder.stat().st_mode & 0o777 == 0o700
+    other = configured.model_copy(update={"home": configured.home.with_name("other")})
+    assert embedded_redis.broker_url(other) != embedded_redis.broker_url(configured)
 
 
 def test_a_home_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
