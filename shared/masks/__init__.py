@@ -13,7 +13,7 @@ from shared.masks.morphology import (
     squared_distances,
     tiles,
 )
-from shared.masks.reading import alpha_to_mask, decode_mask
+from shared.masks.reading import alpha_to_mask, decode_mask, probe_mask
 
 __all__ = [
     "TILE_PX",
@@ -29,6 +29,7 @@ __all__ = [
     "load",
     "parse_boxes",
     "prepare_mask",
+    "probe_mask",
     "slices",
     "squared_distances",
     "tiles",

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from shared.errors import ImageError, MaskError
-from shared.images import DecodedImage, Pixels, decode
+from shared.images import DecodedImage, Pixels, decode, probe
 from shared.masks.morphology import Grey
 
 _DARK = 64  # a pixel whose strongest channel is below counts as black
@@ -33,6 +33,14 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
     except ImageError as error:
         raise MaskError(f"the mask: {error}") from error
     return _to_grey(image)
+
+
+def probe_mask(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """(width, height) of a mask file, from its header; raises as ``decode_mask`` does."""
+    try:
+        return probe(data, max_pixels=max_pixels)
+    except ImageError as error:
+        raise MaskError(f"the mask: {error}") from error
 
 
 def alpha_to_mask(image: HasAlpha) -> Grey:

@@ -124,3 +124,38 @@ def test_jobs_hold_pixels_only_while_they_are_rendered(tmp_path: Path) -> None:
     assert {harness.job(job).state for job in ids} == {"succeeded"}
     assert most_at_a_time <= 2
     harness.close()
+
+
+class RecordingBudget(PixelBudget):
+    """A budget that keeps what jobs reserved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reserved: list[int] = []
+
+    def _acquire(self, pixels: int, interruption: Interruption) -> None:
+        self.reserved.append(pixels)
+        super()._acquire(pixels, interruption)
+
+
+def test_masks_larger_than_the_image_and_fonts_count_in_the_budget(tmp_path: Path) -> None:
+    budget = RecordingBudget()
+    harness = WorkerHarness(f"sqlite:///{tmp_path / 'jobs.db'}", tmp_path, SolidColourEngine())
+    harness.worker = replace(harness.worker, pixel_budget=budget)
+    image = harness.write_image("in.png", (70, 60))
+    same = harness.write_mask("same.png", (70, 60), (20, 20, 40, 40))
+    large = harness.write_mask("large.png", (2000, 1500), (20, 20, 400, 400))
+    font = harness.write("font.ttf", b"x" * 24_000)
+    damaged = harness.write("damaged.png", b"no mask")
+    for mask, params, code in (
+        (same, {}, None),
+        (large, {}, "mask_size"),
+        (same, {"text": "a", "text_font": font}, "bad_font"),
+        (damaged, {}, "bad_mask"),
+    ):
+        output = harness.path(f"out/{len(budget.reserved)}{code}.png")
+        job = harness.add(image=image, mask=mask, output=output, **params)
+        harness.run(job)
+        assert harness.job(job).error_code == code
+    assert budget.reserved == [70 * 60, 2000 * 1500, 70 * 60 + 1000]
+    harness.close()

@@ -22,6 +22,7 @@ from workers.job_context import JobContext
 from workers.pipeline import plugins
 from workers.pipeline.inpainting import MaskedPass, inpaint
 from workers.pipeline.text_overlay import TextOverlay, draw_text, resolve_text_box
+from workers.pixel_budget import BYTES_PER_PIXEL
 from workers.worker_context import PipelineContext
 
 
@@ -43,8 +44,7 @@ def render(worker: PipelineContext, job: JobContext) -> Rendered:
     """
     with job.stage("fetch"):
         inputs = _fetch(worker, job)
-    width, height = images.probe(inputs.image, max_pixels=worker.settings.max_pixels)
-    with worker.pixel_budget.reserve(width * height, job.interruption):
+    with worker.pixel_budget.reserve(_count_pixels(worker, job, inputs), job.interruption):
         data = _render_pixels(worker, job, inputs)
     return Rendered(data=data, replaced_version=inputs.output_version)
 
@@ -77,6 +77,25 @@ def _fetch(worker: PipelineContext, job: JobContext) -> _Inputs:
         files={location: item.data for location, item in objects.items()},
         output_version=output.version if output else None,
     )
+
+
+def _count_pixels(worker: PipelineContext, job: JobContext, inputs: _Inputs) -> int:
+    """The pixels that a job's memory is estimated by: of its image, larger masks, and fonts.
+
+    The budget's bytes per pixel include a mask of the image's size; of larger ones the rest
+    counts. A font counts as the pixels that take as many bytes. Raises what decoding would raise
+    for a header.
+    """
+    max_pixels = worker.settings.max_pixels
+    width, height = images.probe(inputs.image, max_pixels=max_pixels)
+    image_pixels = pixels = width * height
+    for location, data in inputs.files.items():
+        if location == job.params.text_font:
+            pixels += len(data) // BYTES_PER_PIXEL
+        else:
+            width, height = masks.probe_mask(data, max_pixels=max_pixels)
+            pixels += max(0, width * height - image_pixels)
+    return pixels
 
 
 def _render_pixels(worker: PipelineContext, job: JobContext, inputs: _Inputs) -> bytes:
