@@ -236,7 +236,8 @@ def release_all(worker: WorkerContext, *, keep: Collection[int] = ()) -> None:
         if job.id in keep:
             continue
         try:
-            jobs.release(worker.db, job.leased, job.record)
+            # The job threads may hold every connection of their own.
+            jobs.release(worker.maintenance_db, job.leased, job.record)
             log.info("job %s: released in the middle of a step", job.id)
         except (LeaseLost, DatabaseUnavailable) as error:
             log.warning("job %s: not released: %s", job.id, error)

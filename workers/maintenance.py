@@ -17,6 +17,7 @@ from shared.processes import EX_STALLED
 from shared.settings import Settings
 from workers.job_context import JobContext
 from workers.job_runner import release_all
+from workers.lease_watch import LeaseWatch
 from workers.worker_context import WorkerContext
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 # A message needs a few intervals to arrive before it counts as lost.
 INTERVALS_BEFORE_REDELIVERY = 2.5
 MAX_STALL_CHECK_SECONDS = 5.0
+# Between two looks at the leases of other workers; a longer pause was an outage or a suspension.
+INTERVALS_BEFORE_GAP = 2
 
 
 class Maintenance:
@@ -40,8 +43,11 @@ class Maintenance:
             _PeriodicTask("heartbeat", heartbeat, lambda: renew_leases(worker)),
             _PeriodicTask("stall check", stall_check, lambda: exit_if_stalled(worker)),
         ]
+        watch = LeaseWatch(
+            lease_seconds=settings.lease_seconds, max_gap_seconds=INTERVALS_BEFORE_GAP * interval
+        )
         queues = [
-            _PeriodicTask("reap", interval, lambda: reap_expired_leases(worker)),
+            _PeriodicTask("reap", interval, lambda: reap_abandoned_leases(worker, watch)),
             _PeriodicTask("dispatch", interval, lambda: dispatch_due_jobs(worker, queue)),
             _PeriodicTask(
                 "redeliver", redelivery_seconds(settings), lambda: redeliver(worker, queue)
@@ -109,7 +115,7 @@ def renew_leases(worker: WorkerContext) -> None:
     active_jobs.may_have_orphans = False
     try:
         renewed = jobs.heartbeat(
-            worker.db,
+            worker.maintenance_db,
             worker=worker.holder.worker,
             lease_seconds=worker.settings.lease_seconds,
         )
@@ -142,7 +148,7 @@ def _release_orphans(worker: WorkerContext, renewed: Sequence[jobs.RenewedLease]
     claimed = worker.active_jobs.claimed_ids()
     for lease in renewed:
         if lease.job not in claimed:
-            jobs.release_orphan(worker.db, lease)
+            jobs.release_orphan(worker.maintenance_db, lease)
             log.warning(
                 "job %s: attempt %s released: leased to this worker but not running here",
                 lease.job,
@@ -168,8 +174,11 @@ def exit_if_stalled(worker: WorkerContext) -> None:
     os._exit(EX_STALLED)
 
 
-def reap_expired_leases(worker: WorkerContext) -> None:
-    for lost in jobs.reap(worker.db):
+def reap_abandoned_leases(worker: WorkerContext, watch: LeaseWatch) -> None:
+    """End the attempts of lost workers; never those of this worker, which knows what it runs."""
+    leases = jobs.running_leases(worker.maintenance_db, except_of=worker.holder.worker)
+    abandoned = watch.abandoned(leases, time.monotonic())
+    for lost in jobs.reap(worker.maintenance_db, abandoned):
         log.warning(
             "job %s: attempt %s lost its worker; now %s", lost.job, lost.attempt, lost.state
         )
@@ -180,13 +189,15 @@ def redelivery_seconds(settings: Settings) -> float:
 
 
 def dispatch_due_jobs(worker: WorkerContext, queue: Queue) -> None:
-    jobs.dispatch(worker.db, queue, worker.engine.name, bound=worker.settings.queue_bound)
+    jobs.dispatch(
+        worker.maintenance_db, queue, worker.engine.name, bound=worker.settings.queue_bound
+    )
 
 
 def redeliver(worker: WorkerContext, queue: Queue) -> None:
     """Publish again the messages that Redis lost, and discard those that are stale."""
     grace = redelivery_seconds(worker.settings)
-    count = jobs.redeliver(worker.db, queue, worker.engine.name, grace_seconds=grace)
-    jobs.discard_stale_messages(worker.db, queue, worker.engine.name)
+    count = jobs.redeliver(worker.maintenance_db, queue, worker.engine.name, grace_seconds=grace)
+    jobs.discard_stale_messages(worker.maintenance_db, queue, worker.engine.name)
     if count:
         log.warning("queued %s jobs again whose messages were lost", count)

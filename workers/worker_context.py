@@ -30,6 +30,8 @@ class WorkerContext(PipelineContext):
     """What a worker process acquires, runs, publishes and records jobs with."""
 
     db: Database
+    # Connections for heartbeats and reaping, which the job threads cannot use up.
+    maintenance_db: Database
     holder: Holder
     retry_policy: RetryPolicy
     active_jobs: ActiveJobs = field(default_factory=ActiveJobs)

@@ -56,6 +56,9 @@ EX_OK = 0
 GRACE_SECONDS = 2.0
 MAX_FAILED_JOBS = 5  # in a row, before the device counts as broken
 SWITCH_SECONDS = 0.0005
+# Fewer than the job threads of a large batch: a job uses a connection only for moments.
+JOB_CONNECTIONS = 16
+MAINTENANCE_CONNECTIONS = 2  # one for each of its threads
 
 
 @click.command()
@@ -86,8 +89,7 @@ def main(
 
 
 def _worker_context(configured: Settings, engine: Engine, worker: str) -> WorkerContext:
-    # Fewer than the job threads of a large batch: a job uses a connection only for moments.
-    db = Database(configured.database, pool_size=16)
+    db = Database(configured.database, pool_size=JOB_CONNECTIONS)
     schema.ensure(db)
     return WorkerContext(
         settings=configured,
@@ -95,6 +97,7 @@ def _worker_context(configured: Settings, engine: Engine, worker: str) -> Worker
         engine=engine,
         pixel_budget=PixelBudget(configured.megapixel_budget),
         db=db,
+        maintenance_db=Database(configured.database, pool_size=MAINTENANCE_CONNECTIONS),
         holder=Holder(worker=worker, device=engine.device, engine_revision=engine.revision),
         retry_policy=RetryPolicy(
             max_failures=configured.max_failures,
@@ -133,6 +136,7 @@ def _shut_down(worker: WorkerContext, maintenance: Maintenance) -> None:
     worker.engine.close()
     maintenance.stop()
     worker.db.close()
+    worker.maintenance_db.close()
 
 
 def _celery_worker(app: Celery, worker: WorkerContext, name: str) -> Any:

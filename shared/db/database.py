@@ -52,7 +52,7 @@ def _sqlite_clock(element: clock, compiler: Any, **kw: Any) -> str:
 
 
 class Database:
-    """A connection pool; ``read()`` and ``write()`` are context managers for transactions.
+    """A pool of at most ``pool_size`` connections; ``read()`` and ``write()`` are transactions.
 
     Both raise DatabaseUnavailable if the server does not answer, drops the connection or is
     read-only; see ``shared/db/sqlstates.py``.
@@ -137,6 +137,7 @@ def _postgresql(url: URL, pool_size: int) -> Engine:
     engine = create_engine(
         url,
         pool_size=pool_size,
+        max_overflow=0,
         pool_pre_ping=True,  # replaces connections that a restart of the server has closed
         connect_args={
             "connect_timeout": 10,
@@ -165,6 +166,7 @@ def _sqlite(url: URL, pool_size: int) -> Engine:
         url,
         poolclass=QueuePool,
         pool_size=pool_size,
+        max_overflow=0,
         connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
     )
 

@@ -16,7 +16,8 @@ clock, so that the clocks of the hosts do not matter.
 | running         | failed    | fail, if not: *                                             |
 | running         | pending   | release, release_orphan: *                                  |
 | running         | cancelled | finish_cancelled: *                                         |
-| running         | pending   | reap: the lease expired; reap_worker: the process exited    |
+| running         | pending   | reap: the lease expired, and was not renewed while a        |
+|                 |           | ``LeaseWatch`` watched it; reap_worker: the process exited  |
 | running         | failed    | the same, for the second lost worker (quarantine)           |
 | pending, queued | cancelled | cancel, supersede: still pending or queued                  |
 | final           | pending   | retry, reopen_*: still final; the output is free, or is     |
@@ -72,12 +73,14 @@ from shared.jobs.leases import (
     LeasedJob,
     ReapedLease,
     RenewedLease,
+    RunningLease,
     acquire,
     heartbeat,
     reap,
     reap_worker,
     record_blocked_reason,
     renew_lease,
+    running_leases,
 )
 from shared.jobs.pruning import PrunableSubmission, find_prunable, prune
 
@@ -92,6 +95,7 @@ __all__ = [
     "ReapedLease",
     "RenewedLease",
     "RetryResult",
+    "RunningLease",
     "Selection",
     "acquire",
     "cancel",
@@ -114,5 +118,6 @@ __all__ = [
     "reopen_as_submitted",
     "reopen_by_content_key",
     "retry",
+    "running_leases",
     "succeed",
 ]

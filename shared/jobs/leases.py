@@ -9,8 +9,9 @@ Source: Martin Kleppmann, "How to do distributed locking", 2016.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
@@ -18,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Row,
     Select,
+    and_,
     bindparam,
     case,
     insert,
@@ -250,10 +252,46 @@ class ReapedLease:
     state: str
 
 
-def reap(db: Database) -> list[ReapedLease]:
-    """running -> pending, failed or cancelled: ends the attempts whose lease has expired."""
-    expired = Job.lease_expires_at < clock()
-    return _reap(db, expired, reason="the worker stopped sending heartbeats")
+@dataclass(frozen=True, kw_only=True)
+class RunningLease:
+    """A lease as another process sees it; every renewal changes ``expires_at``."""
+
+    token: FencingToken
+    expires_at: datetime
+
+
+def running_leases(db: Database, *, except_of: str) -> list[RunningLease]:
+    """All leases but those of one worker. Raises DatabaseUnavailable if leases cannot be renewed.
+
+    On a read-only server every lease looks abandoned; the row lock, of no row, fails there.
+    """
+    writable = select(Job.id).where(Job.id < 0).with_for_update()
+    leased = select(Job.id, Job.attempt, Job.lease_expires_at).where(
+        Job.state == "running", Job.worker != except_of
+    )
+    with db.write() as connection:
+        connection.execute(writable)
+        rows = connection.execute(leased).all()
+    return [
+        RunningLease(
+            token=FencingToken(job=row.id, attempt=row.attempt), expires_at=row.lease_expires_at
+        )
+        for row in rows
+    ]
+
+
+def reap(db: Database, tokens: Collection[FencingToken] | None = None) -> list[ReapedLease]:
+    """running -> pending, failed or cancelled: ends the attempts whose lease has expired.
+
+    tokens: only these leases, which a ``LeaseWatch`` has watched; None for all.
+    """
+    if tokens is not None and not tokens:
+        return []
+    lost = Job.lease_expires_at < clock()
+    if tokens is not None:
+        watched = [(token.job, token.attempt) for token in tokens]
+        lost = and_(lost, tuple_(Job.id, Job.attempt).in_(watched))
+    return _reap(db, lost, reason="the worker stopped sending heartbeats")
 
 
 def reap_worker(db: Database, *, worker: str, reason: str) -> list[ReapedLease]:

@@ -97,7 +97,7 @@ def test_workers_and_commands_go_on_after_a_failover_of_postgresql(
     pair.promote()
     # The test's own pool only reads, which works on the demoted server too.
     scenario.db.engine.dispose()
-    scenario.finish(retry=["worker_lost"])
+    scenario.finish()
     assert done < len(scenario.expected) - 10
     assert _query(pair.primary, CONNECTIONS) == 0
     scenario.assert_invariants()

@@ -71,11 +71,13 @@ class WorkerHarness:
     ) -> None:
         self.folder = folder
         self.db = Database(make_url(url))
+        self.maintenance_db = Database(make_url(url), pool_size=2)
         schema.upgrade(self.db)
         engine = engine or SolidColourEngine()
         self.worker = WorkerContext(
             settings=Settings(_env_file=None, home=folder / "home", **settings),
             db=self.db,
+            maintenance_db=self.maintenance_db,
             storage=Storage(roots=[folder.resolve()], buckets=()),
             engine=engine,
             holder=Holder(worker="test-1", device="cpu", engine_revision=engine.revision),
@@ -86,6 +88,7 @@ class WorkerHarness:
 
     def close(self) -> None:
         self.db.close()
+        self.maintenance_db.close()
 
     def add(self, *, image: str, mask: str, output: str, engine: str = "sd2", **params: Any) -> int:
         """Records one job and returns its id."""
