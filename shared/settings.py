@@ -338,7 +338,7 @@ def _values_of_old_names(variables: Mapping[str, str | None]) -> dict[str, str |
         if old in variables and new in variables:
             log.warning("%s is ignored: its new name %s is set too; remove %s", old, new, old)
         elif old in variables:
-            log.warning("%s is now called %s; the next version ignores the old name", old, new)
+            log.warning("%s is now called %s; the next version refuses the old name", old, new)
             values[new_name] = variables[old]
     return values
 

@@ -108,5 +108,8 @@ def parse_set_options(pairs: tuple[str, ...]) -> dict[str, object]:
 def explain_broker_error(settings: Settings, error: str) -> str:
     """Return what an unreachable broker means for jobs that are recorded already."""
     if settings.broker_url is None:
-        return "the jobs wait for a worker: inpaint-worker starts a Redis and dispatches them"
+        return (
+            "the jobs wait for a worker: start inpaint-worker --engine NAME, "
+            "or submit again with --local"
+        )
     return f"{error}; workers dispatch the jobs when it is back"

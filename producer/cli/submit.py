@@ -111,8 +111,8 @@ class SubmitOptions:
 @click.option(
     "--devices", default="all", show_default=True, help="For --local: all, cpu or 0,1,..."
 )
-@click.option("--force", is_flag=True, help="Run every row again, whatever is recorded.")
-@click.option("--changed", is_flag=True, help="Run rows again whose image or mask has changed.")
+@click.option("--force", is_flag=True, help="Run every row again; take outputs over from other jobs.")
+@click.option("--changed", is_flag=True, help="Run rows again whose image, mask or result has changed.")
 @click.option("--json", "as_json", is_flag=True, help="One summary object on stdout.")
 def submit(**values: Any) -> None:
     """Record every row of MANIFEST as a job and dispatch it to the workers.
@@ -406,13 +406,13 @@ def _print_summary(
     click.echo(f"{succeeded:,} succeeded, {failed:,} failed{and_cancelled} in {duration}")
     for error in count_errors(db, result.submission, extra_jobs=result.earlier_jobs):
         console.stdout_console().print(
-            f"  [red]{error.code}[/red] {error.count:,}: {console.escape(error.message)}"
+            f"  {error.count:,} x [red]{error.code}[/red]: {console.escape(error.message)}"
         )
     if progress.review:
         command = f"inpaint-jobs list --review --submission {result.submission}"
         click.echo(f"{progress.review:,} of them to review: {command}")
     if failed:
-        click.echo(f"again: inpaint-jobs retry --submission {result.submission}")
+        click.echo(f"once the causes are fixed: inpaint-jobs retry --submission {result.submission}")
     click.echo(f"results: {_describe_folders(manifest)}")
 
 

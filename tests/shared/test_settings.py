@@ -202,7 +202,7 @@ def test_an_old_name_still_works_with_a_warning_that_names_the_new_one(
 ) -> None:
     monkeypatch.setenv(old, "7")
     assert value(new) == 7
-    assert caplog.messages == [f"{old} is now called {new}; the next version ignores the old name"]
+    assert caplog.messages == [f"{old} is now called {new}; the next version refuses the old name"]
 
 
 @pytest.mark.parametrize(("old", "new"), OLD_NAMES)

@@ -212,8 +212,8 @@ def test_wait_exits_1_when_a_job_failed_and_names_the_errors(
     worker.join()
     assert result.status == 1
     assert "2 succeeded, 1 failed in " in result.out
-    assert "  bad_image 1: not [an] image" in result.out
-    assert "again: inpaint-jobs retry --submission 1" in result.out
+    assert "  1 x bad_image: not [an] image" in result.out
+    assert "once the causes are fixed: inpaint-jobs retry --submission 1" in result.out
 
 
 @pytest.mark.usefixtures("quick")
