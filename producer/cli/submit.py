@@ -111,8 +111,8 @@ class SubmitOptions:
 @click.option(
     "--devices", default="all", show_default=True, help="For --local: all, cpu or 0,1,..."
 )
-@click.option("--force", is_flag=True, help="Run every row again; take outputs over from other jobs.")
-@click.option("--changed", is_flag=True, help="Run rows again whose image, mask or result has changed.")
+@click.option("--force", is_flag=True, help="Run every row again; take outputs from other jobs.")
+@click.option("--changed", is_flag=True, help="Run rows again whose image, mask or result changed.")
 @click.option("--json", "as_json", is_flag=True, help="One summary object on stdout.")
 def submit(**values: Any) -> None:
     """Record every row of MANIFEST as a job and dispatch it to the workers.
@@ -412,7 +412,7 @@ def _print_summary(
         command = f"inpaint-jobs list --review --submission {result.submission}"
         click.echo(f"{progress.review:,} of them to review: {command}")
     if failed:
-        click.echo(f"once the causes are fixed: inpaint-jobs retry --submission {result.submission}")
+        click.echo(f"after fixing the causes: inpaint-jobs retry --submission {result.submission}")
     click.echo(f"results: {_describe_folders(manifest)}")
 
 

@@ -213,7 +213,7 @@ def test_wait_exits_1_when_a_job_failed_and_names_the_errors(
     assert result.status == 1
     assert "2 succeeded, 1 failed in " in result.out
     assert "  1 x bad_image: not [an] image" in result.out
-    assert "once the causes are fixed: inpaint-jobs retry --submission 1" in result.out
+    assert "after fixing the causes: inpaint-jobs retry --submission 1" in result.out
 
 
 @pytest.mark.usefixtures("quick")
