@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
 from functools import partial
+from hashlib import sha256
 from typing import TypeVar
 
 from shared import jobs
@@ -17,6 +18,8 @@ from shared.errors import (
     InpaintError,
     Interrupted,
     LeaseLost,
+    ObjectMissing,
+    ObjectTooLarge,
     OutputConflict,
     OutputRefused,
 )
@@ -145,8 +148,8 @@ def _publish_and_finish(
 def _put(worker: WorkerContext, job: JobContext, rendered: Rendered) -> str:
     """Replace the output as it was when the work began; return its new version.
 
-    An earlier attempt that lost its lease may have written a newer version. That is replaced
-    too, but only while this attempt holds the lease.
+    A newer version is replaced only if an earlier attempt of this job wrote it. Otherwise
+    raises OutputConflict; the next attempt begins with that version.
     """
     with job.stage("put"):
         output, version = job.leased.output, rendered.replaced_version
@@ -154,21 +157,36 @@ def _put(worker: WorkerContext, job: JobContext, rendered: Rendered) -> str:
         worker.storage.remove_temporary_files(output, earlier)
         for _ in range(PUT_TRIES - 1):
             try:
-                return _put_once(worker, job.leased, rendered.data, version)
-            except OutputConflict:
+                return _put_once(worker, job, rendered.data, version)
+            except OutputConflict as conflict:
                 # _put_once renews the lease before it writes over the version read here.
-                current = worker.storage.stat(output)
-                version = current.version if current else None
-        return _put_once(worker, job.leased, rendered.data, version)
+                version = _earlier_version(worker, job.leased, conflict)
+        return _put_once(worker, job, rendered.data, version)
 
 
-def _put_once(worker: WorkerContext, job: LeasedJob, data: bytes, version: str | None) -> str:
-    lease_seconds = worker.settings.lease_seconds
-    _retry_within_lease(
-        worker, lambda: jobs.renew_lease(worker.db, job, lease_seconds=lease_seconds)
-    )
-    token = f"{job.id}-{job.attempt}"
-    return worker.storage.put(job.output, data, if_version=version, token=token)
+def _put_once(worker: WorkerContext, job: JobContext, data: bytes, version: str | None) -> str:
+    leased, seconds = job.leased, worker.settings.lease_seconds
+    renew = partial(jobs.renew_lease, worker.db, leased, lease_seconds=seconds)
+    result_sha256 = job.record.result_sha256
+    _retry_within_lease(worker, lambda: renew(result_sha256=result_sha256))
+    token = f"{leased.id}-{leased.attempt}"
+    return worker.storage.put(leased.output, data, if_version=version, token=token)
+
+
+def _earlier_version(worker: WorkerContext, job: LeasedJob, conflict: OutputConflict) -> str | None:
+    """Return the version of the output that an attempt of this job wrote; None if it is gone.
+
+    Raises the conflict if anything else wrote it: then it may be a newer owner's result.
+    """
+    try:
+        written = worker.storage.get(job.output, max_bytes=worker.settings.max_object_bytes)
+    except ObjectMissing:
+        return None
+    except ObjectTooLarge:
+        raise conflict from None
+    if not jobs.wrote_result(worker.db, job, sha256(written.data).hexdigest()):
+        raise conflict
+    return written.version
 
 
 def _finish(worker: WorkerContext, job: JobContext, outcome: Outcome) -> InpaintError | None:

@@ -33,12 +33,17 @@ from sqlalchemy import (
     false,
     text,
 )
+from sqlalchemy.dialects.postgresql import ExcludeConstraint
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 STATES = ("pending", "queued", "running", "succeeded", "failed", "cancelled")
 FINAL_STATES = ("succeeded", "failed", "cancelled")
+_OWNS_OUTPUT = (
+    "state NOT IN ('failed', 'cancelled') "
+    "AND (error_code IS NULL OR error_code <> 'output_replaced')"
+)
 OUTCOMES = ("succeeded", "failed", "retried", "released", "lost", "cancelled")
 
 
@@ -156,8 +161,15 @@ class Job(Base):
         ),
         CheckConstraint("attempt >= 0 AND failures >= 0 AND losses >= 0", name="counts"),
         Index("ix_jobs_submission_id_state", "submission_id", "state"),
-        # Hash: a path may be longer than a B-tree entry, and only equality is asked for.
-        Index("ix_jobs_output", "output", postgresql_using="hash"),
+        # One owner per output: a job that may still write it, or has written it. PostgreSQL's
+        # unique indexes are B-trees, and a path may be longer than a B-tree entry; an exclusion
+        # constraint can use a hash index.
+        ExcludeConstraint(
+            ("output", "="), name="uq_jobs_owned_output", using="hash", where=text(_OWNS_OUTPUT)
+        ).ddl_if(dialect="postgresql"),
+        Index(
+            "uq_jobs_owned_output", "output", unique=True, sqlite_where=text(_OWNS_OUTPUT)
+        ).ddl_if(dialect="sqlite"),
         # Partial indexes, here and below: they list few rows compared with the finished ones.
         Index(
             "ix_jobs_troubled",

@@ -14,7 +14,7 @@ from sqlalchemy import inspect
 from shared.db import Database
 from shared.errors import DatabaseUnavailable
 
-HEAD = "0003"
+HEAD = "0004"
 
 
 def ensure(db: Database) -> None:

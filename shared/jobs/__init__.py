@@ -21,7 +21,9 @@ clock, so that the clocks of the hosts do not matter.
 | running         | failed    | the same, for the second lost worker (quarantine)           |
 | pending, queued | cancelled | cancel, supersede: still pending or queued                  |
 | final           | pending   | retry, reopen_*: still final; the output is free, or is     |
-|                 |           | taken in the same submission (``replace``)                  |
+|                 |           | taken in the same transaction (``replace``)                 |
+| running         | cancelled | reopen_* with ``replace``: superseded and not yet stopped;  |
+|                 |           | the same transaction reopens it                             |
 | final           | (deleted) | prune: finished long enough ago                             |
 
 * The attempt still holds the lease. A job whose cancellation was requested while it ran becomes
@@ -36,15 +38,17 @@ dies or is suspended at any point:
   whose lease was reaped can therefore change nothing (``LeaseLost``).
 - Messages are published after the commit. A crash in between leaves a queued job without a
   message, which ``redeliver`` publishes again; two messages for one job acquire it once.
-- At most one job owns an output. ``record``, ``retry`` and the reopen functions check that in
-  the transaction that makes a job an owner.
+- At most one job owns an output, by a constraint of the database. ``record``, ``retry`` and the
+  reopen functions supersede the owner, or leave the job out, in the transaction that makes a job
+  an owner.
+- A result is put only by the owner of its output: ``renew_lease`` checks that before each put.
 - Statements over several unfinished jobs lock them in ascending order of id, so that no two of
   them deadlock.
 
 Modules: submissions (manifest rows to jobs), identity (content keys), queue (messages in Redis),
 dispatcher (which are published), leases (acquire, heartbeat, reap), completion (how an attempt
-ends), retry (when a failed job runs again), control (cancel, retry, ownership of outputs), pruning
-(deletion).
+ends), retry (when a failed job runs again), control (cancel, retry), ownership (of outputs),
+pruning (deletion).
 """
 
 from shared.jobs.completion import (
@@ -81,6 +85,7 @@ from shared.jobs.leases import (
     record_blocked_reason,
     renew_lease,
     running_leases,
+    wrote_result,
 )
 from shared.jobs.pruning import PrunableSubmission, find_prunable, prune
 
@@ -120,4 +125,5 @@ __all__ = [
     "retry",
     "running_leases",
     "succeed",
+    "wrote_result",
 ]

@@ -1,4 +1,4 @@
-"""What a user asks for: cancel jobs, run final ones again, give an output to another job."""
+"""What a user asks for: cancel jobs, run final ones again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     Update,
-    and_,
     bindparam,
     case,
     exists,
     false,
     func,
     null,
-    or_,
     select,
     true,
     update,
@@ -29,16 +27,20 @@ from sqlalchemy.orm import aliased
 
 from shared.db import Database, clock
 from shared.db.models import FINAL_STATES, BigId, Job
-from shared.errors import InputError, OutputReplaced
+from shared.errors import InputError
 from shared.jobs.completion import NO_ERROR
 from shared.jobs.identity import content_key
 from shared.jobs.leases import lock_in_id_order
+from shared.jobs.ownership import (
+    OWNED_BY_ANOTHER,
+    WAITING_STATES,
+    lock_for_reopening,
+    write_ownership,
+)
 from shared.params import Params, with_values
 
 if TYPE_CHECKING:
     from shared.jobs.submissions import NewJob
-
-WAITING_STATES = ("pending", "queued")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,40 +103,6 @@ def _update_locked(*where: ColumnElement[bool]) -> Update:
     return update(Job).where(Job.id.in_(lock_in_id_order(*where)), *where)
 
 
-def owns_output(job: Any) -> ColumnElement[bool]:
-    """True if the object at the job's output is the job's result, or will be.
-
-    job: ``Job`` or an alias of it. At most one job owns an output.
-    """
-    succeeded = and_(job.state == "succeeded", job.error_code.is_distinct_from(OutputReplaced.code))
-    return or_(job.state.in_((*WAITING_STATES, "running")), succeeded)
-
-
-_owner = aliased(Job)
-_OWNED_BY_ANOTHER = exists().where(
-    _owner.output == Job.output, _owner.id != Job.id, owns_output(_owner)
-)
-
-
-def supersede(connection: Connection, ids: Sequence[int], *, submission: int) -> None:
-    """Takes the outputs of these jobs away, in the transaction that gives them to others.
-
-    pending, queued -> cancelled; a running job is asked to stop; a succeeded one keeps its
-    state. All are marked ``OutputReplaced``. submission: writes the outputs from now on.
-    """
-    is_waiting = Job.state.in_(WAITING_STATES)
-    # One statement for all states: between two, a running job that is released to pending
-    # could escape both and remain an owner.
-    superseded = _update_locked(Job.id.in_(ids), owns_output(Job)).values(
-        state=case((is_waiting, "cancelled"), else_=Job.state),
-        finished_at=case((is_waiting, clock()), else_=Job.finished_at),
-        cancel_requested=case((Job.state == "running", true()), else_=Job.cancel_requested),
-        error_code=OutputReplaced.code,
-        error_message=f"submission {submission} now writes this output",
-    )
-    connection.execute(superseded)
-
-
 # ``attempt`` is not reset: fencing tokens must never repeat, since a worker may still run an
 # earlier attempt.
 _REOPENED: Mapping[str, Any] = {
@@ -174,10 +142,10 @@ def retry(
     changed job would equal another one.
     """
     chosen = (*selection.conditions(), Job.state.in_(FINAL_STATES))
-    newest = select(func.max(Job.id)).where(*chosen, ~_OWNED_BY_ANOTHER).group_by(Job.output)
+    newest = select(func.max(Job.id)).where(*chosen, ~OWNED_BY_ANOTHER).group_by(Job.output)
     # correlate(None): the subquery has a FROM jobs of its own, not the row being updated.
-    where = (*chosen, ~_OWNED_BY_ANOTHER, Job.id.in_(newest.correlate(None)))
-    with db.write() as connection:
+    where = (*chosen, ~OWNED_BY_ANOTHER, Job.id.in_(newest.correlate(None)))
+    with write_ownership(db) as connection:
         counted = select(func.count()).select_from(Job).where(*chosen)
         total = connection.execute(counted).scalar_one()
         if changes:
@@ -220,8 +188,8 @@ def reopen_by_content_key(
     """succeeded, failed, cancelled -> pending, for the jobs that a submission asks for again.
 
     lines: content key to the submission's line. Each job moves to that line, unless the line
-    belongs to another job (one whose parameters were changed since). replace: also reopens
-    jobs whose output another job owns; the caller has superseded that job.
+    belongs to another job (one whose parameters were changed since). replace: supersedes the
+    jobs that own the outputs; otherwise a job whose output another job owns stays final.
     Returns how many were reopened.
     """
     to_submission = bindparam("to_submission", submission, type_=BigId)
@@ -230,7 +198,7 @@ def reopen_by_content_key(
     line_is_taken = exists().where(
         other.submission_id == to_submission, other.line == to_line, other.id != Job.id
     )
-    may_write = () if replace else (~_OWNED_BY_ANOTHER,)
+    may_write = () if replace else (~OWNED_BY_ANOTHER,)
     reopen = (
         update(Job)
         .where(Job.content_key == bindparam("of_key"), Job.state.in_(FINAL_STATES), *may_write)
@@ -240,19 +208,21 @@ def reopen_by_content_key(
             **_REOPENED,
         )
     )
-    with db.write() as connection:
-        # In a fixed order: two producers that reopen the same jobs would deadlock otherwise.
+    with write_ownership(db) as connection:
+        wanted = Job.content_key.in_(lines)
+        lock_for_reopening(connection, wanted, submission=submission, replace=replace)
         return sum(
             connection.execute(reopen, {"of_key": key, "to_line": line}).rowcount
-            for key, line in sorted(lines.items())
+            for key, line in lines.items()
         )
 
 
 def reopen_as_submitted(db: Database, submission: int, rows: Sequence[NewJob]) -> int:
     """succeeded, failed, cancelled -> pending, with the parameters of the manifest's rows.
 
-    Applies to jobs whose parameters were changed since. If another job has a row's content
-    key, the row is that job's; see ``reopen_by_content_key``. Returns how many were reopened.
+    Applies to jobs whose parameters were changed since, and supersedes the jobs that own their
+    outputs. If another job has a row's content key, the row is that job's; see
+    ``reopen_by_content_key``. Returns how many were reopened.
     """
     other = aliased(Job)
     key = bindparam("to_key", type_=LargeBinary)
@@ -271,8 +241,20 @@ def reopen_as_submitted(db: Database, submission: int, rows: Sequence[NewJob]) -
             **_REOPENED,
         )
     )
-    with db.write() as connection:
-        return sum(connection.execute(reopen, _row_parameters(row)).rowcount for row in rows)
+    with write_ownership(db) as connection:
+        changed = _without_job(connection, rows)
+        if not changed:
+            return 0
+        wanted = (Job.submission_id == submission, Job.line.in_([row.line for row in changed]))
+        lock_for_reopening(connection, *wanted, submission=submission, replace=True)
+        return sum(connection.execute(reopen, _row_parameters(row)).rowcount for row in changed)
+
+
+def _without_job(connection: Connection, rows: Sequence[NewJob]) -> list[NewJob]:
+    """The rows whose content key no job has."""
+    keys = select(Job.content_key).where(Job.content_key.in_([row.content_key for row in rows]))
+    existing = set(connection.execute(keys).scalars())
+    return [row for row in rows if row.content_key not in existing]
 
 
 def _row_parameters(row: NewJob) -> dict[str, Any]:

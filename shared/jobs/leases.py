@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 from shared.db import Database, clock
 from shared.db.models import Attempt, Job
-from shared.errors import InpaintError, LeaseLost, OutputReplaced, WorkerLost
+from shared.errors import Cancelled, InpaintError, LeaseLost, OutputReplaced, WorkerLost
 from shared.params import Params
 
 # One lost worker may be chance (preemption, a node failure); two with the same job are a
@@ -209,16 +209,42 @@ _renew = (
     update(Job)
     .where(*HOLDS_LEASE)
     .values(lease_expires_at=clock(bindparam("lease")))
-    .returning(Job.id)
+    .returning(Job.id, Job.error_code)
+)
+_announce_result = (
+    update(Attempt)
+    .where(Attempt.job_id == bindparam("of_job"), Attempt.attempt == bindparam("of_attempt"))
+    .values(result_sha256=bindparam("sha256"))
 )
 
 
-def renew_lease(db: Database, job: LeasedJob, *, lease_seconds: float) -> None:
-    """Renews one lease, just before a write outside the database. Raises LeaseLost."""
+def renew_lease(
+    db: Database, job: LeasedJob, *, lease_seconds: float, result_sha256: str | None = None
+) -> None:
+    """Renews one lease, just before the result is put. Raises LeaseLost.
+
+    Raises Cancelled if another job owns the output by now.
+    result_sha256: of the result, so that ``wrote_result`` recognises it if this attempt is lost
+    between the put and its record.
+    """
+    token = job.token.parameters()
     with db.write() as connection:
-        renewed = connection.execute(_renew, {**job.token.parameters(), "lease": lease_seconds})
-        if renewed.first() is None:
+        renewed = connection.execute(_renew, {**token, "lease": lease_seconds}).first()
+        if renewed is None:
             raise lease_lost(job)
+        if renewed.error_code == OutputReplaced.code:
+            raise Cancelled(f"job {job.id}: another submission now writes {job.output!r}")
+        if result_sha256 is not None:
+            connection.execute(_announce_result, {**token, "sha256": result_sha256})
+
+
+def wrote_result(db: Database, job: LeasedJob, sha256: str) -> bool:
+    """True if an attempt of this job has put a result with this hash, or was about to."""
+    attempts = select(Attempt.attempt).where(
+        Attempt.job_id == job.id, Attempt.result_sha256 == sha256
+    )
+    with db.read() as connection:
+        return connection.execute(attempts.limit(1)).first() is not None
 
 
 # A job whose output was taken over keeps that error: it decides who owns the output.

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from shared.db import Database, clock
 from shared.db.models import Job, Submission
 from shared.errors import InputError
-from shared.jobs.control import owns_output, supersede
-
-_RECORD_LOCK = 0x696E7061696E74  # "inpaint"; an advisory lock that all producers share
-
-# (output, id, submission_id, line, content_key) of a job
-_Owner = Row[str, int, int, int, bytes]
+from shared.jobs.ownership import Owner, find_owners, supersede, write_ownership
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,18 +107,14 @@ def find_contested_outputs(
     own = select(Submission.id).where(Submission.digest == digest)
     with db.read() as connection:
         submission = connection.execute(own).scalar()
-        return _find_contested(connection, submission, rows, new_only=True)
+        return _find_contested(connection, submission, rows)
 
 
 def _find_contested(
-    connection: Connection, submission: int | None, rows: Sequence[NewJob], *, new_only: bool
+    connection: Connection, submission: int | None, rows: Sequence[NewJob]
 ) -> list[ContestedOutput]:
-    """new_only: skips rows that have a job already; without ``replace`` they change nothing.
-
-    The changed job at the row's own line keeps the output, unless another job has the row's
-    content key: with ``replace`` that one is reopened and writes it.
-    """
-    owners = _owners_by_output(connection, {row.output for row in rows})
+    """Only rows without a job are contested: the others change nothing until they are reopened."""
+    owners = _owners_by_output(connection, rows)
     suspects = [row for row in rows if row.output in owners]
     if not suspects:
         return []
@@ -135,24 +125,15 @@ def _find_contested(
     return [
         ContestedOutput(row=row, job=owner.id, submission=owner.submission_id)
         for row in suspects
-        if not (new_only and row.content_key in has_job)
-        for owner in owners[row.output]
-        if owner.content_key != row.content_key
-        and (
-            (owner.submission_id, owner.line) != (submission, row.line)
-            or row.content_key in has_job
-        )
+        if row.content_key not in has_job
+        for owner in (owners[row.output],)
+        if (owner.submission_id, owner.line) != (submission, row.line)
     ]
 
 
-def _owners_by_output(connection: Connection, outputs: set[str]) -> dict[str, list[_Owner]]:
-    chosen = select(Job.output, Job.id, Job.submission_id, Job.line, Job.content_key).where(
-        Job.output.in_(outputs), owns_output(Job)
-    )
-    owners: dict[str, list[_Owner]] = defaultdict(list)
-    for owner in connection.execute(chosen):
-        owners[owner.output].append(owner)
-    return owners
+def _owners_by_output(connection: Connection, rows: Sequence[NewJob]) -> dict[str, Owner]:
+    owners = find_owners(connection, {row.output for row in rows})
+    return {owner.output: owner for owner in owners}
 
 
 def record(
@@ -164,12 +145,7 @@ def record(
     replace: supersedes the jobs that own the rows' outputs; otherwise such a row raises
     InputError.
     """
-    with db.write() as connection:
-        if not db.is_sqlite:
-            # Two producers that insert the same keys in different orders would deadlock. And
-            # outputs are checked before the INSERT: without the lock, two producers could both
-            # find an output free. On SQLite the write lock does the same.
-            connection.execute(select(func.pg_advisory_xact_lock(_RECORD_LOCK)))
+    with write_ownership(db) as connection:
         _lock_submission(connection, submission)
         _take_outputs(connection, submission, rows, replace=replace)
         insert_rows = _insert_sqlite if db.is_sqlite else _insert_postgresql
@@ -191,14 +167,19 @@ def _lock_submission(connection: Connection, submission: int) -> None:
 def _take_outputs(
     connection: Connection, submission: int, rows: Sequence[NewJob], *, replace: bool
 ) -> None:
-    contested = _find_contested(connection, submission, rows, new_only=not replace)
+    contested = _find_contested(connection, submission, rows)
     if contested and not replace:
         raise InputError(
             f"line {contested[0].row.line}: {contested[0]}; it was submitted a moment ago. "
             "Give the row an output of its own, or replace that one with --force"
         )
     if contested:
-        supersede(connection, [output.job for output in contested], submission=submission)
+        lines = {output.row.line for output in contested}
+        taken = select(Job.line).where(Job.submission_id == submission, Job.line.in_(lines))
+        # Such a line's job, with changed parameters, takes the output when it is reopened.
+        has_job = set(connection.execute(taken).scalars())
+        superseded = [output.job for output in contested if output.row.line not in has_job]
+        supersede(connection, superseded, submission=submission)
 
 
 def close_submission(db: Database, submission: int) -> None:
@@ -226,7 +207,9 @@ def _insert_sqlite(connection: Connection, submission: int, rows: Sequence[NewJo
     cursor = _driver_connection(connection).cursor()
     cursor.executemany(
         f"INSERT INTO jobs ({_COLUMNS}, {_INITIAL_COLUMNS}) "  # noqa: S608 - constant names
-        f"VALUES ({placeholders}, 'pending', 0, 0, 0, {now}, {now}) ON CONFLICT DO NOTHING",
+        f"VALUES ({placeholders}, 'pending', 0, 0, 0, {now}, {now}) "
+        # Not every conflict: an output with another owner is an error.
+        "ON CONFLICT (content_key) DO NOTHING ON CONFLICT (submission_id, line) DO NOTHING",
         [(submission, *_field_values(row)) for row in rows],
     )
     if cursor.rowcount == len(rows):
@@ -255,8 +238,11 @@ def _insert_postgresql(connection: Connection, submission: int, rows: Sequence[N
         cursor.execute(
             f"INSERT INTO jobs ({_COLUMNS}, {_INITIAL_COLUMNS}) "  # noqa: S608 - constant names
             f"SELECT %s, {', '.join(_FIELDS)}, 'pending', 0, 0, 0, {now}, {now} "
-            "FROM incoming ORDER BY line ON CONFLICT DO NOTHING RETURNING line",
-            (submission,),
+            # ON CONFLICT takes one target, and an output with another owner is an error.
+            "FROM incoming WHERE NOT EXISTS (SELECT FROM jobs "
+            "WHERE jobs.submission_id = %s AND jobs.line = incoming.line) "
+            "ORDER BY line ON CONFLICT (content_key) DO NOTHING RETURNING line",
+            (submission, submission),
         )
         return {line for (line,) in cursor.fetchall()}
 

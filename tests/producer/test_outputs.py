@@ -8,9 +8,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from threading import Barrier
 
+import pytest
+from sqlalchemy import func, select
+
+from shared import jobs
 from shared.db import Database
-from shared.errors import InputError
-from shared.jobs import submissions
+from shared.db.models import Job
+from shared.errors import InputError, LeaseLost
+from shared.jobs import Selection, submissions
+from shared.jobs.ownership import owns_output
 from shared.jobs.submissions import NewJob
 from tests.job_table import JobTable, new_job
 from tests.producer.workspace import Workspace
@@ -112,6 +118,75 @@ def test_of_two_producers_only_one_gets_an_output(db: Database) -> None:
         first, second = sorted(pool.map(record, owners))
     assert first == ""
     assert "line 1: output: '/results/same.png' is written by job 1 " in second
+
+
+def owners(db: Database) -> list[int]:
+    """How many jobs own each output, by the definition of the constraint."""
+    with db.read() as connection:
+        counted = select(func.count()).where(owns_output(Job)).group_by(Job.output)
+        return list(connection.execute(counted).scalars())
+
+
+def test_of_two_forces_at_once_each_output_has_one_owner(db: Database) -> None:
+    """The transactions of two producers, ten times; none may fail either."""
+    table = JobTable(db)
+    outputs = [f"/results/{n}.png" for n in range(1, 21)]
+    manifests = [
+        (
+            table.submission(mask),
+            [new_job(n, mask=mask, output=output) for n, output in enumerate(outputs, start=1)],
+        )
+        for mask in ("alpha", "/masks/a.png")
+    ]
+    together = Barrier(2)
+
+    def force(manifest: tuple[int, list[NewJob]]) -> None:
+        submission, rows = manifest
+        together.wait()
+        existing = submissions.record(db, submission, rows, replace=True)
+        lines = {row.content_key: row.line for row in existing}
+        jobs.reopen_by_content_key(db, submission, lines, replace=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            list(pool.map(force, manifests))
+            assert owners(db) == [1] * len(outputs)
+            jobs.cancel(db, Selection())
+
+
+def test_of_two_retries_at_once_one_gets_the_output(db: Database) -> None:
+    table = JobTable(db)
+    first = table.add_one(output="/results/a.png")
+    table.cancel(first)
+    second = table.add_one(output="/results/a.png", mask="alpha")
+    together = Barrier(2)
+
+    def retry(job: int) -> int:
+        together.wait()
+        return table.retry(job).count
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            jobs.cancel(db, Selection())
+            assert sorted(pool.map(retry, (first, second))) == [0, 1]
+            assert owners(db) == [1]
+
+
+def test_force_takes_back_an_output_whose_job_still_runs(db: Database) -> None:
+    """The first job lost its output while it ran; its worker has not stopped yet."""
+    table = JobTable(db)
+    submission = table.submission("first")
+    job = table.add_one(submission=submission, output="/results/a.png")
+    leased = table.run(job)
+    other = table.submission("second")
+    rival = new_job(9, output="/results/a.png", mask="alpha")
+    assert submissions.record(db, other, [rival], replace=True) == []
+    lines = {table.job(job).content_key: table.job(job).line}
+    assert jobs.reopen_by_content_key(db, submission, lines, replace=True) == 1
+    assert table.states() == ["pending", "cancelled"]
+    assert [attempt.outcome for attempt in table.attempts(job)] == ["cancelled"]
+    with pytest.raises(LeaseLost):
+        jobs.renew_lease(db, leased, lease_seconds=60)
 
 
 SLOW_INSERTS = """

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sqlalchemy import text
+from sqlalchemy import text, update
 
 from shared import jobs
+from shared.db.models import Attempt
 from shared.errors import EngineError, OutOfMemory
-from shared.jobs import Holder
+from shared.jobs import Holder, ownership
+from shared.jobs.ownership import write_ownership
 from tests.workers.worker_harness import SolidColourEngine, WorkerHarness, pixels
 from workers.engines import load_engine
 from workers.engines.protocol import RegionWork
@@ -284,12 +286,57 @@ def test_a_worker_that_lost_its_lease_publishes_nothing(harness: WorkerHarness) 
     assert [attempt.outcome for attempt in harness.attempts(job)] == ["lost", None]
 
 
-def test_an_output_written_by_a_worker_without_a_lease_is_replaced(harness: WorkerHarness) -> None:
-    harness.worker.engine.on_submit = lambda _work: harness.write("out/result.png", b"stale")  # type: ignore[attr-defined,assignment,return-value]
+def test_an_output_written_by_an_earlier_attempt_is_replaced(harness: WorkerHarness) -> None:
+    """That attempt's worker lost its lease between the put and its record."""
+    earlier = b"the result of attempt 1"
+
+    def finish_earlier_attempt(_work: RegionWork) -> None:
+        with harness.db.write() as connection:
+            announced = {"result_sha256": sha256(earlier).hexdigest()}
+            connection.execute(update(Attempt).where(Attempt.attempt == 1).values(announced))
+        harness.write("out/result.png", earlier)
+
+    job = add_simple(harness)
+    harness.worker.engine.on_submit = lambda _work: harness.worker.active_jobs.request_stop()  # type: ignore[attr-defined]
+    harness.run(job)
+    harness.worker.active_jobs._stopping = False
+    harness.worker.engine.on_submit = finish_earlier_attempt  # type: ignore[attr-defined]
+    harness.run(job)
+    assert (harness.job(job).state, harness.job(job).failures) == ("succeeded", 0)
+    assert published_hash(harness) == harness.job(job).result_sha256
+
+
+def test_an_output_written_by_something_else_meanwhile_is_replaced_by_the_next_attempt_only(
+    harness: WorkerHarness,
+) -> None:
+    harness.worker.engine.on_submit = lambda _work: harness.write("out/result.png", b"newer")  # type: ignore[attr-defined,assignment,return-value]
     job = add_simple(harness)
     harness.run(job)
+    assert (harness.job(job).state, harness.job(job).error_code) == ("pending", "output_conflict")
+    assert Path(harness.path("out/result.png")).read_bytes() == b"newer"
+    harness.worker.engine.on_submit = SolidColourEngine.on_submit  # type: ignore[attr-defined]
+    harness.run(job)
     assert harness.job(job).state == "succeeded"
-    assert Path(harness.path("out/result.png")).read_bytes() != b"stale"
+    assert published_hash(harness) == harness.job(job).result_sha256
+
+
+def test_a_job_that_was_superseded_publishes_nothing(harness: WorkerHarness) -> None:
+    """Even if no heartbeat has told its worker yet, and the winner's result has gone again."""
+
+    def supersede(_work: RegionWork) -> None:
+        with write_ownership(harness.db) as connection:
+            ownership.supersede(connection, [job], submission=2)
+
+    harness.worker.engine.on_submit = supersede  # type: ignore[attr-defined]
+    job = add_simple(harness)
+    harness.run(job)
+    assert (harness.job(job).state, harness.job(job).error_code) == ("cancelled", "output_replaced")
+    assert harness.attempts(job)[0].outcome == "cancelled"
+    assert not Path(harness.path("out/result.png")).exists()
+
+
+def published_hash(harness: WorkerHarness) -> str:
+    return sha256(Path(harness.path("out/result.png")).read_bytes()).hexdigest()
 
 
 def test_temporary_files_of_killed_attempts_are_removed(sqlite_harness: WorkerHarness) -> None:

@@ -7,12 +7,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import redis
+from sqlalchemy import select
 
+from shared.db.models import Job
+from shared.jobs import submissions
 from shared.jobs.queue import celery_app
+from shared.jobs.submissions import NewJob
 from tests.workers.fleet import Fleet, wait_for
 
 
@@ -178,3 +184,21 @@ def test_the_embedded_redis_lives_as_long_as_the_worker(tmp_path: Path) -> None:
     assert process.wait(20) == 0
     redis_log = (tmp_path / ".inpaint" / "redis" / "redis.log").read_text()
     assert "bye bye" in redis_log
+
+
+def test_a_superseded_job_publishes_nothing_over_the_winner_s_result(fleet: Fleet) -> None:
+    """Its worker learns of it only before the put: the engine's call is one step."""
+    fleet.environment |= {"INPAINT_HEARTBEAT_SECONDS": "15", "INPAINT_LEASE_SECONDS": "60"}
+    (old,) = fleet.add(1, size=(200, 200), radius=24)
+    fleet.start("--concurrency", "2")
+    wait_for(lambda: fleet.states() == ["running"])
+    mask = fleet.harness.write_mask("small.png", (200, 200), (9, 9, 20, 20))
+    with fleet.harness.db.read() as connection:
+        row = connection.execute(select(*(Job.__table__.c[f.name] for f in fields(NewJob)))).one()
+    quick = NewJob(**{**row._asdict(), "line": 9, "content_key": bytes(16), "mask": mask})
+    assert submissions.record(fleet.harness.db, 1, [quick], replace=True) == []
+    wait_for(lambda: fleet.states() == ["cancelled", "succeeded"])
+    assert fleet.harness.job(old).error_code == "output_replaced"
+    assert [attempt.outcome for attempt in fleet.harness.attempts(old)] == ["cancelled"]
+    published = sha256(Path(quick.output).read_bytes()).hexdigest()
+    assert published == fleet.harness.job(old + 1).result_sha256

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect
+from sqlalchemy import Connection, inspect
 from sqlalchemy.engine import make_url
 
 from shared.db import Database, schema
@@ -126,6 +126,63 @@ def test_tables_of_a_newer_program_are_not_changed(empty: Database) -> None:
     ):
         schema.upgrade(empty)
     assert tables(empty) == TABLES
+
+
+OWNERS = """
+INSERT INTO jobs (id, submission_id, line, content_key, engine, image, mask, output, params, seed,
+    priority, state, attempt, failures, losses, run_after, created_at, finished_at, worker,
+    lease_expires_at, error_code)
+SELECT {id}, 1, {id}, {key}, 'opencv', 'i', 'm', '{output}', '{{}}', 0, 0, '{state}', 0, 0, 0,
+    now.t, now.t, {finished}, NULL, {lease}, {error}
+FROM (SELECT CURRENT_TIMESTAMP AS t) AS now
+"""
+
+
+def add_owner(
+    connection: Connection, number: int, output: str, state: str, error: str = "NULL"
+) -> None:
+    """A row as the tables of revision 0003 accept it, whoever owns the output."""
+    key = f"x'{number:032x}'"
+    if connection.dialect.name == "postgresql":
+        key = f"decode('{number:032x}', 'hex')"
+    finished = "now.t" if state in ("succeeded", "failed", "cancelled") else "NULL"
+    lease = "now.t" if state == "running" else "NULL"
+    connection.exec_driver_sql(
+        OWNERS.format(
+            id=number, key=key, output=output, state=state, finished=finished, lease=lease,
+            error=error,
+        )
+    )  # fmt: skip
+
+
+def test_of_several_owners_of_an_output_the_upgrade_keeps_the_newest_job(empty: Database) -> None:
+    schema.upgrade(empty, "0003")
+    with empty.write() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO submissions (id, manifest, digest, options, rows, invalid, created_at) "
+            "VALUES (1, 'm', 'd', '{}', 9, 0, CURRENT_TIMESTAMP)"
+        )
+        states = ("succeeded", "queued", "running", "pending", "failed")
+        for number, state in enumerate(states, start=1):
+            add_owner(connection, number, "/same.png", state)
+        add_owner(connection, 6, "/same.png", "running", "'output_replaced'")
+        add_owner(connection, 7, "/other.png", "succeeded")
+    schema.upgrade(empty)
+    schema.check(empty)
+    columns = "state, error_code, cancel_requested, finished_at IS NULL"
+    with empty.read() as connection:
+        rows = connection.exec_driver_sql(f"SELECT {columns} FROM jobs ORDER BY id").all()
+    replaced = "output_replaced"
+    assert [tuple(row) for row in rows] == [
+        ("succeeded", replaced, False, False),
+        ("cancelled", replaced, False, False),
+        ("running", replaced, True, True),
+        ("pending", None, False, True),
+        ("failed", None, False, False),
+        ("running", replaced, False, True),
+        ("succeeded", None, False, False),
+    ]
+    schema.downgrade(empty, "0003")
 
 
 # --- the database itself ---------------------------------------------------------------------

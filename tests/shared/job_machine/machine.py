@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from itertools import combinations
+from threading import Barrier
 
 import pytest
 from hypothesis import strategies as st
@@ -58,6 +62,33 @@ class JobMachine(ProducerRules, WorkerRules):
         assert result == jobs.RetryResult(count=len(reopened), engines=engines, replaced=replaced)
         for job in reopened:
             job.reopen()
+
+    @precondition(lambda self: any(self._rivals()))
+    @rule(data=st.data())
+    def two_retries(self, data: st.DataObject) -> None:
+        """Two users retry two jobs of one output at once: one of them gets it, or none."""
+        rivals = data.draw(st.sampled_from(list(self._rivals())))
+        owned = any(self._owned_by_another(job) for job in rivals)
+        together = Barrier(2)
+
+        def retry(job: ModelJob) -> int:
+            together.wait()
+            return jobs.retry(self.db, Selection(jobs=(job.id,))).count
+
+        with ThreadPoolExecutor(2) as pool:
+            counts = list(pool.map(retry, rivals))
+        # The owner may be one of the two: the other cannot take its output.
+        assert sum(counts) == (not owned or any(job.owns(job.row.output) for job in rivals))
+        for job, count in zip(rivals, counts, strict=True):
+            if count:
+                job.reopen()
+
+    def _rivals(self) -> Iterator[tuple[ModelJob, ModelJob]]:
+        """Pairs of final jobs that have the same output."""
+        final = [job for job in self.model.values() if job.is_final]
+        for first, second in combinations(final, 2):
+            if first.row.output == second.row.output:
+                yield first, second
 
     def _owned_by_another(self, job: ModelJob) -> bool:
         return any(other.owns(job.row.output) for other in self.model.values() if other is not job)

@@ -46,8 +46,13 @@ class ModelJob:
 
     def owns(self, output: str) -> bool:
         """True if the object at ``output`` is this job's result, or will be."""
-        keeps_output = self.state == "succeeded" and self.error != "output_replaced"
-        return self.row.output == output and (not self.is_final or keeps_output)
+        has_result = self.state not in ("failed", "cancelled")
+        return self.row.output == output and has_result and self.error != "output_replaced"
+
+    @property
+    def is_stopping(self) -> bool:
+        """True if the job was superseded while it ran and its worker has not stopped yet."""
+        return self.state == "running" and self.error == "output_replaced"
 
     def supersede(self) -> None:
         self.error = "output_replaced"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import strategies as st
@@ -36,20 +36,23 @@ class ProducerRules(MachineState):
     ) -> None:
         """A new manifest; its producer crashes before it records the last ``unrecorded`` rows."""
         rows = [
-            new_job(
-                line,
-                image=f"/images/{image}.png",
-                mask="alpha",
-                output=f"/results/{image}.png",
-                engine=engine,
-                priority=priority,
-            )
-            for line, image in enumerate(images, start=2)
+            self._row(line, image, engine, priority) for line, image in enumerate(images, start=2)
         ]
         self.manifests += 1
         submission = self._open(str(self.manifests), resumed=False)
         self.submissions[submission] = rows
         self._record(submission, rows[: len(rows) - unrecorded], force)
+
+    @staticmethod
+    def _row(line: int, image: int, engine: str, priority: int) -> NewJob:
+        return new_job(
+            line,
+            image=f"/images/{image}.png",
+            mask="alpha",
+            output=f"/results/{image}.png",
+            engine=engine,
+            priority=priority,
+        )
 
     @precondition(lambda self: self.submissions)
     @rule(data=st.data(), force=st.booleans())
@@ -67,31 +70,50 @@ class ProducerRules(MachineState):
         self.digests[opened.id] = digest
         return opened.id
 
+    @rule(data=st.data(), images=st.sets(st.integers(1, IMAGES), min_size=1, max_size=3))
+    def two_forces(self, data: st.DataObject, images: set[int]) -> None:
+        """Two manifests for the same outputs, whose producers' transactions alternate."""
+        manifests = []
+        for engine in ENGINES:
+            rows = [self._row(line, image, engine, 0) for line, image in enumerate(images, start=2)]
+            self.manifests += 1
+            submission = self._open(str(self.manifests), resumed=False)
+            self.submissions[submission] = rows
+            manifests.append((submission, rows))
+        if data.draw(st.booleans()):
+            manifests.reverse()
+        existing = [self._insert(*manifest, force=True) for manifest in manifests]
+        for (submission, _), rows in zip(manifests, existing, strict=True):
+            self._reopen_by_content_key(submission, rows)
+
     def _record(self, submission: int, rows: list[NewJob], force: bool) -> None:
-        owners = list(self._owners(submission, rows, force))
-        if owners and not force:
+        if not force and list(self._contested(submission, rows)):
             with pytest.raises(InputError, match="is written by job"):
                 submissions.record(self.db, submission, rows)
             return
-        for job in owners:
-            job.supersede()
+        existing = self._insert(submission, rows, force=force)
+        if force:
+            self._reopen_by_content_key(submission, existing)
+
+    def _insert(self, submission: int, rows: list[NewJob], *, force: bool) -> list[NewJob]:
+        places = {job.place for job in self.model.values()}
+        for row, owner in list(self._contested(submission, rows)):
+            if (submission, row.line) not in places:
+                owner.supersede()
         added = [row for row in rows if self._add(submission, row)]
         existing = submissions.record(self.db, submission, rows, replace=force)
         assert existing == [row for row in rows if not any(row is new for new in added)]
         self._learn_ids()
-        if force:
-            self._reopen_by_content_key(submission, existing)
+        return existing
 
-    def _owners(self, submission: int, rows: list[NewJob], force: bool) -> Iterator[ModelJob]:
-        """The jobs that own the rows' outputs and ask for something else."""
+    def _contested(self, submission: int, rows: list[NewJob]) -> Iterator[tuple[NewJob, ModelJob]]:
+        """The rows without a job whose output another job owns, and that job."""
         keys = {job.key for job in self.model.values()}
         for job in self.model.values():
             for row in rows:
-                is_known = row.content_key in keys
-                is_changed = job.place == (submission, row.line) and not is_known
-                own = job.key == row.content_key or is_changed
-                if job.owns(row.output) and not own and (force or not is_known):
-                    yield job
+                is_own = job.place == (submission, row.line)
+                if row.content_key not in keys and job.owns(row.output) and not is_own:
+                    yield row, job
 
     def _add(self, submission: int, row: NewJob) -> bool:
         """Adds the row to the model; False if its content key or its line has a job."""
@@ -121,25 +143,37 @@ class ProducerRules(MachineState):
 
     def _reopen_by_content_key(self, submission: int, rows: list[NewJob]) -> None:
         lines = {row.content_key: row.line for row in rows}
-        reopened = 0
-        for key, line in sorted(lines.items()):
-            place = (submission, line)
-            for job in self.model.values():
-                if job.key == key and job.is_final:
-                    if place not in {other.place for other in self.model.values()}:
-                        job.submission, job.line = place
-                    job.reopen()
-                    reopened += 1
-        assert jobs.reopen_by_content_key(self.db, submission, lines, replace=True) == reopened
+        reopened = self._reopenable(lambda job: job.key in lines)
+        for job in reopened:
+            place = (submission, lines[job.key])
+            if place not in {other.place for other in self.model.values()}:
+                job.submission, job.line = place
+            job.reopen()
+        actual = jobs.reopen_by_content_key(self.db, submission, lines, replace=True)
+        assert actual == len(reopened)
         self._reopen_as_submitted(submission, rows)
 
     def _reopen_as_submitted(self, submission: int, rows: list[NewJob]) -> None:
-        reopened = 0
-        for row in rows:
-            keys = {job.key for job in self.model.values()}
-            on_line = [job for job in self.model.values() if job.place == (submission, row.line)]
-            if row.content_key not in keys and on_line and on_line[0].is_final:
-                on_line[0].key, on_line[0].seed = row.content_key, row.seed
-                on_line[0].reopen()
-                reopened += 1
-        assert jobs.reopen_as_submitted(self.db, submission, rows) == reopened
+        keys = {job.key for job in self.model.values()}
+        changed = {(submission, row.line): row for row in rows if row.content_key not in keys}
+        reopened = self._reopenable(lambda job: job.place in changed)
+        for job in reopened:
+            row = changed[job.place]
+            job.key, job.seed = row.content_key, row.seed
+            job.reopen()
+        assert jobs.reopen_as_submitted(self.db, submission, rows) == len(reopened)
+
+    def _reopenable(self, is_wanted: Callable[[ModelJob], bool]) -> list[ModelJob]:
+        """The wanted jobs that can be reopened; the other owners of their outputs lose them."""
+        chosen = [
+            job
+            for job in self.model.values()
+            if is_wanted(job) and (job.is_final or job.is_stopping)
+        ]
+        for job in chosen:
+            if job.is_stopping:
+                job.end("cancelled", "cancelled")
+        for other in self.model.values():
+            if other not in chosen and any(other.owns(job.row.output) for job in chosen):
+                other.supersede()
+        return chosen

@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from shared import jobs
 from shared.db.models import Job
-from shared.errors import BrokerUnavailable, ImageError, LeaseLost, OutOfMemory
+from shared.errors import BrokerUnavailable, Cancelled, ImageError, LeaseLost, OutOfMemory
 from shared.jobs import AttemptRecord, Holder, LeasedJob
 from shared.jobs.queue import PRIORITY_CLASSES
 from tests.shared.job_machine.model import ModelJob
@@ -123,8 +123,12 @@ class WorkerRules(MachineState):
     @rule(data=st.data(), how=ENDS, later=st.booleans())
     def end_held(self, data: st.DataObject, how: str, later: bool) -> None:
         lease = data.draw(st.sampled_from(self._current_leases()))
-        self._end(lease, how, later)
         job = self.model[lease.id]
+        if how == "renew" and job.is_stopping:
+            with pytest.raises(Cancelled, match="another submission now writes"):
+                self._end(lease, how, later)
+            return
+        self._end(lease, how, later)
         if how == "renew":
             job.expired = False
             return

@@ -673,6 +673,20 @@ def test_the_database_rejects_a_second_job_for_a_line_or_a_content_key(table: Jo
         table.set(second, content_key=table.job(first).content_key)
 
 
+def test_the_database_rejects_a_second_owner_of_an_output(table: JobTable) -> None:
+    output = "/results/" + "long/" * 2000  # longer than an entry of a B-tree
+    ended = table.add_one(output=output)
+    table.cancel(ended)
+    owner = table.add_one(output=output, seed=1)
+    with pytest.raises(IntegrityError):
+        table.set(ended, state="pending", finished_at=None)
+    table.succeed(owner)
+    with pytest.raises(IntegrityError):
+        table.set(ended, state="pending", finished_at=None)
+    table.set(owner, error_code="output_replaced")
+    table.set(ended, state="pending", finished_at=None)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"outcome": "fine", "finished_at": clock()}, {"outcome": "lost"}, {"finished_at": clock()}],
