@@ -282,7 +282,7 @@ class _Suggestions:
     """``did_you_mean`` for the first few unknown names: each is compared with all known ones."""
 
     def __init__(self, known: frozenset[str]) -> None:
-        self._known = known
+        self._known = sorted(known)  # in the same order in every run
         self._given: dict[str, str] = {}
 
     def __call__(self, name: str) -> str:

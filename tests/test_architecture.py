@@ -46,7 +46,7 @@ HEAVY = (
 )
 
 COMMENT_SHARE = (0.03, 0.06)
-MEDIAN_LINES, P90_LINES = 7, 20
+MEDIAN_LINES, P90_LINES = 7, 19
 TOOL_COMMENTS = ("noqa", "type:", "fmt:", "pragma")
 
 
