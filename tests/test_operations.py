@@ -27,7 +27,9 @@ from workers.supervisor import worker
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "operations.md").read_text()
-LOGGED = ("workers/job_runner.py", "workers/maintenance.py", "workers/pending_writes.py")
+LOGGED = tuple(
+    f"workers/{name}.py" for name in ("job_runner", "maintenance", "pending_writes", "supervisor")
+)
 
 
 def blocks(kind: str) -> list[str]:
