@@ -229,8 +229,6 @@ def celery_app(url: str, engines: Iterable[str] = ()) -> celery.Celery:
         # and the quarantine limit its attempts instead.
         task_reject_on_worker_lost=False,
         task_serializer="json",
-        # A client of the broker could otherwise stop workers and read their settings.
-        worker_enable_remote_control=False,
         worker_hijack_root_logger=False,
         # A prefetched message would wait behind a long job while other workers are idle.
         worker_prefetch_multiplier=1,

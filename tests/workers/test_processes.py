@@ -17,7 +17,6 @@ from sqlalchemy import select
 
 from shared.db.models import Job
 from shared.jobs import submissions
-from shared.jobs.queue import celery_app
 from shared.jobs.submissions import NewJob
 from tests.workers.fleet import Fleet, wait_for
 
@@ -104,16 +103,6 @@ def test_jobs_whose_messages_redis_lost_are_published_again(
     wait_for(lambda: set(fleet.states()) == {"succeeded"})
     assert len(jobs) == 5
     assert "whose messages were lost" in fleet.log()
-
-
-def test_a_worker_does_not_answer_celery_s_remote_control(
-    sqlite_fleet: Fleet, redis_url: str
-) -> None:
-    sqlite_fleet.add(1)
-    sqlite_fleet.start("--concurrency", "1")
-    wait_for(lambda: sqlite_fleet.states() == ["succeeded"])
-    with celery_app(redis_url) as app:
-        assert app.control.ping(timeout=2) == []
 
 
 def test_cancelling_a_running_job_stops_it_and_the_worker_goes_on(sqlite_fleet: Fleet) -> None:
